@@ -1,0 +1,1 @@
+"""Tensor operations with one signature and several implementations; nothing of vtprune is imported here."""

@@ -1,0 +1,1 @@
+"""Which module of a Hugging Face model is what; no pruning maths."""

@@ -1,0 +1,1 @@
+"""Pruning methods, one file each; they know tensors and no models."""

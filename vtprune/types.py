@@ -1,0 +1,218 @@
+"""What a pruning method sees (`Visual`), what it needs (`Signal`), what it answers (`Assignment`), and where it acts (`Stage`)."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+Positions = Literal["keep", "compact"]
+Per = Literal["image", "frame", "sample"]
+Where = str | int | tuple[str, int]
+
+
+class VtpruneError(Exception):
+    """Base class of everything vtprune raises on purpose."""
+
+
+class UnsupportedModel(VtpruneError):
+    """The model cannot be pruned exactly; the message names the cause and the way out."""
+
+
+class UnsupportedCall(VtpruneError):
+    """The model can be pruned, but not in this call; the message names the cause and the way out."""
+
+
+@dataclass(frozen=True)
+class Signal:
+    """One quantity read from an attention module while the model runs, without changing what it computes.
+
+    kind: "cls" (the CLS token's softmax row, mean over heads, [N]; absent on towers without CLS),
+        "received" (mean softmax weight each token receives from all queries, mean over heads, [N]),
+        "keys" / "values" (heads concatenated, [N, C]),
+        "last_row" (the softmax row of the prompt's last query restricted to the unit's tokens, mean over heads, [N]).
+    layer: for seam "llm" the tower layer, counted as in Python (-1 is the last). For a stage at decoder layer k it
+        is the offset from k (-1 is the layer that ran just before).
+    """
+
+    kind: Literal["cls", "received", "keys", "values", "last_row"]
+    layer: int = -1
+
+
+@dataclass(frozen=True)
+class Span:
+    """A run of a unit's tokens in raster order: t frames of h rows of w tokens, starting at token `start`.
+
+    newline: one extra token ends every row (any-resolution mosaics of LLaVA-NeXT); it belongs to the span.
+    """
+
+    start: int
+    grid: tuple[int, int, int]
+    newline: bool = False
+
+    def __len__(self) -> int:
+        t, h, w = self.grid
+        return t * h * (w + self.newline)
+
+
+@dataclass(frozen=True)
+class Visual:
+    """What a method sees of ONE unit (an image, a frame or a whole sample; the stage says which).
+
+    x: [N, D] projected features (before the LLM) or hidden states (inside it), in the model's dtype.
+    budget: tokens to keep, 1 <= budget <= N; None if the method decides.
+    grid: (t, h, w) when all N tokens form one raster, else None.
+    spans: runs with a raster of their own (crops, mosaics); tokens outside every span are separators.
+    signals: what `Method.needs` asked for; a "cls" signal is missing when the tower has no CLS token.
+    text: [M, D] embeddings of the sample's text tokens, or None.
+    state: made by the seam for one forward pass and shared by the stages of one method.
+    """
+
+    x: Tensor
+    budget: int | None
+    grid: tuple[int, int, int] | None = None
+    spans: tuple[Span, ...] = ()
+    signals: Mapping[Signal, Tensor] = field(default_factory=dict)
+    text: Tensor | None = None
+    state: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def n(self) -> int:
+        """Number of visual tokens of the unit."""
+        return self.x.shape[0]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which tokens stay, and what flows into them: x' = A x.
+
+    idx: [K] kept positions, ascending, distinct, int64. A merged token stands at the position of its representative.
+    order: [K] the same positions in the order they were picked, or None if the method has no order.
+    src, dst, w: sparse merge weights; row `dst` (0..K-1, along `idx`) of x' is the sum of w * x[src]. None: x' = x[idx].
+    scores: [N] float32 score per token for inspection, or None.
+    """
+
+    idx: Tensor
+    order: Tensor | None = None
+    src: Tensor | None = None
+    dst: Tensor | None = None
+    w: Tensor | None = None
+    scores: Tensor | None = None
+
+    @property
+    def merges(self) -> bool:
+        """True if kept tokens are weighted sums and not plain copies."""
+        return self.src is not None
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x [N, ...] -> [K, ...]; merges accumulate in float32 and return in x's dtype."""
+        if self.src is None or self.dst is None or self.w is None:
+            return x.index_select(0, self.idx)
+        weight = self.w.to(torch.float32).view(-1, *[1] * (x.dim() - 1))
+        out = torch.zeros(self.idx.shape[0], *x.shape[1:], dtype=torch.float32, device=x.device)
+        out.index_add_(0, self.dst, x.index_select(0, self.src).float() * weight)
+        return out.to(x.dtype)
+
+
+class Method(ABC):
+    """A pruning rule: a frozen dataclass of options and one call, `Visual -> Assignment`.
+
+    Class attributes `paper` (URL) and `seam` ("pre_llm" or "in_llm") are set by `vtprune.register`.
+    """
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    seam: ClassVar[str] = "pre_llm"
+    positions: ClassVar[Positions] = "keep"
+
+    @property
+    def needs(self) -> tuple[Signal, ...]:
+        """Signals the method reads; may depend on its options."""
+        return ()
+
+    @abstractmethod
+    def __call__(self, v: Visual) -> Assignment:
+        """Choose (or merge into) exactly `v.budget` tokens."""
+
+    def batch(self, units: Sequence[Visual]) -> list[Assignment]:
+        """All units of one forward pass; override where a batched form is faster. Must equal one call per unit."""
+        return [self(v) for v in units]
+
+    def stages(self, keep: float | int | None) -> list[Stage]:
+        """The published schedule of the method; most act at one place only."""
+        return [Stage(self.default_where(), self, keep=keep)]
+
+    def default_where(self) -> Where:
+        """Where the method acts when the user names only the method."""
+        return "llm"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One place where tokens are dropped or merged.
+
+    where: "llm" (between projector and LLM) or an int k (the hidden states entering decoder layer k).
+    method: the rule.
+    keep: float in (0, 1] = share of a unit's visual tokens as the model sees them unpruned; int >= 1 = tokens per
+        unit (more than there are keeps all); None = the method decides.
+    per: what one unit is: "image" (an image or a whole video), "frame", or "sample" (all visual tokens of a row).
+    positions: "keep" leaves the original position ids (gaps), "compact" renumbers; None = the method's default.
+    """
+
+    where: Where
+    method: Method
+    keep: float | int | None = None
+    per: Per = "image"
+    positions: Positions | None = None
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        if self.per not in ("image", "frame", "sample"):
+            raise ValueError(f"per={self.per!r}: choose 'image', 'frame' or 'sample'")
+        if self.positions not in (None, "keep", "compact"):
+            raise ValueError(f"positions={self.positions!r}: choose 'keep' or 'compact'")
+        if not isinstance(self.method, Method):
+            raise TypeError(
+                f"method={self.method!r} is not a vtprune Method: pass vtprune.create('divprune') or an instance of a "
+                "class registered with @vtprune.register"
+            )
+
+    def budget(self, n: int) -> int | None:
+        """Tokens to keep of a unit that has n tokens unpruned: at least 1, at most n."""
+        return None if self.keep is None else budget(self.keep, n)
+
+
+def check_keep(keep: object) -> None:
+    """Raise unless keep is None, a float in (0, 1] or an int >= 1."""
+    ways = "use a float in (0, 1] (share of the visual tokens) or an int >= 1 (tokens per unit)"
+    if keep is None:
+        return
+    if isinstance(keep, bool) or not isinstance(keep, int | float):
+        raise TypeError(f"keep={keep!r} is a {type(keep).__name__}: {ways}")
+    if isinstance(keep, int):
+        if keep < 1:
+            raise ValueError(f"keep={keep} keeps nothing: {ways}")
+    elif not (math.isfinite(keep) and 0.0 < keep <= 1.0):
+        raise ValueError(f"keep={keep} is outside the valid range: {ways}")
+
+
+def budget(keep: float | int, n: int) -> int:
+    """round(keep * n) (half to even, as the official codes do) or keep itself, clamped to 1..n."""
+    count = keep if isinstance(keep, int) else round(keep * n)
+    return max(1, min(int(count), n))
+
+
+def spread(total: int, sizes: Sequence[int]) -> Iterator[int]:
+    """Share `total` over blocks in proportion to `sizes` (largest remainder; ties to the lower index)."""
+    whole = sum(sizes)
+    exact = [total * s / whole for s in sizes]
+    floor = [int(e) for e in exact]
+    rest = sorted(range(len(sizes)), key=lambda i: (floor[i] - exact[i], i))
+    for i in rest[: total - sum(floor)]:
+        floor[i] += 1
+    yield from floor
