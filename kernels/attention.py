@@ -21,7 +21,7 @@ def attention_rows(q_rows: Tensor, k: Tensor, mask: Tensor | None, scaling: floa
     heads, groups = q_rows.shape[1], k.shape[1]
     if heads % groups:
         raise ValueError(
-            f"{heads} query heads cannot share {groups} key heads: the second must divide the first"
+            f"{heads} query heads cannot share {groups} key heads: pass keys whose head count divides it"
         )
     # Heads of one group are stacked along the rows: the keys are read once and never repeated.
     stacked = q_rows.float().reshape(q_rows.shape[0], groups, -1, q_rows.shape[-1])
