@@ -1,0 +1,322 @@
+"""Signals of the vision tower, carried over to the visual tokens that the LLM sees.
+
+The tower works on patches of tiles, windows or packed images; the LLM sees merged patches, un-padded
+mosaics, pooled frames and newlines. Scores travel the way the features do: through the family's own packing
+where it has one, by the mean over the merged patches elsewhere.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vtprune.tap import attach, interface_of, read
+from vtprune.types import Signal, UnsupportedModel
+
+Modality = Literal["image", "video"]
+Call = dict[str, Any]
+CLS_NAMES = ("class_embedding", "cls_token", "class_token")
+
+
+@dataclass(frozen=True)
+class Features:
+    """One call of `get_image_features` or `get_video_features`, and what its tower showed.
+
+    base: the VLM's base model. call: the call's bound arguments. grid: name of its grid argument.
+    sizes: tokens of every entry of `pooler_output`, as the LLM sees them.
+    """
+
+    base: Any
+    tower: Any
+    call: Call
+    grid: str
+    sizes: Sequence[int]
+
+    def option(self, name: str) -> Any:
+        """An argument of the call; where the call leaves it open, the model's default."""
+        value = self.call.get(name)
+        return getattr(self.base.config, name) if value is None else value
+
+
+# Maps [T, N, C] (T tiles of N tower tokens; packed towers: T = 1 and all patches in a row) to [n, C] in the
+# order of the LLM's visual tokens, all entries one after the other.
+Pack = Callable[[Features, Tensor], Tensor]
+
+
+def _patches(f: Features, x: Tensor) -> Tensor:
+    """[T, N, C] without the CLS token, if the LLM does not see it."""
+    return x[:, 1:] if f.option("vision_feature_select_strategy") == "default" else x
+
+
+def _pool(x: Tensor, kernel: int) -> Tensor:
+    """[T, N, C] square tiles -> [T, N / kernel^2, C]: mean over blocks of kernel x kernel patches."""
+    side = round(x.shape[1] ** 0.5)
+    return F.avg_pool2d(x.mT.unflatten(2, (side, side)), kernel).flatten(2).mT
+
+
+def _plain(f: Features, x: Tensor) -> Tensor:
+    return _patches(f, x).flatten(0, 1)
+
+
+def _every_token(f: Features, x: Tensor) -> Tensor:
+    return x.flatten(0, 1)
+
+
+def _tiles_of_images(f: Features, x: Tensor) -> list[Tensor]:
+    """Any-resolution input: the tiles of every image, the base view first."""
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    sizes, config = f.call["image_sizes"], f.base.config
+    images = f.call.get("batch_num_images")
+    # LLaVA-OneVision does not tile the images of a prompt that holds several.
+    tiled = [True] * len(sizes) if images is None else [n == 1 for n in images for _ in range(n)]
+    counts = [
+        image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
+        if tile
+        else 1
+        for size, tile in zip(sizes, tiled)
+    ]
+    return list(_patches(f, x).split(counts))
+
+
+def _mosaic(f: Features, x: Tensor) -> Tensor:
+    strategy = f.option("vision_feature_select_strategy")
+    newline = x.new_zeros(x.shape[-1])
+    packed, _ = f.base.pack_image_features(
+        _tiles_of_images(f, x), f.call["image_sizes"], strategy, image_newline=newline
+    )
+    return torch.cat(packed)
+
+
+def _mosaic_onevision(f: Features, x: Tensor) -> Tensor:
+    packed, _ = f.base.pack_image_features(
+        _tiles_of_images(f, x),
+        f.call["image_sizes"],
+        image_newline=x.new_zeros(x.shape[-1]),
+        vision_aspect_ratio=f.option("vision_aspect_ratio"),
+    )
+    return torch.cat(packed)
+
+
+def _frames_onevision(f: Features, x: Tensor) -> Tensor:
+    frames = f.base.apply_pooling(_patches(f, x))
+    videos = frames.reshape(len(f.sizes), -1, x.shape[-1])
+    return F.pad(videos, (0, 0, 0, 1)).flatten(0, 1)  # the newline that ends each video
+
+
+def _frames_next_video(f: Features, x: Tensor) -> Tensor:
+    return _pool(_patches(f, x), f.base.config.spatial_pool_stride).flatten(0, 1)
+
+
+def _shuffled_internvl(f: Features, x: Tensor) -> Tensor:
+    return _pool(_patches(f, x), round(1 / f.base.config.downsample_ratio)).flatten(0, 1)
+
+
+def _shuffled_idefics(f: Features, x: Tensor) -> Tensor:
+    return _pool(x, f.base.connector.scale_factor).flatten(0, 1)
+
+
+def _pooled_gemma(f: Features, x: Tensor) -> Tensor:
+    return _pool(x, f.base.multi_modal_projector.kernel_size).flatten(0, 1)
+
+
+def _merged(f: Features, x: Tensor) -> Tensor:
+    """Consecutive patches form one token; the tower puts them in that order before its first block."""
+    return x[0].unflatten(0, (-1, f.tower.spatial_merge_size**2)).mean(1)
+
+
+def _merged_windows(f: Features, x: Tensor) -> Tensor:
+    """Qwen2.5-VL: the same, but its blocks see the tokens window by window."""
+    from transformers.vision_utils import get_vision_window_index
+
+    tower = f.tower
+    index, _ = get_vision_window_index(
+        f.call[f.grid],
+        spatial_merge_size=tower.spatial_merge_size,
+        window_size=tower.window_size,
+        patch_size=tower.patch_size,
+    )
+    return _merged(f, x)[torch.argsort(index).to(x.device)]
+
+
+def _by_image_size(f: Features, x: Tensor) -> Tensor:
+    """Pixtral: images of any size in one row, each a raster of its own."""
+    merge = getattr(f.base.config, "spatial_merge_size", 1)
+    grids = [(int(h) // f.tower.patch_size, int(w) // f.tower.patch_size) for h, w in f.call["image_sizes"]]
+    images = x[0].split([h * w for h, w in grids])
+    rasters = (image.T.unflatten(1, grid) for image, grid in zip(images, grids))
+    return torch.cat([F.avg_pool2d(raster, merge).flatten(1).T for raster in rasters])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one family lays out visual tokens. packed: its tower runs many images as one row of patches."""
+
+    pack: Pack
+    packed: bool = False
+
+
+LAYOUTS: dict[tuple[str, Modality], Layout] = {
+    ("llava", "image"): Layout(_plain),
+    ("llava_next", "image"): Layout(_mosaic),
+    ("llava_next_video", "image"): Layout(_mosaic),
+    ("llava_next_video", "video"): Layout(_frames_next_video),
+    ("llava_onevision", "image"): Layout(_mosaic_onevision),
+    ("llava_onevision", "video"): Layout(_frames_onevision),
+    ("video_llava", "image"): Layout(_plain),
+    ("video_llava", "video"): Layout(_every_token),
+    ("internvl", "image"): Layout(_shuffled_internvl),
+    ("smolvlm", "image"): Layout(_shuffled_idefics),
+    ("idefics3", "image"): Layout(_shuffled_idefics),
+    ("gemma3", "image"): Layout(_pooled_gemma),
+    ("paligemma", "image"): Layout(_every_token),
+    ("mistral3", "image"): Layout(_by_image_size, packed=True),
+    ("qwen2_5_vl", "image"): Layout(_merged_windows, packed=True),
+    ("qwen2_5_vl", "video"): Layout(_merged_windows, packed=True),
+    **{
+        (family, modality): Layout(_merged, packed=True)
+        for family in ("qwen2_vl", "qwen3_vl", "qwen3_5", "glm4v")
+        for modality in ("image", "video")
+    },
+}
+
+
+def layout_of(base: nn.Module, modality: Modality) -> Layout:
+    """The layout of a base model; UnsupportedModel, naming the family, if none is known."""
+    family = cast(Any, base).config.model_type
+    known = LAYOUTS.get((family, modality))
+    if family == "llava" and tower_of(base, modality).config.model_type == "pixtral":
+        known = Layout(_by_image_size, packed=True)
+    if known is None:
+        families = ", ".join(sorted(name for name, what in LAYOUTS if what == modality))
+        raise UnsupportedModel(
+            f"no {modality} layout is known for model type {family!r}, so tower signals cannot be mapped to "
+            f"its visual tokens; choose a method without signals (`vtprune methods`) or one of: {families}"
+        )
+    return known
+
+
+def tower_of(base: Any, modality: Modality) -> Any:
+    """The vision tower that sees this modality."""
+    own = getattr(base, f"{modality}_tower", None)  # Video-LLaVA has one tower each
+    tower = base.get_encoder(modality=modality) if own is None else own
+    if tower is base:
+        raise UnsupportedModel(f"{type(base).__name__} has no vision tower that transformers can name")
+    return tower
+
+
+def attention_modules(tower: nn.Module) -> list[nn.Module]:
+    """The attention modules of a tower, first layer first."""
+    return [module for module in tower.modules() if interface_of(module) is not None]
+
+
+def has_cls(tower: nn.Module) -> bool:
+    """True if the tower puts a CLS token before its patches."""
+    return any(name.rsplit(".", 1)[-1] in CLS_NAMES for name, _ in tower.named_parameters())
+
+
+class TowerSignals:
+    """Reads what methods need from the layers of one tower, and answers per image.
+
+    base: the VLM's base model (`model.base_model`). modality: which `get_{modality}_features` is observed.
+    needs: signals by kind and tower layer. "cls" is left out on towers without a CLS token.
+    Raises UnsupportedModel if the family's token layout is unknown or a layer does not exist.
+
+        signals = TowerSignals(model.base_model, "image", method.needs)
+        undo = signals.install()
+        signals.start()
+        output = model.base_model.get_image_features(**call)
+        per_image = signals.finish(call, output)   # [{Signal: [n] or [n, C]}, ...]
+    """
+
+    def __init__(self, base: nn.Module, modality: Modality, needs: Iterable[Signal]) -> None:
+        self.base, self.modality = base, modality
+        self.layout = layout_of(base, modality)
+        self.tower = tower_of(base, modality)
+        self.layers = attention_modules(self.tower)
+        cls = has_cls(self.tower)
+        self.needs = tuple(dict.fromkeys(s for s in needs if cls or s.kind != "cls"))
+        for signal in self.needs:
+            self._check(signal)
+        self._local = threading.local()
+
+    def _check(self, signal: Signal) -> None:
+        count = len(self.layers)
+        if signal.kind == "last_row":
+            raise UnsupportedModel(
+                "signal 'last_row' is read inside the LLM; a vision tower has no last query"
+            )
+        if not -count <= signal.layer < count:
+            raise UnsupportedModel(
+                f"tower layer {signal.layer} does not exist: {type(self.tower).__name__} has {count} layers "
+                f"with readable attention (valid: {-count}..{count - 1}); set the method's layer accordingly"
+            )
+
+    def install(self) -> list[Callable[[], None]]:
+        """Tap the needed layers; the returned functions undo it."""
+        return [attach(self.layers[signal.layer], self._sink(signal)) for signal in self.needs]
+
+    def start(self) -> None:
+        """Begin to collect, in this thread, with empty buffers."""
+        self._local.parts = {signal: [] for signal in self.needs}
+
+    def _sink(self, signal: Signal) -> Callable[..., None]:
+        def sink(
+            module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
+        ) -> None:
+            parts = getattr(self._local, "parts", None)
+            if parts is not None:  # outside a features call (recomputation in backward, say) nobody listens
+                x = read(signal.kind, q, k, v, mask, scaling).float()
+                if signal.kind == "cls":
+                    x = F.pad(x, (1, 0))  # the CLS token has no score of its own
+                if signal.kind == "received" and self.layout.packed:
+                    x = x * q.shape[2]  # sums: windows and images of different length become comparable
+                parts[signal].append(x if x.dim() == 3 else x.unsqueeze(-1))
+
+        return sink
+
+    def finish(self, call: Call, output: Any) -> list[dict[Signal, Tensor]]:
+        """One dict per entry of `output.pooler_output`: scores [n], keys and values [n, C], all float32.
+
+        n: the entry's tokens as the LLM sees them, in that order; newlines get zeros. "received" is the mean
+        over the queries of the tile, or of the whole image where the tower packs images, windowed or not.
+        call: bound arguments of the features call. Raises UnsupportedModel if a layer showed nothing.
+        """
+        parts, self._local.parts = self._local.parts, None
+        sizes = [entry.shape[0] for entry in output.pooler_output]
+        f = Features(self.base, self.tower, call, f"{self.modality}_grid_thw", sizes)
+        columns = {signal: self._entries(f, signal, parts[signal]) for signal in self.needs}
+        return [{signal: column[i] for signal, column in columns.items()} for i in range(len(sizes))]
+
+    def _entries(self, f: Features, signal: Signal, parts: list[Tensor]) -> list[Tensor]:
+        family = f.base.config.model_type
+        if not parts:
+            raise UnsupportedModel(
+                f"layer {signal.layer} of the {family} vision tower did not run or did not pass the "
+                f"attention interface, so its {signal.kind!r} cannot be read; choose a method without signals"
+            )
+        x = (
+            torch.cat([part.flatten(0, 1) for part in parts])[None]
+            if self.layout.packed
+            else torch.cat(parts)
+        )
+        rows = self.layout.pack(f, x)
+        if rows.shape[0] != sum(f.sizes):
+            raise UnsupportedModel(
+                f"{family}: {rows.shape[0]} mapped tokens against {sum(f.sizes)} visual tokens "
+                f"({self.modality}); this version of transformers lays them out differently, please report "
+                "it with the model's config"
+            )
+        if signal.kind in ("keys", "values"):
+            return list(rows.split(list(f.sizes)))
+        scores = rows[:, 0].split(list(f.sizes))
+        if signal.kind == "received" and self.layout.packed:
+            merged = x.shape[1] // rows.shape[0]
+            return [score / (merged * len(score)) for score in scores]
+        return list(scores)

@@ -1,0 +1,230 @@
+"""Read q, k, v of one attention module while it runs, and the few rows of its softmax that a method asks for.
+
+The module gets a shallow copy of its config that names a registered attention function. That function calls
+the one the model would have called, hands its result on untouched, and then shows q, k, v to the sinks. No
+other module, no mask and no kernel changes: outputs are bit-identical, no full attention matrix is formed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .kernels import attention_received, attention_rows
+from .types import UnsupportedCall, UnsupportedModel
+
+Sink = Callable[[nn.Module, Tensor, Tensor, Tensor, "Tensor | None", float], None]
+# Arguments by which some attention functions change the logits beyond scaling and mask.
+LOGIT_CHANGES = ("softcap", "s_aux", "position_bias")
+
+
+def attach(module: nn.Module, sink: Sink) -> Callable[[], None]:
+    """Call `sink(module, q, k, v, mask, scaling)` after every attention product of `module`; return the undo.
+
+    q: [B, H, M, d]; k, v: [B, G, N, d], all after RoPE and norms, detached, under no_grad.
+    mask: None, or broadcastable to [B, H, M, N], boolean (True = attend) or additive. scaling: factor on q.k.
+    Variable-length flash attention is shown segment by segment, as the other implementations run it.
+    Several sinks may share a module; undo them in any order. The last undo puts the same config object back.
+    Raises UnsupportedModel if the module does not go through transformers' attention interface.
+    """
+    tap = _tap_of(module)
+    if tap is None:
+        tap = Tap(module)
+        module.config = tap.config
+    entry = [sink]  # a fresh object: the same sink may be attached twice
+    tap.entries = (*tap.entries, entry)
+
+    def undo() -> None:
+        tap.entries = tuple(e for e in tap.entries if e is not entry)
+        if not tap.entries and module.config is tap.config:
+            module.config = tap.original
+
+    return undo
+
+
+class Tap:
+    """The state of one tapped module. Lives on the copied config: dropping the copy drops everything."""
+
+    def __init__(self, module: nn.Module) -> None:
+        from transformers import AttentionInterface
+
+        names = interface_of(module)
+        if names is None:
+            raise UnsupportedModel(
+                f"{type(module).__name__} does not call transformers' attention interface, so its queries "
+                "and keys cannot be read; choose a method without attention signals (see `vtprune methods`)"
+            )
+        config: Any = module.config
+        self.original = config
+        self.implementation: str | None = config._attn_implementation
+        base = config._attn_implementation or "eager"
+        eager = names.get("eager_attention_forward")
+        self.function = names["ALL_ATTENTION_FUNCTIONS"].get_interface(base, eager)
+        self.flash = "flash" in base
+        self.sdpa = base == "sdpa"
+        self.entries: tuple[list[Sink], ...] = ()
+        # transformers recognises flash attention by name, so the tap's name contains that of its base.
+        name = f"{base}+vtprune"
+        AttentionInterface.register(name, tapped_attention)
+        self.config = copied = copy.copy(config)
+        # The dict form leaves sub-configs alone: they are shared with the original.
+        copied._attn_implementation = {"": name}
+        copied.vtprune_tap = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tap:
+        return self  # a copied model reports to the same sinks, as copied hooks do
+
+
+class _Untapped:
+    """The module with its own config: flash attention picks the kernel by the name it finds there."""
+
+    def __init__(self, module: nn.Module, config: Any) -> None:
+        self._module = module
+        self.config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def tapped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The registered attention function: the base function's result, and its arguments for the sinks."""
+    tap = cast(Any, module).config.vtprune_tap
+    if tap.original._attn_implementation != tap.implementation:
+        raise UnsupportedCall(
+            f"the attention implementation changed from {tap.implementation!r} to "
+            f"{tap.original._attn_implementation!r} while patched: call vtprune.unpatch(model), switch, and "
+            "patch again"
+        )
+    owner = _Untapped(module, tap.original) if tap.flash else module
+    result = tap.function(owner, query, key, value, attention_mask, **kwargs)
+    with torch.no_grad():
+        scaling = kwargs.get("scaling")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        for q, k, v, mask in _products(tap, module, query, key, value, attention_mask, kwargs):
+            for (sink,) in tap.entries:
+                sink(module, q.detach(), k.detach(), v.detach(), mask, scaling)
+    return result
+
+
+def _products(
+    tap: Tap, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, kwargs: dict[str, Any]
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """The attention products that one call stands for, each with a mask that rows can be computed with."""
+    for name in LOGIT_CHANGES:
+        if kwargs.get(name) is not None:
+            raise UnsupportedModel(
+                f"{type(module).__name__} changes its attention logits by {name!r}, which signals do not "
+                "reproduce; choose a method without attention signals or another layer"
+            )
+    if mask is not None and not isinstance(mask, Tensor):
+        raise UnsupportedCall(
+            f"attention signals cannot be read with a mask of type {type(mask).__name__} (flex attention): "
+            "load the model with attn_implementation='sdpa'"
+        )
+    if tap.flash:
+        window = kwargs.get("sliding_window")
+        if window is not None and k.shape[2] > window:
+            raise UnsupportedCall(
+                f"{type(module).__name__} attends to a window of {window} tokens inside the flash kernel, "
+                f"{k.shape[2]} are there: choose a full-attention layer or attn_implementation='sdpa'"
+            )
+        lengths = kwargs.get("cu_seq_lens_q")
+        if lengths is not None:
+            cuts = lengths.diff().tolist()
+            yield from ((*parts, None) for parts in zip(*(x.split(cuts, dim=2) for x in (q, k, v))))
+            return
+    if mask is None:
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        if tap.sdpa and causal and 1 < q.shape[2] < k.shape[2]:
+            # A static cache before its first decode step: keys beyond the queries are empty, never seen.
+            k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
+    elif mask.dim() == 2:  # flash attention: which keys are real
+        mask = mask.bool()[:, None, None]
+    else:
+        mask = mask[..., : k.shape[2]]
+    yield q, k, v, mask
+
+
+def _tap_of(module: nn.Module) -> Tap | None:
+    return getattr(getattr(module, "config", None), "vtprune_tap", None)
+
+
+def interface_of(module: nn.Module) -> dict[str, Any] | None:
+    """Globals of the modelling file whose code sends `module` through the attention interface, or None."""
+    if getattr(module, "config", None) is None:
+        return None
+    for cls in type(module).__mro__:
+        forward: Any = cls.__dict__.get("forward")
+        while hasattr(forward, "__wrapped__"):
+            forward = forward.__wrapped__
+        code = getattr(forward, "__code__", None)
+        if code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names:
+            return forward.__globals__
+    return None
+
+
+def read(
+    kind: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    block: int | None = None,
+) -> Tensor:
+    """One quantity of an attention product, as a sink sees it.
+
+    "cls": softmax row of query 0, mean over heads, without the CLS column: [B, N - 1] float32.
+    "last_row": softmax row of the last query over all keys, mean over heads: [B, N] float32.
+    "received": mean softmax weight each key receives, over heads and queries, [B, N] float32, for attention
+        without causality. Padding neither gives nor receives: the mean is over the real queries only.
+    "keys", "values": heads concatenated, [B, N, G * d], in the model's dtype.
+    block: queries handled at a time for "received"; None chooses by memory.
+    Raises ValueError on another kind.
+    """
+    if kind == "cls":
+        return attention_rows(q[:, :, :1], k, _mask_rows(mask, 0), scaling).mean(1)[:, 0, 1:]
+    if kind == "last_row":
+        return attention_rows(q[:, :, -1:], k, _mask_rows(mask, -1), scaling).mean(1)[:, 0]
+    if kind == "received":
+        return _received(q, k, mask, scaling, block)
+    if kind in ("keys", "values"):
+        return (k if kind == "keys" else v).transpose(1, 2).flatten(2)
+    raise ValueError(f"signal kind {kind!r}: choose 'cls', 'received', 'keys', 'values' or 'last_row'")
+
+
+def _mask_rows(mask: Tensor | None, query: int) -> Tensor | None:
+    """The mask of one query, [.., 1, N]."""
+    if mask is None or mask.shape[-2] == 1:
+        return mask
+    return mask[..., query, :].unsqueeze(-2)
+
+
+def _received(q: Tensor, k: Tensor, mask: Tensor | None, scaling: float, block: int | None) -> Tensor:
+    if mask is None:
+        return attention_received(q, k, None, scaling, block)
+    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+    real = visible.any(dim=-2).any(dim=1).expand(q.shape[0], -1)
+    if bool(real.all()):
+        return attention_received(q, k, mask, scaling, block)
+    # Padded queries compute garbage that must not count. What is real differs by row, so rows go one by one.
+    out = q.new_zeros(q.shape[0], k.shape[2], dtype=torch.float32)
+    for b, keep in enumerate(real):
+        at = keep.nonzero()[:, 0]
+        part = mask.expand(q.shape[0], *mask.shape[1:])[b : b + 1].index_select(-1, at)
+        if part.shape[-2] > 1:
+            part = part.index_select(-2, at)
+        out[b, at] = attention_received(q[b : b + 1, :, at], k[b : b + 1, :, at], part, scaling, block)[0]
+    return out
