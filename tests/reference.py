@@ -1,0 +1,268 @@
+"""An oracle for pruned runs that uses none of vtprune's hooks.
+
+`dense` runs the unpatched model once over the conversation and records what every decoder layer receives.
+`pruned_logits` then walks the stock layers by hand, without cache and without padding, on the tokens that stay:
+same position embeddings, explicit causal mask, merged features where the method merges. Attention is causal, so
+one pass gives the logits of the prompt's last token and of every generated token.
+
+What stays is the method's own answer, taken by `spy` at the border between seam and method.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import families
+import torch
+from torch import Tensor
+
+from vtprune import Assignment, Method, Stage, Visual
+
+
+@dataclass
+class Call:
+    """One call of a method by the seam: which stage, what it saw, what it answered."""
+
+    stage: Stage
+    units: list[Visual]
+    answers: list[Assignment]
+
+
+def spy(stages: Sequence[Stage]) -> tuple[list[Stage], list[Call]]:
+    """The same stages with methods that also write every call into the returned list."""
+    log: list[Call] = []
+    return [_watched(stage, log) for stage in stages], log
+
+
+def _watched(stage: Stage, log: list[Call]) -> Stage:
+    class Watched(type(stage.method)):  # type: ignore[misc]
+        def batch(self, units: Sequence[Visual]) -> list[Assignment]:
+            answers = super().batch(units)
+            log.append(Call(stage, list(units), answers))
+            return answers
+
+    method: Method = copy.copy(stage.method)
+    object.__setattr__(method, "__class__", Watched)
+    return dataclasses.replace(stage, method=method)
+
+
+@dataclass
+class Dense:
+    """What the unpatched model hands to its decoder layers, for one row without padding."""
+
+    hidden: Tensor  # [L, D], entering layer 0
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    deepstack: list[Tensor] = field(default_factory=list)  # [L, D], added after layer i; zero at text tokens
+
+
+def decoder(model: Any) -> Any:
+    """The text model of a stock VLM."""
+    return model.get_decoder()
+
+
+@torch.no_grad()
+def dense(model: Any, batch: dict[str, Any], answer: Sequence[int] = ()) -> Dense:
+    """Run the unpatched model over one row (B=1) plus `answer` and record every layer's inputs."""
+    assert batch["input_ids"].shape[0] == 1, "one row at a time"
+    record = Dense(torch.empty(0))
+    text = decoder(model)
+    handles = [text.register_forward_pre_hook(lambda m, a, k: _see_text(record, k), with_kwargs=True)]
+    for i, layer in enumerate(text.layers):
+        handles.append(
+            layer.register_forward_pre_hook(
+                lambda m, a, k, i=i: _see_layer(record, i, a, k), with_kwargs=True
+            )
+        )
+    try:
+        model(**extended(batch, answer, model.config.model_type == "paligemma"), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return record
+
+
+def extended(batch: dict[str, Any], answer: Sequence[int], ends_prefix: bool = False) -> dict[str, Any]:
+    """The same row with generated tokens behind it; `ends_prefix`: their token type is 1 (PaliGemma)."""
+    out = dict(batch)
+    if not len(answer):
+        return out
+    ids = torch.tensor([list(answer)])
+    out["input_ids"] = torch.cat([batch["input_ids"], ids], 1)
+    out["attention_mask"] = torch.ones_like(out["input_ids"])
+    if "mm_token_type_ids" in batch:
+        out["mm_token_type_ids"] = torch.cat([batch["mm_token_type_ids"], torch.zeros_like(ids)], 1)
+    if "token_type_ids" in batch:
+        grown = torch.full_like(ids, int(ends_prefix))
+        out["token_type_ids"] = torch.cat([batch["token_type_ids"], grown], 1)
+    return out
+
+
+def _see_text(record: Dense, kwargs: dict[str, Any]) -> None:
+    embeds, mask = kwargs["inputs_embeds"], kwargs.get("visual_pos_masks")
+    for feature in kwargs.get("deepstack_visual_embeds") or ():
+        assert mask is not None
+        full = torch.zeros_like(embeds[0])
+        full[mask[0]] = feature
+        record.deepstack.append(full)
+
+
+def _see_layer(record: Dense, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    hidden = args[0] if args else kwargs["hidden_states"]
+    if i == 0:
+        record.hidden = hidden[0].clone()
+    record.layers.append({k: v for k, v in kwargs.items() if k != "hidden_states"})
+
+
+@torch.no_grad()
+def pruned_logits(model: Any, full: Dense, cuts: dict[Any, list[Cut]], compact: bool = False) -> Tensor:
+    """Logits [n, V] of the tokens that reach the last layer, in order.
+
+    cuts: {"llm" or layer index: the units cut there}. compact: renumber positions after a cut.
+    """
+    text = decoder(model)
+    streams = [full.hidden, *full.deepstack]
+    alive = torch.arange(full.hidden.shape[0])
+    slots = alive
+    for i, layer in enumerate(text.layers):
+        for where in ("llm", i) if i == 0 else (i,):
+            if where in cuts:
+                streams, alive = _apply(streams, alive, cuts[where])
+                slots = torch.arange(len(alive)) if compact else alive
+        kwargs = _layer_kwargs(full.layers[i], alive, slots, full.hidden)
+        if hasattr(layer, "linear_attn"):
+            kwargs["attention_mask"] = None  # it knows padding only, and there is none
+        out = layer(streams[0][None], **kwargs)
+        streams[0] = (out[0] if isinstance(out, tuple) else out)[0]
+        if i + 1 < len(streams):
+            streams[0] = streams[0] + streams[i + 1]
+    return model.get_output_embeddings()(text.norm(streams[0]))
+
+
+@dataclass
+class Cut:
+    """A unit's tokens (original positions, ascending) and the method's answer about them."""
+
+    positions: Tensor
+    answer: Assignment
+
+
+def _apply(streams: list[Tensor], alive: Tensor, cuts: Sequence[Cut]) -> tuple[list[Tensor], Tensor]:
+    stays = torch.ones(len(alive), dtype=torch.bool)
+    out = [s.clone() for s in streams]
+    for cut in cuts:
+        rows = torch.searchsorted(alive, cut.positions)
+        assert torch.equal(alive[rows], cut.positions), "a token was pruned twice"
+        stays[rows] = False
+        stays[rows[cut.answer.idx]] = True
+        for new, old in zip(out, streams, strict=True):
+            new[rows[cut.answer.idx]] = cut.answer.apply(old[rows])
+    return [s[stays] for s in out], alive[stays]
+
+
+def _layer_kwargs(kwargs: dict[str, Any], alive: Tensor, slots: Tensor, like: Tensor) -> dict[str, Any]:
+    length = like.shape[0]
+    out = dict(kwargs, past_key_values=None, use_cache=False)
+    out["attention_mask"] = _mask(kwargs.get("attention_mask"), alive)
+    out["position_embeddings"] = tuple(t.index_select(-2, slots) for t in kwargs["position_embeddings"])
+    ids = kwargs.get("position_ids")
+    if ids is not None and ids.shape[-1] == length:
+        out["position_ids"] = ids.index_select(-1, slots)
+    return out
+
+
+def _mask(mask: Tensor | None, alive: Tensor) -> Tensor:
+    """Additive [1, 1, n, n]: what the model built, cut; or plain causal where it built none."""
+    if mask is not None and mask.dim() == 4:
+        cut = mask.index_select(-2, alive).index_select(-1, alive)
+        return torch.zeros(cut.shape).masked_fill(~cut, -torch.inf) if cut.dtype == torch.bool else cut
+    n = len(alive)
+    return torch.full((1, 1, n, n), -torch.inf).triu(1)
+
+
+def cuts_of_row(log: Sequence[Call], rows: Sequence[int], units: Sequence[Sequence[Sequence[int]]]):
+    """Split the method's calls over the rows of a batch.
+
+    units: [row][unit] -> original positions, as `families.build` gives them. Answers come in reading order; a
+    stage inside the LLM sees what the stage before it left. Returns per row {where: [Cut]}.
+    """
+    alive = [[torch.tensor(u) for u in units[r]] for r in rows]
+    out: list[dict[Any, list[Cut]]] = [{} for _ in rows]
+    for call in log:
+        answers = iter(zip(call.units, call.answers, strict=True))
+        for i, row in enumerate(alive):
+            tokens = torch.cat(row) if row else torch.empty(0, dtype=torch.long)
+            kept: list[Tensor] = []
+            start = 0
+            while start < len(tokens):
+                seen, answer = next(answers)
+                cut = Cut(tokens[start : start + seen.n], answer)
+                out[i].setdefault(call.stage.where, []).append(cut)
+                kept.append(cut.positions[answer.idx])
+                start += seen.n
+            assert start == len(tokens), "the method saw other units than the prompt has"
+            alive[i] = [torch.cat(kept)] if kept else []
+        assert next(answers, None) is None, "the method saw more units than the prompt has"
+    return out
+
+
+def survivors(cuts: dict[Any, list[Cut]], length: int) -> list[int]:
+    """Original positions that reach the last layer of a row of `length` tokens."""
+    gone: set[int] = set()
+    for units in cuts.values():
+        for cut in units:
+            stays = set(cut.positions[cut.answer.idx].tolist())
+            gone |= set(cut.positions.tolist()) - stays
+    return [p for p in range(length) if p not in gone]
+
+
+@contextmanager
+def untouched(model: Any) -> Iterator[None]:
+    """Assert that hooks and instance attributes of every module are afterwards what they were before."""
+    before = fingerprint(model)
+    yield
+    assert fingerprint(model) == before
+
+
+def fingerprint(model: Any) -> dict[str, Any]:
+    """Hook counts, instance attribute names and config identity of every module."""
+    kinds = (
+        "forward_hooks",
+        "forward_pre_hooks",
+        "forward_hooks_with_kwargs",
+        "forward_pre_hooks_with_kwargs",
+    )
+    rarer = ("forward_hooks_always_called", "backward_hooks", "backward_pre_hooks")
+    out = {}
+    for name, module in model.named_modules():
+        counts = tuple(len(getattr(module, f"_{kind}")) for kind in (*kinds, *rarer))
+        out[name] = (counts, sorted(vars(module)), id(getattr(module, "config", None)))
+    return out
+
+
+@torch.no_grad()
+def greedy(model: Any, batch: dict[str, Any], steps: int, **options: Any) -> tuple[Tensor, Tensor]:
+    """Tokens [B, steps] and raw logits [B, steps, V] of stock greedy `generate`."""
+    out = model.generate(
+        **batch,
+        max_new_tokens=steps,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+    return out.sequences[:, batch["input_ids"].shape[1] :], torch.stack(out.logits, 1)
+
+
+def expected(
+    model: Any, name: str, rows: Sequence[int], row: int, cuts: Any, tokens: Tensor, **options: Any
+) -> Tensor:
+    """The oracle's logits [steps, V] for one row that generated `tokens`."""
+    single = families.inputs(name, rows=rows, only=row)
+    full = dense(model, single, tokens[:-1].tolist())
+    logits = pruned_logits(model, full, cuts, **options)
+    return logits[-len(tokens) :]
