@@ -2,14 +2,147 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-class Handle:  # replaced by the real one soon
-    pass
+from . import registry
+from .types import Method, Stage, check_keep
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .frame import Last
+    from .hooks import Session
+
+_KEY = "_vtprune"
+_STAGE_OPTIONS = ("per", "positions")
 
 
-def patch(model, method, *, keep=None, **options):
-    raise NotImplementedError
+class Handle:
+    """The patch of one model. A context manager: leaving the block removes it.
+
+    >>> with vtprune.patch(model, "divprune", keep=0.25) as handle:
+    ...     model.generate(**inputs)
+    ...     handle.last.units[0].idx
+    """
+
+    def __init__(self, model: nn.Module, session: Session) -> None:
+        self._model, self._session = model, session
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The stages in force."""
+        return list(self._session.stages)
+
+    @property
+    def last(self) -> Last | None:
+        """What the last prefill with visual tokens kept, of this thread if it ran one; None before the first."""
+        return self._session.local.last or self._session.latest
+
+    @property
+    def active(self) -> bool:
+        """True until removed."""
+        return self._model.__dict__.get(_KEY) is self
+
+    def remove(self) -> None:
+        """Leave the model as it was before `patch`; caches already produced stay valid. Safe to call twice."""
+        self._session.remove()
+        if self.active:
+            del self._model.__dict__[_KEY]
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        places = ", ".join(f"{s.method.name or type(s.method).__name__} at {s.where!r}" for s in self.stages)
+        return f"<vtprune.Handle of {type(self._model).__name__}: {places}{'' if self.active else ' (removed)'}>"
 
 
-def unpatch(model):
-    raise NotImplementedError
+def patch(
+    model: nn.Module,
+    method: str | Method | Stage | Sequence[Stage],
+    *,
+    keep: float | int | None = None,
+    add: bool = False,
+    **options: Any,
+) -> Handle:
+    """Prune the visual tokens of `model`, an unmodified Hugging Face VLM, from its next call on.
+
+    method: a name from `vtprune.methods()`, a `Method`, a `Stage`, or a list of `Stage`s.
+    keep: float in (0, 1] = share of a unit's visual tokens, int >= 1 = tokens per unit (more than there are keeps
+        all). 1.0 computes exactly what the unpatched model computes. Required with a name or a `Method`.
+    add: add the stages to those of an earlier patch of this model, instead of refusing to patch twice.
+    options: of the method (with a name), and `per` = "image" | "frame" | "sample", `positions` = "keep" | "compact".
+
+    Returns a `Handle`; `handle.remove()` or leaving a `with` block undoes everything.
+    Raises UnsupportedModel for a model that cannot be pruned exactly, ValueError or TypeError for bad options.
+
+    >>> handle = vtprune.patch(model, "divprune", keep=0.25)
+    >>> vtprune.patch(model, [Stage("llm", vtprune.create("divprune"), keep=0.5), Stage(8, vtprune.create("fastv"), keep=0.25)])
+    """
+    from torch import nn
+
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; pass the loaded Hugging Face model itself")
+    stages = _stages(method, keep, options)
+    before: Handle | None = model.__dict__.get(_KEY)
+    if before is not None and not add:
+        raise ValueError(
+            f"this model is already patched ({before!r}): call handle.remove() or vtprune.unpatch(model) first, or "
+            "pass add=True to add the stages"
+        )
+    from .hooks import Session
+
+    if before is not None:
+        stages = sorted([*before.stages, *stages], key=lambda s: s.where if isinstance(s.where, int) else -1)
+        before.remove()
+    try:
+        session = Session(model, stages)
+    except BaseException:
+        if before is not None:
+            before._session._install()
+            model.__dict__[_KEY] = before
+        raise
+    handle = model.__dict__[_KEY] = Handle(model, session)
+    return handle
+
+
+def unpatch(model: nn.Module) -> None:
+    """Remove the patch of `model`, if there is one."""
+    handle: Handle | None = model.__dict__.get(_KEY)
+    if handle is not None:
+        handle.remove()
+
+
+def _stages(method: Any, keep: float | int | None, options: dict[str, Any]) -> list[Stage]:
+    if isinstance(method, Stage) or (isinstance(method, Sequence) and not isinstance(method, str)):
+        stages = [method] if isinstance(method, Stage) else list(method)
+        if keep is not None or options:
+            given = ", ".join(["keep"] * (keep is not None) + list(options))
+            raise TypeError(f"{given} cannot be combined with stages: set them on each Stage")
+        for stage in stages:
+            if not isinstance(stage, Stage):
+                raise TypeError(f"{stage!r} is no Stage; a list must hold vtprune.Stage objects only")
+        if not stages:
+            raise ValueError("an empty list of stages prunes nothing; pass at least one Stage")
+        return stages
+    where = {k: options.pop(k) for k in _STAGE_OPTIONS if k in options}
+    if isinstance(method, str):
+        made = registry.create(method, **options)
+    elif isinstance(method, Method):
+        if options:
+            raise TypeError(f"{', '.join(options)}: a Method instance already carries its options")
+        made = method
+    else:
+        raise TypeError(
+            f"method={method!r}: pass a name ({', '.join(m.name for m in registry.methods())}), a Method, a Stage or a list of Stages"
+        )
+    if keep is None:
+        raise TypeError(f"{made.name}: keep is missing; use a float in (0, 1] (share) or an int >= 1 (tokens)")
+    check_keep(keep)
+    import dataclasses
+
+    return [dataclasses.replace(stage, **where) for stage in made.stages(keep)]

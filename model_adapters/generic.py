@@ -1,0 +1,276 @@
+"""The five public handles of a Hugging Face VLM, and the visual tokens of one call in units of images and videos."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtprune.types import Signal, Span, UnsupportedCall, UnsupportedModel
+
+from .layouts import spans_of
+
+MODALITIES = ("image", "video")
+# By model_type. "tested": in our conformance suite; "same shape": read in transformers' source, same call shape.
+TESTED = [
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "llava_next_video",
+    "video_llava",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_5",
+    "glm4v",
+    "internvl",
+    "smolvlm",
+    "idefics3",
+    "gemma3",
+    "paligemma",
+    "mistral3",
+]
+SAME_SHAPE = [
+    "aya_vision",
+    "cohere2_vision",
+    "got_ocr2",
+    "fast_vlm",
+    "lfm2_vl",
+    "ovis2",
+    "perception_lm",
+    "video_llama_3",
+    "vipllava",
+    "glm46v",
+    "qwen3_vl_moe",
+]
+REFUSED = {
+    "mllama": "its image tokens are not in the sequence (cross-attention)",
+    "florence2": "it is an encoder-decoder",
+    "blip-2": "its language model is a whole CausalLM or encoder-decoder",
+    "instructblip": "its language model is a whole CausalLM or encoder-decoder",
+    "gemma3n": "its per-layer inputs would have to be cut too",
+    "gemma4": "its per-layer inputs would have to be cut too",
+    "llama4": "its language model is a whole CausalLM",
+    "granite4_vision": "its deepstack layout differs",
+}
+# These build 4-D masks from the padding mask before they call the text model.
+MASKS_IN_BASE = ("gemma3", "paligemma")
+
+
+@dataclass
+class Unit:
+    """An image or a video of one row: where its n tokens stand, and what is known about them.
+
+    row: batch row. ranges: [(start, length)] in the row, in the unit's own order. spans: rasters inside the unit.
+    signals: tensors of first dimension n.
+    """
+
+    row: int
+    modality: str
+    ranges: list[tuple[int, int]]
+    spans: tuple[Span, ...] = ()
+    signals: dict[Signal, Tensor] = field(default_factory=dict)
+
+    @property
+    def n(self) -> int:
+        return sum(length for _, length in self.ranges)
+
+    @property
+    def grid(self) -> tuple[int, int, int] | None:
+        """(t, h, w) if the unit is one raster without separators."""
+        whole = len(self.spans) == 1 and not self.spans[0].newline and len(self.spans[0]) == self.n
+        return self.spans[0].grid if whole else None
+
+
+@dataclass
+class Features:
+    """One observed `get_{image,video}_features` call: sizes, spans and signals of every entry it returned."""
+
+    output: Any
+    sizes: list[int]
+    spans: list[tuple[Span, ...]]
+    signals: list[dict[Signal, Tensor]]
+
+
+class Adapter:
+    """Which module of `model` is what. Raises UnsupportedModel for a model that cannot be pruned exactly."""
+
+    def __init__(self, model: nn.Module) -> None:
+        config = getattr(model, "config", None)
+        self.model_type = getattr(config, "model_type", None) or type(model).__name__
+        families = ", ".join(TESTED)
+        if self.model_type in REFUSED:
+            raise UnsupportedModel(
+                f"{type(model).__name__} ({self.model_type}) cannot be pruned: {REFUSED[self.model_type]}; "
+                f"tested families: {families}"
+            )
+        if self.model_type not in TESTED + SAME_SHAPE:
+            raise UnsupportedModel(
+                f"{type(model).__name__} ({self.model_type}) is not a vision-language model vtprune knows; tested "
+                f"families: {families}; same call shape: {', '.join(SAME_SHAPE)}"
+            )
+        self.model = model
+        self.config = config
+        self.base: nn.Module = model.base_model  # type: ignore[assignment]
+        self.text: nn.Module = model.get_decoder()  # type: ignore[operator]
+        ids = {m: getattr(config, f"{m}_token_id", None) for m in MODALITIES}
+        self.token_ids: dict[str, int] = {m: i for m, i in ids.items() if isinstance(i, int)}
+        if not self.token_ids or not isinstance(getattr(self.text, "layers", None), nn.ModuleList):
+            raise UnsupportedModel(
+                f"{type(model).__name__}: no image token id or no list of decoder layers found; pass the "
+                "...ForConditionalGeneration model itself"
+            )
+        self._signatures: dict[type, inspect.Signature] = {}
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """Decoder layers of the text model."""
+        return self.text.layers  # type: ignore[return-value]
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Kind of each decoder layer, e.g. "full_attention"."""
+        config = self.config.get_text_config(decoder=True)  # type: ignore[union-attr]
+        return list(getattr(config, "layer_types", None) or ["full_attention"] * len(self.layers))
+
+    @property
+    def mrope(self) -> bool:
+        """True if position ids have several rows (time, height, width)."""
+        config = self.config.get_text_config(decoder=True)  # type: ignore[union-attr]
+        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        return "mrope_section" in rope or any("mrope_section" in v for v in rope.values() if isinstance(v, dict))
+
+    @property
+    def masks_in_base(self) -> bool:
+        """True if the text model receives 4-D masks that the base model built."""
+        return self.model_type in MASKS_IN_BASE
+
+    def attention(self) -> str:
+        """Attention implementation of the text model, e.g. "sdpa"."""
+        return self.config.get_text_config(decoder=True)._attn_implementation or "eager"  # type: ignore[union-attr]
+
+    def bind(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments of a forward call by name."""
+        if not args:
+            return kwargs
+        forward = type(module).forward
+        signature = self._signatures.get(type(module)) or inspect.signature(forward)
+        self._signatures[type(module)] = signature
+        names = [name for name in signature.parameters if name != "self"]
+        if len(args) > len(names):
+            raise UnsupportedCall(f"{type(module).__name__} got {len(args)} positional arguments; pass them by name")
+        return {**dict(zip(names, args)), **kwargs}
+
+    def visual_code(self, call: dict[str, Any]) -> Tensor | None:
+        """[B, L] int8 on the device: 1 text, 2 image, 3 video; None if the call names no tokens."""
+        ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+        if ids is None and embeds is None:
+            return None
+        code = torch.ones((ids if ids is not None else embeds[..., 0]).shape, dtype=torch.int8)  # type: ignore[index]
+        code = code.to((ids if ids is not None else embeds).device)  # type: ignore[union-attr]
+        for modality, token in self.token_ids.items():
+            if ids is not None:
+                hit = ids == token
+            else:
+                table = self.base.get_input_embeddings()  # type: ignore[operator]
+                hit = (embeds == table(torch.tensor(token, device=code.device))).all(-1)
+            code = code.masked_fill(hit, 2 + MODALITIES.index(modality))
+        return code
+
+    def features_given(self, call: dict[str, Any]) -> bool:
+        """True if this call carries pixels or encoded features (and not merely placeholder ids)."""
+        encoded = call.get("mm_encoder_outputs")
+        if isinstance(encoded, dict):
+            encoded = any(v is not None for v in encoded.values())
+        pixels = any(k.startswith("pixel_values") and v is not None for k, v in call.items())
+        return pixels or (encoded is not None and encoded is not False)
+
+    def observe(
+        self, modality: str, call: dict[str, Any], output: Any, signals: list[dict[Signal, Tensor]]
+    ) -> Features:
+        """What a feature call returned, entry by entry (an image, a tile or a video each)."""
+        pooled = getattr(output, "pooler_output", output)
+        sizes = [int(entry.reshape(-1, entry.shape[-1]).shape[0]) for entry in pooled]
+        pixels = call.get("pixel_values_videos")
+        if modality == "video" and torch.is_tensor(pixels) and pixels.dim() == 5:
+            frames = len(sizes) // pixels.shape[0]  # one entry per frame: join them to videos
+            sizes = [sum(sizes[i : i + frames]) for i in range(0, len(sizes), frames)]
+            parts = [signals[i : i + frames] for i in range(0, len(signals), frames)]
+            signals = [{k: torch.cat([p[k] for p in part]) for k in part[0]} for part in parts]
+        spans = spans_of(self.base, self.model_type, modality, call, sizes)
+        return Features(output, sizes, spans, signals or [{} for _ in sizes])
+
+    def units(self, code: Tensor, features: dict[str, Features | None]) -> list[Unit]:
+        """Images and videos of the batch, row by row. code: [B, L] int8 on the host (0 = padding)."""
+        found: list[Unit] = []
+        for modality in self.token_ids:
+            mark = 2 + MODALITIES.index(modality)
+            rows = [_runs(row == mark) for row in code]
+            if not any(rows):
+                continue
+            found += self._assign(modality, rows, features.get(modality))
+        return sorted(found, key=lambda u: (u.row, u.ranges[0][0]))
+
+    def _assign(self, modality: str, rows: Sequence[list[tuple[int, int]]], features: Features | None) -> list[Unit]:
+        """Hand out the entries of `features` over the runs of visual tokens of every row, in order."""
+        if features is None:
+            return [Unit(b, modality, [run]) for b, runs in enumerate(rows) for run in runs]
+        total = sum(length for runs in rows for _, length in runs)
+        captured = sum(features.sizes)
+        # Beams and num_return_sequences repeat rows after the tower ran.
+        repeat, rest = divmod(total, captured) if captured else (0, 1)
+        if rest or repeat < 1 or len(rows) % repeat:
+            raise UnsupportedCall(
+                f"this call holds {total} {modality} tokens but the encoder returned {captured}: chunked prefill "
+                "shows a method only part of an image; set prefill_chunk_size=None"
+            )
+        units: list[Unit] = []
+        entry = 0
+        for group in range(0, len(rows), repeat):
+            first = entry
+            for b in range(group, group + repeat):
+                entry = first
+                left = list(rows[b])
+                while left:
+                    taken = _take(left, features.sizes[entry])
+                    if taken:
+                        unit = Unit(b, modality, taken, features.spans[entry], dict(features.signals[entry]))
+                        units.append(unit)
+                    entry += 1
+        return units if self.model_type not in ("smolvlm", "idefics3") else _split_runs(units)
+
+
+def _take(runs: list[tuple[int, int]], size: int) -> list[tuple[int, int]]:
+    """Remove the first `size` positions from a list of (start, length) runs and return them."""
+    taken = []
+    while size:
+        start, length = runs.pop(0)
+        take = min(length, size)
+        taken.append((start, take))
+        size -= take
+        if take < length:
+            runs.insert(0, (start + take, length - take))
+    return taken
+
+
+def _split_runs(units: list[Unit]) -> list[Unit]:
+    """One unit per run: where text stands between tiles, each tile is pruned by itself."""
+    out: list[Unit] = []
+    for u in units:
+        start = 0
+        for run in u.ranges:
+            signals = {k: v[start : start + run[1]] for k, v in u.signals.items()}
+            spans = tuple(Span(0, s.grid) for s in u.spans if s.start == start and len(s) == run[1])
+            out.append(Unit(u.row, u.modality, [run], spans, signals))
+            start += run[1]
+    return out
+
+
+def _runs(hit: Tensor) -> list[tuple[int, int]]:
+    """(start, length) of every run of True in a host vector."""
+    edges = torch.diff(torch.nn.functional.pad(hit.to(torch.int8), (1, 1))).nonzero().flatten().tolist()
+    return [(a, b - a) for a, b in zip(edges[::2], edges[1::2])]

@@ -1,0 +1,109 @@
+"""Where the rasters lie inside the visual tokens of an image or a video, family by family."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from math import isqrt
+from typing import Any
+
+import torch
+from torch import nn
+
+from vtprune.types import Span
+
+
+def spans_of(
+    base: nn.Module, model_type: str, modality: str, call: dict[str, Any], sizes: Sequence[int]
+) -> list[tuple[Span, ...]]:
+    """Spans of every entry of a feature call; an empty tuple where the raster is unknown.
+
+    call: bound arguments of the feature call; sizes: tokens per entry.
+    """
+    grid = call.get("image_grid_thw") if modality == "image" else call.get("video_grid_thw")
+    if grid is not None and len(grid) == len(sizes):
+        return [_grid(base, thw, n) for thw, n in zip(grid.tolist(), sizes)]
+    if modality == "video":
+        pixels = call.get("pixel_values_videos")
+        frames = pixels.shape[1] if torch.is_tensor(pixels) and pixels.dim() == 5 else 0
+        return [_frames(n, frames) for n in sizes]
+    image_sizes = call.get("image_sizes")
+    if hasattr(base, "pack_image_features") and image_sizes is not None:
+        return [_mosaic(base, n, s) for n, s in zip(sizes, _sizes(image_sizes))]
+    if model_type == "mistral3" and image_sizes is not None:
+        cell = base.config.vision_config.patch_size * base.config.spatial_merge_size  # type: ignore[union-attr]
+        return [_checked((1, h // cell, w // cell), n) for (h, w), n in zip(_sizes(image_sizes), sizes)]
+    if model_type in ("smolvlm", "idefics3"):
+        config = base.config  # type: ignore[assignment]
+        side = config.vision_config.image_size // config.vision_config.patch_size // config.scale_factor  # type: ignore[union-attr]
+        return [tuple(Span(i, (1, side, side)) for i in range(0, n, side * side)) for n in sizes]
+    return [_square(n) for n in sizes]
+
+
+def _sizes(image_sizes: Any) -> list[tuple[int, int]]:
+    return [(int(h), int(w)) for h, w in torch.as_tensor(image_sizes).tolist()]
+
+
+def _checked(grid: tuple[int, int, int], n: int) -> tuple[Span, ...]:
+    return (Span(0, grid),) if grid[0] * grid[1] * grid[2] == n else ()
+
+
+def _square(n: int) -> tuple[Span, ...]:
+    side = isqrt(n)
+    return (Span(0, (1, side, side)),) if side * side == n else ()
+
+
+def _grid(base: nn.Module, thw: Sequence[int], n: int) -> tuple[Span, ...]:
+    """Patch grids (t, h, w) of the Qwen kind; the tower merges m x m patches into a token."""
+    t, h, w = (int(v) for v in thw)
+    merge = isqrt(t * h * w // n) if n else 1
+    return _checked((t, h // merge, w // merge), n)
+
+
+def _frames(n: int, frames: int) -> tuple[Span, ...]:
+    """Equal square frames; a class token before each frame or one newline at the very end may stand beside them."""
+    if not frames:
+        return ()
+    each, rest = divmod(n, frames)
+    side = isqrt(each)
+    if side * side == each and rest <= 1:
+        return (Span(0, (frames, side, side)),)
+    side = isqrt(each - 1) if each else 0
+    if side and side * side == each - 1 and rest == 0:
+        return tuple(Span(i * each + 1, (1, side, side)) for i in range(frames))
+    return ()
+
+
+def _mosaic(base: Any, n: int, size: tuple[int, int]) -> tuple[Span, ...]:
+    """Any-resolution images: the overview, then a mosaic whose rows end with a newline token.
+
+    The model's own packing tells where the newlines fall: it packs zeros and gets newlines of one.
+    """
+    vision = base.config.vision_config
+    side = vision.image_size // vision.patch_size
+    if n == side * side + 1:  # overview and one newline
+        return (Span(0, (1, side, side)),)
+    tiles = _tile_count(base, size)
+    packing = {"vision_feature_select_strategy": "default", "image_newline": torch.ones(1)}
+    known = inspect.signature(base.pack_image_features).parameters
+    flat, _ = base.pack_image_features(
+        [torch.zeros(tiles + 1, side * side, 1)],
+        torch.tensor([size]),
+        **{name: value for name, value in packing.items() if name in known},
+    )
+    marks = flat[0][:, 0].nonzero().flatten().tolist()
+    start = side * side
+    if flat[0].shape[0] != n or not marks:
+        return _square(n)
+    width = marks[0] - start
+    height = (n - start) // (width + 1)
+    return (Span(0, (1, side, side)), Span(start, (1, height, width), newline=True))
+
+
+def _tile_count(base: Any, size: tuple[int, int]) -> int:
+    """Tiles beside the overview: those of the grid that transformers picks for this size."""
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+    config = base.config
+    rows, cols = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
+    return int(rows * cols)

@@ -1,0 +1,199 @@
+"""Cache layers that store fewer tokens than they answer for.
+
+After a pruned prefill each layer of the cache is replaced by a copy of itself whose class also inherits `Pruned`:
+storage is physical (what was kept), every answer about length is logical (what the caller fed). That one trick keeps
+`generate`, several turns, beams and manual loops right, because all of them ask the cache where they are.
+"""
+
+from __future__ import annotations
+
+import threading
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .compact import hidden_like, hide
+from .types import UnsupportedCall
+
+_inside = threading.local()
+
+
+def enter() -> None:
+    """A patched model is running in this thread: ragged pruned layers may be extended."""
+    _inside.on = True
+
+
+def leave() -> None:
+    """The patched model has returned."""
+    _inside.on = False
+
+
+class Pruned:
+    """Mixed into a cache layer.
+
+    dropped: tokens the layer answers for but does not store (the same number for every row).
+    prefix: stored tokens at the last pruning; what is stored behind them was appended since, nothing dropped.
+    valid: [B, prefix] bool, False where a row stores padding; None if every stored prefix token is real.
+    remask: the mask the caller keeps has other zeros in the prefix than what is stored there.
+    shift: [B] int64, how much lower than the logical position a new token's position id is (positions="compact").
+    """
+
+    dropped: int
+    prefix: int
+    valid: Tensor | None
+    remask: bool
+    shift: Tensor | None
+
+    def get_seq_length(self) -> Any:
+        """Tokens fed so far, dropped ones included."""
+        return super().get_seq_length() + self.dropped  # type: ignore[misc]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Stored width, and the offset at which it starts among all tokens fed."""
+        length, offset = super().get_mask_sizes(query_length)  # type: ignore[misc]
+        return (length - self.dropped if _counts_logically(type(self)) else length), offset + self.dropped
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As the base class; refuses to continue where only a patched model can mask or place the new tokens."""
+        if (self.valid is not None or self.shift is not None) and not getattr(_inside, "on", False):
+            raise UnsupportedCall(
+                "this cache was filled by a patched model and its rows kept different numbers of tokens (or compact "
+                "positions), so an unpatched model would mask it wrongly: continue with the patched model, or start "
+                "a new cache"
+            )
+        return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
+
+    def reset(self) -> None:
+        """Empty: nothing is stored, nothing dropped."""
+        self.dropped, self.prefix, self.valid, self.remask, self.shift = 0, 0, None, False, None
+        super().reset()  # type: ignore[misc]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select(lambda t: t.repeat_interleave(repeats, dim=0))
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select(lambda t: t[indices])
+        super().batch_select_indices(indices)  # type: ignore[misc]
+
+    def _select(self, rows: Any) -> None:
+        self.valid = None if self.valid is None else rows(self.valid)
+        self.shift = None if self.shift is None else rows(self.shift)
+
+    def __reduce__(self) -> Any:
+        return _rebuild, (type(self).__mro__[2], self.__dict__)
+
+
+def _counts_logically(cls: type) -> bool:
+    """True if the layer's own `get_mask_sizes` is built on `get_seq_length`, which `Pruned` overrides."""
+    from transformers.cache_utils import DynamicLayer
+
+    return cls.__mro__[2].get_mask_sizes is DynamicLayer.get_mask_sizes  # type: ignore[attr-defined]
+
+
+@lru_cache
+def _pruned_class(base: type) -> type:
+    # `_layer_type` would register the class as transformers' default for its kind of layer.
+    return type(f"Pruned{base.__name__}", (Pruned, base), {"_layer_type": None})
+
+
+def _rebuild(base: type, state: dict[str, Any]) -> Any:
+    layer = object.__new__(_pruned_class(base))
+    layer.__dict__.update(state)
+    return layer
+
+
+def state(cache: Any, i: int) -> Pruned | None:
+    """The pruned layer i of a cache, or None."""
+    layers = getattr(cache, "layers", ())
+    layer = layers[i] if i < len(layers) else None
+    return layer if isinstance(layer, Pruned) else None
+
+
+def reference_layer(cache: Any) -> int:
+    """The layer that transformers sizes full-attention masks by: the first that is neither sliding nor linear."""
+    for i, layer in enumerate(getattr(cache, "layers", ())):
+        if hasattr(layer, "keys") and not getattr(layer, "is_sliding", False):
+            return i
+    return 0
+
+
+def shrink(
+    cache: Any,
+    i: int,
+    *,
+    past: int,
+    fed: int,
+    ran: int,
+    valid: Tensor | None,
+    remask: bool,
+    shift: Tensor | None,
+) -> None:
+    """Tell layer i that this call fed it `fed` tokens of which it stored `ran`.
+
+    past: logical length before the call. valid: [B, ran] of the new tokens, or None. remask: see `Pruned`.
+    """
+    layer = cache.layers[i]
+    if not hasattr(layer, "get_mask_sizes") or getattr(layer, "keys", None) is None:
+        return  # linear-attention state has no tokens
+    was = state(cache, i)
+    before = past - (was.dropped if was else 0)
+    old = was.valid if was else None
+    if old is not None or valid is not None:
+        batch = (valid if valid is not None else old).shape[0]  # type: ignore[union-attr]
+        device = layer.keys.device
+        ones = torch.ones(batch, before + ran, dtype=torch.bool, device=device)
+        if old is not None:
+            ones[:, : old.shape[1]] = old
+        if valid is not None:
+            ones[:, before:] = valid.to(device)
+        valid = ones
+    new = layer if was else _rebuild(type(layer), layer.__dict__)
+    new.dropped = (was.dropped if was else 0) + fed - ran
+    new.prefix, new.valid = before + ran, valid
+    new.remask = remask or valid is not None or (was.remask if was else False)
+    new.shift = shift
+    cache.layers[i] = new
+
+
+def past_mask_2d(mask: Tensor, layer: Pruned) -> Tensor:
+    """A logical padding mask [B, K] in the coordinates of the stored tokens: column j + dropped is stored token j."""
+    if not layer.remask:
+        return mask
+    end = layer.dropped + layer.prefix
+    head = mask.new_ones(mask.shape[0], end)
+    if layer.valid is not None:
+        head[:, layer.dropped :] = layer.valid.to(mask.dtype)
+    return torch.cat([head, mask[:, end:]], dim=1)
+
+
+def past_mask(mask: Tensor, layer: Pruned, reference: Pruned | None) -> Tensor:
+    """A mask sized by the reference layer, for another layer that stores fewer (or other) tokens.
+
+    mask: [B, K] or [B, 1, Q, K]. Static caches keep their width: what is shifted out on the left comes in as room
+    on the right.
+    """
+    shift = layer.dropped - (reference.dropped if reference else 0)
+    width = mask.shape[-1]
+    if shift:
+        mask = mask[..., shift:]
+    if layer.remask:
+        open_ = mask.new_ones if mask.dtype == torch.bool or mask.dim() == 2 else mask.new_zeros
+        head = open_((*mask.shape[:-1], layer.prefix))
+        if layer.valid is not None:
+            head = hide(head, layer.valid)
+        mask = torch.cat([head, mask[..., layer.prefix :]], dim=-1)
+    if shift and is_static(layer):
+        mask = torch.cat([mask, hidden_like(mask, (*mask.shape[:-1], width - mask.shape[-1]))], dim=-1)
+    return mask
+
+
+def is_static(layer: Any) -> bool:
+    """True for layers with preallocated storage."""
+    return bool(getattr(layer, "is_compileable", False))

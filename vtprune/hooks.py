@@ -1,0 +1,386 @@
+"""The seam: hooks on one model instance that cut tokens before or inside the LLM, and undo every trace.
+
+Order in one forward pass: base-pre (is there something to prune?) -> the vision encoder with its taps -> text-pre
+(stage "llm") -> layer-pre (stages at layers) -> text-post (cache and output lengths) -> base-post (always: clean up).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import cache as kv
+from .compact import causal_mask, hide
+from .frame import Frame, Last
+from .model_adapters.generic import MODALITIES, Adapter, Features
+from .types import Stage, UnsupportedCall, UnsupportedModel
+
+
+class Local(threading.local):
+    """Per-thread state of one patched model; a copy or an unpickled one starts empty."""
+
+    def __init__(self) -> None:
+        self.frame: Frame | None = None
+        self.features: dict[str, Features | None] = {}
+        self.observing = False
+        self.last: Last | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Local:
+        return Local()
+
+    def __reduce__(self) -> Any:
+        return Local, ()
+
+
+class Observer:
+    """Stands in for `base.get_image_features` on the instance and notes sizes, grids and signals of what it returns."""
+
+    def __init__(self, session: Session, modality: str, tower: Any) -> None:
+        self.session, self.modality, self.tower = session, modality, tower
+        self.__name__ = f"get_{modality}_features"
+
+    @property
+    def __signature__(self) -> Any:  # generate() reads the parameters to decide what to pass
+        import inspect
+
+        return inspect.signature(self._original)
+
+    @property
+    def _original(self) -> Callable[..., Any]:
+        base = self.session.adapter.base
+        return partial(getattr(type(base), self.__name__), base)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        local = self.session.local
+        if local.observing:  # video features may be computed through the image path
+            return self._original(*args, **kwargs)
+        local.observing = True
+        try:
+            if self.tower:
+                self.tower.start()
+            output = self._original(*args, **kwargs)
+            call = self.__signature__.bind(*args, **kwargs).arguments
+            call = {**call, **call.pop("kwargs", {})}
+            signals = self.tower.finish(call, output) if self.tower else []
+            local.features[self.modality] = self.session.adapter.observe(self.modality, call, output, signals)
+        finally:
+            local.observing = False
+        return output
+
+
+class Session:
+    """Everything that is installed on one model. `remove()` takes it off."""
+
+    def __init__(self, model: nn.Module, stages: list[Stage]) -> None:
+        self.adapter = Adapter(model)
+        self.stages = stages
+        self.local = Local()
+        self.latest: Last | None = None
+        self._undo: list[Callable[[], None]] = []
+        self._check()
+        try:
+            self._install()
+        except BaseException:
+            self.remove()
+            raise
+
+    @property
+    def first_layer(self) -> int:
+        """The first decoder layer with a stage, or the number of layers."""
+        return min((s.where for s in self.stages if isinstance(s.where, int)), default=len(self.adapter.layers))
+
+    def _check(self) -> None:
+        """Refuse stages this model cannot hold, by name."""
+        depth, kinds = len(self.adapter.layers), set(self.adapter.layer_types)
+        for stage in self.stages:
+            name = stage.method.name or type(stage.method).__name__
+            if isinstance(stage.where, tuple):
+                raise UnsupportedModel(f"stage {stage.where!r}: stages inside the vision tower are not built yet")
+            if isinstance(stage.where, str) and stage.where != "llm":
+                raise ValueError(f"where={stage.where!r}: choose 'llm' or a decoder layer 0..{depth - 1}")
+            if isinstance(stage.where, int):
+                if not 0 <= stage.where < depth:
+                    raise ValueError(f"{name} at layer {stage.where}: the model has layers 0..{depth - 1}")
+                if kinds != {"full_attention"}:
+                    raise UnsupportedModel(
+                        f"{name} at layer {stage.where}: {self.adapter.model_type} has layers of kinds {sorted(kinds)}; "
+                        "stages inside the LLM need full attention throughout; use a method that acts before the LLM"
+                    )
+                deep = getattr(getattr(self.adapter.config, "vision_config", None), "deepstack_visual_indexes", None)
+                if deep is not None and stage.where < len(deep):
+                    raise UnsupportedModel(
+                        f"{name} at layer {stage.where}: {self.adapter.model_type} adds visual features after its first "
+                        f"{len(deep)} layers; use layer {len(deep)} or later"
+                    )
+                if stage.positions == "compact":
+                    raise UnsupportedModel(f"{name}: positions='compact' works before the LLM only; use 'keep'")
+            elif stage.positions == "compact" and self.adapter.mrope:
+                raise UnsupportedModel(
+                    f"{name}: positions='compact' is undefined for M-RoPE position ids ({self.adapter.model_type}); use 'keep'"
+                )
+        inner = [s.where for s in self.stages if isinstance(s.where, int)]
+        if inner != sorted(inner):
+            raise ValueError(f"stages at layers {inner} must stand in increasing order")
+
+    # -- installing and removing ------------------------------------------------------------------------------------
+
+    def _install(self) -> None:
+        a = self.adapter
+        before = a.base.register_forward_pre_hook
+        self._undo.append(before(self._base_pre, with_kwargs=True).remove)
+        self._undo.append(a.base.register_forward_hook(self._base_post, always_call=True).remove)
+        self._undo.append(a.text.register_forward_pre_hook(self._text_pre, with_kwargs=True).remove)
+        self._undo.append(a.text.register_forward_hook(self._text_post, with_kwargs=True).remove)
+        first = 0 if "flash" in a.attention() else self.first_layer
+        for i in range(first, len(a.layers)):
+            hook = partial(self._layer_pre, i)
+            self._undo.append(a.layers[i].register_forward_pre_hook(hook, with_kwargs=True).remove)
+        self._tap_layers()
+        self._observe_towers()
+
+    def _tap_layers(self) -> None:
+        from .tap import attach
+
+        for stage in self.stages:
+            for need in stage.method.needs if isinstance(stage.where, int) else ():
+                layer = stage.where + need.layer  # type: ignore[operator]
+                if layer < 0:
+                    raise ValueError(
+                        f"{stage.method.name} at layer {stage.where} reads layer {layer}: use layer {-need.layer} or later"
+                    )
+                attention = attention_of(self.adapter.layers[layer])
+                self._undo.append(attach(attention, partial(self._row_sink, layer)))
+
+    def _observe_towers(self) -> None:
+        base = self.adapter.base
+        needs = {n for s in self.stages if s.where == "llm" for n in s.method.needs}
+        for modality in MODALITIES:
+            name = f"get_{modality}_features"
+            if modality not in self.adapter.token_ids or not hasattr(type(base), name):
+                continue
+            tower = None
+            if needs:
+                from .model_adapters.towers import TowerSignals
+
+                tower = TowerSignals(base, modality, needs)
+                self._undo += tower.install()
+            base.__dict__[name] = Observer(self, modality, tower)
+            self._undo.append(partial(base.__dict__.pop, name, None))
+
+    def remove(self) -> None:
+        """Undo everything; safe to call twice."""
+        while self._undo:
+            self._undo.pop()()
+
+    # -- hooks ------------------------------------------------------------------------------------------------------
+
+    def _base_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = self.adapter.bind(module, args, kwargs)
+        ids = call.get("input_ids")
+        tokens = ids if ids is not None else call.get("inputs_embeds")
+        if tokens is not None and tokens.shape[1] > 1:  # decode steps leave here: nothing to prune
+            self._refuse(call)
+            code = self.adapter.visual_code(call) if self.adapter.features_given(call) else None
+            if code is not None:
+                if any(k.startswith("pixel_values") and v is not None for k, v in call.items()):
+                    self.local.features = {}
+                self.local.frame = Frame(self.adapter, self.stages, code)
+        if self.adapter.masks_in_base:
+            call = self._past_mask_2d(call, call.get("past_key_values"))
+        return None if call is kwargs else ((), call)
+
+    def _base_post(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.local.frame = None
+        kv.leave()
+
+    def _text_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = self.adapter.bind(module, args, kwargs)
+        cache = call.get("past_key_values")
+        layer = kv.state(cache, kv.reference_layer(cache)) if cache is not None else None
+        if layer is not None:
+            if layer.valid is not None or layer.shift is not None:
+                kv.enter()
+            if not self.adapter.masks_in_base:
+                call = self._past_mask_2d(call, cache)
+            if layer.shift is not None:
+                call = self._shift_positions(call, layer)
+        frame = self.local.frame
+        if frame is not None and call.get("inputs_embeds") is not None:
+            frame.open(call, self.local.features)
+            self._check_frame()
+            if frame.run_stages("llm", call["inputs_embeds"]):
+                kv.enter()
+                call = self._cut_text_call(frame, call)
+        return None if call is kwargs else ((), call)
+
+    def _text_post(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        frame = self.local.frame
+        if frame is None or not frame.opened:
+            return None
+        if frame.compaction is not None:
+            cache = getattr(output, "past_key_values", None)
+            cache = cache if cache is not None else frame.cache
+            if cache is not None:
+                frame.shrink_cache(cache)
+            hidden = frame.compaction.restore(output[0])
+            if isinstance(output, tuple):
+                output = (hidden, *output[1:])
+            else:
+                output.last_hidden_state = hidden
+        self.local.last = self.latest = frame.report()
+        return output
+
+    def _layer_pre(self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = self.adapter.bind(module, args, kwargs)
+        frame = self.local.frame if self.local.frame is not None and self.local.frame.opened else None
+        cache = call.get("past_key_values")
+        reference = kv.reference_layer(cache) if cache is not None else 0
+        layer = kv.state(cache, i) if cache is not None and i != reference else None
+        changed = dict(call)
+        if layer is not None:
+            if layer.valid is not None:
+                kv.enter()
+            self._past_mask_layer(changed, layer, kv.state(cache, reference))
+        if frame is not None:
+            changed["hidden_states"] = frame.run_layer(i, call["hidden_states"])
+            frame.cut_layer_call(i, changed)
+        if "flash" in self.adapter.attention():
+            # Flash attention takes gaps in position ids for packed sequences; rotary embeddings are already made.
+            width = changed["hidden_states"].shape[1]
+            if torch.is_tensor(changed.get("position_ids")):
+                changed["position_ids"] = torch.arange(width, device=changed["position_ids"].device)[None]
+        return ((), changed)
+
+    def _row_sink(
+        self,
+        layer: int,
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+    ) -> None:
+        frame = self.local.frame
+        if frame is not None and frame.opened and q.shape[2] > 1:
+            frame.read_last_row(layer, q, k, mask, scaling)
+
+    # -- what the hooks do ------------------------------------------------------------------------------------------
+
+    def _refuse(self, call: dict[str, Any]) -> None:
+        """Calls that cannot be pruned right."""
+        from transformers.cache_utils import Cache, EncoderDecoderCache
+
+        cache = call.get("past_key_values")
+        if "paged" in self.adapter.attention() or (cache is not None and not isinstance(cache, Cache)):
+            raise UnsupportedCall(
+                f"paged caches and continuous batching ({type(cache).__name__}) cannot hold pruned prompts: use "
+                "model.generate with its own cache, or handle.remove() first"
+            )
+        if isinstance(cache, EncoderDecoderCache):
+            raise UnsupportedCall("an encoder-decoder cache cannot hold pruned prompts; use a DynamicCache")
+        if cache is not None and self.adapter.features_given(call):
+            mixed = [x for x in cache.layers if kv.is_static(x) and getattr(x, "is_sliding", False)]
+            if mixed:
+                raise UnsupportedCall(
+                    "a static cache with sliding-window layers cannot hold pruned prompts; drop "
+                    "cache_implementation='static' (a DynamicCache works)"
+                )
+
+    def _check_frame(self) -> None:
+        frame, text = self.local.frame, self.adapter.text
+        assert frame is not None
+        if self.first_layer < len(self.adapter.layers) and text.training and text.gradient_checkpointing:
+            raise UnsupportedCall(
+                "gradient checkpointing re-runs decoder layers, which a stage inside the LLM cannot follow: use stages "
+                "before the LLM, or model.gradient_checkpointing_disable()"
+            )
+        wanted = {n for s in self.stages if s.where == "llm" for n in s.method.needs}
+        missing = [m for m in frame.modalities() if self.local.features.get(m) is None]
+        if wanted and missing:
+            kinds = ", ".join(sorted(f"{n.kind!r} of tower layer {n.layer}" for n in wanted))
+            raise UnsupportedCall(
+                f"the method needs {kinds}, but the {missing[0]} features came pre-encoded from elsewhere: pass "
+                "pixel_values, or encode through the patched model's own get_image_features"
+            )
+
+    def _past_mask_2d(self, call: dict[str, Any], cache: Any) -> dict[str, Any]:
+        """Bring a mask over the past into the coordinates of what the cache stores."""
+        layer = kv.state(cache, kv.reference_layer(cache)) if cache is not None else None
+        mask = call.get("attention_mask")
+        if layer is None or not layer.remask:
+            return call
+        if mask is None:
+            if layer.valid is None:
+                return call
+            tokens = call.get("inputs_embeds")
+            tokens = tokens if tokens is not None else call["input_ids"]
+            total = int(layer.get_seq_length()) + tokens.shape[1]
+            mask = torch.ones(tokens.shape[0], total, dtype=torch.long, device=tokens.device)
+        if isinstance(mask, dict):
+            new: Any = {k: self._past_mask_any(m, layer) for k, m in mask.items()}
+        else:
+            new = self._past_mask_any(mask, layer)
+        return {**call, "attention_mask": new}
+
+    def _past_mask_any(self, mask: Any, layer: kv.Pruned) -> Any:
+        if mask is None:
+            return None
+        if not torch.is_tensor(mask):
+            raise UnsupportedCall(f"masks of type {type(mask).__name__} are not supported; use sdpa, eager or flash")
+        return kv.past_mask_2d(mask, layer) if mask.dim() == 2 else kv.past_mask(mask, layer, layer)
+
+    def _past_mask_layer(self, call: dict[str, Any], layer: kv.Pruned, reference: kv.Pruned | None) -> None:
+        """Give one layer the mask over its own past, in place of the one sized by the reference layer."""
+        mask = call.get("attention_mask")
+        if mask is not None:
+            call["attention_mask"] = kv.past_mask(mask, layer, reference)
+        elif layer.valid is not None:
+            hidden = call["hidden_states"]
+            stored = int(layer.get_seq_length()) - layer.dropped
+            valid = hidden.new_ones(hidden.shape[0], stored + hidden.shape[1], dtype=torch.bool)
+            valid[:, : layer.prefix] = layer.valid
+            dtype = hidden.dtype if self.adapter.attention() == "eager" else None
+            call["attention_mask"] = causal_mask(valid, hidden.shape[1], dtype)
+
+    def _shift_positions(self, call: dict[str, Any], layer: kv.Pruned) -> dict[str, Any]:
+        """positions="compact": a new token's id is its logical position less what its row dropped."""
+        ids, embeds = call.get("position_ids"), call["inputs_embeds"]
+        if ids is None:
+            ids = torch.arange(embeds.shape[1], device=embeds.device)[None] + layer.get_seq_length()
+        assert layer.shift is not None
+        return {**call, "position_ids": ids - layer.shift.to(ids.device)[:, None]}
+
+    def _cut_text_call(self, frame: Frame, call: dict[str, Any]) -> dict[str, Any]:
+        """Every sequence-length argument of the text model, cut."""
+        c = frame.compaction
+        assert c is not None
+        new = dict(call)
+        new["inputs_embeds"] = c.cut(frame.hidden, 1)
+        new["position_ids"] = frame.positions(call)
+        mask = call.get("attention_mask")
+        if isinstance(mask, dict):
+            new["attention_mask"] = {k: frame.cut_mask(m) for k, m in mask.items()}
+        else:
+            new["attention_mask"] = frame.cut_mask(mask)
+            if new["attention_mask"] is None:
+                # Without a mask transformers takes gaps in the position ids for packed sequences.
+                real = torch.ones(c.index.shape, dtype=torch.long, device=c.index.device)
+                past = real.new_ones(real.shape[0], frame.past)
+                new["attention_mask"] = torch.cat([past, real if c.valid is None else hide(real, c.valid)], dim=1)
+        frame.cut_deepstack(new)
+        frame.cut_rest(new)
+        return new
+
+
+def attention_of(layer: nn.Module) -> nn.Module:
+    """The self-attention module of a decoder layer."""
+    for name in ("self_attn", "attention", "attn"):
+        if hasattr(layer, name):
+            return getattr(layer, name)
+    raise UnsupportedModel(f"{type(layer).__name__} has no self-attention module to read signals from")
