@@ -20,9 +20,7 @@ def attention_rows(q_rows: Tensor, k: Tensor, mask: Tensor | None, scaling: floa
     """
     heads, groups = q_rows.shape[1], k.shape[1]
     if heads % groups:
-        raise ValueError(
-            f"{heads} query heads cannot share {groups} key heads: pass keys whose head count divides it"
-        )
+        raise ValueError(f"{heads} query heads cannot share {groups} key heads: pass keys whose head count divides it")
     # Heads of one group are stacked along the rows: the keys are read once and never repeated.
     stacked = q_rows.float().reshape(q_rows.shape[0], groups, -1, q_rows.shape[-1])
     scores = (stacked @ k.float().transpose(-1, -2)).reshape(*q_rows.shape[:3], k.shape[2]) * scaling
@@ -37,9 +35,7 @@ def attention_rows(q_rows: Tensor, k: Tensor, mask: Tensor | None, scaling: floa
     return scores.masked_fill(blocked, lowest).softmax(-1).masked_fill(blocked, 0.0)
 
 
-def attention_received(
-    q: Tensor, k: Tensor, mask: Tensor | None, scaling: float, block: int | None = None
-) -> Tensor:
+def attention_received(q: Tensor, k: Tensor, mask: Tensor | None, scaling: float, block: int | None = None) -> Tensor:
     """Mean attention weight each key receives, over all heads and queries.
 
     q [B, H, M, d], k [B, G, N, d], mask as in `attention_rows` with M query rows (or one for all of them).

@@ -17,6 +17,6 @@ def check_finite(tensors: Sequence[Tensor], what: str = "features") -> None:
         if bad.any():
             where = bad.nonzero()[0].tolist()
             raise ValueError(
-                f"{what} of unit {unit} hold {int(bad.sum())} NaN or Inf (the first at {where}): scores would be "
-                "meaningless; check the pixels, or use bfloat16 or float32 if the tower overflows in float16"
+                f"{what} of unit {unit} hold {int(bad.sum())} NaN or Inf (the first at {where}): scores "
+                "would be meaningless; check the pixels, or use bfloat16 if the tower overflows in float16"
             )

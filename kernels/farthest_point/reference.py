@@ -80,13 +80,9 @@ def _check(
         )
     for i, (unit, budget) in enumerate(zip(features, budgets)):
         if unit.dim() != 2 or not unit.is_floating_point():
-            raise ValueError(
-                f"features[{i}] is {unit.dtype} {tuple(unit.shape)}: expected a float tensor [N, D]"
-            )
+            raise ValueError(f"features[{i}] is {unit.dtype} {tuple(unit.shape)}: expected a float tensor [N, D]")
         if not 1 <= budget <= unit.shape[0]:
-            raise ValueError(
-                f"budgets[{i}]={budget}: choose 1..{unit.shape[0]}, the number of rows of features[{i}]"
-            )
+            raise ValueError(f"budgets[{i}]={budget}: choose 1..{unit.shape[0]}, the number of rows of features[{i}]")
         start = 0 if first is None else first[i]
         if isinstance(start, int) and not 0 <= start < unit.shape[0]:
             raise ValueError(f"first[{i}]={start}: choose 0..{unit.shape[0] - 1}")
@@ -114,9 +110,7 @@ def _groups(members: list[int], sizes: list[int]) -> list[list[int]]:
     return groups
 
 
-def _with_gram(
-    rows: Sequence[Tensor], budget: int, objective: Objective, starts: Sequence[Tensor | None]
-) -> Tensor:
+def _with_gram(rows: Sequence[Tensor], budget: int, objective: Objective, starts: Sequence[Tensor | None]) -> Tensor:
     """[B, budget] picks; the tail of a problem with fewer rows than that is meaningless."""
     width = max(r.shape[0] for r in rows)
     gram = rows[0].new_empty(len(rows), width, width)
@@ -172,9 +166,7 @@ def _without_gram(rows: Tensor, budget: int, objective: Objective, start: Tensor
     combine = torch.maximum if objective == "maxmin" else torch.add
     picks = torch.empty(budget, 1, dtype=torch.int64, device=rows.device)
     picks[0] = _most_isolated(rows) if start is None else start
-    running = (
-        rows.new_zeros(rows.shape[0]) if objective == "maxsum" else rows.new_full(rows.shape[:1], -torch.inf)
-    )
+    running = rows.new_full(rows.shape[:1], -torch.inf if objective == "maxmin" else 0.0)
     for step in range(1, budget):
         row = torch.mv(rows, rows.index_select(0, picks[step - 1])[0])
         combine(running, row, out=running)
