@@ -1,0 +1,212 @@
+"""Fast CPU forward of the tiny LLaVA for training: the stock parameters, packed questions, blocked attention.
+
+One image prefix (`<s>` and 256 visual tokens) is followed by all its questions. Every question restarts at
+position 257 and sees only the prefix and itself, which gives the logits of asking it alone. Flash attention on
+CPU takes two thirds of a training step at this size; plain matmul, softmax, matmul on a few images at a time
+stays in cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vtprune.evals.tiny.model import BOS, tower
+
+PREFIX = 257
+CHUNK = 4  # images whose attention scores fit the cache together
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2).contiguous()
+
+
+def _rows(q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
+    """(query rows, key columns): all at once, or the prefix among itself and the questions over all."""
+    queries, keys = q.shape[1], k.shape[1]
+    if keys == PREFIX or queries < keys:
+        return [(slice(0, queries), slice(0, keys))]
+    return [(slice(0, PREFIX), slice(0, PREFIX)), (slice(PREFIX, queries), slice(0, keys))]
+
+
+class _Attention(torch.autograd.Function):
+    """Multi-head attention of q [B, N, H * D] over k, v [B, L, H * D].
+
+    `biases` are added to the scores: none (tower), (causal [257, 257], questions [B, L - 257, L]) or, where
+    N = L - 257, the latter alone. `rope`: cos and sin [B, L, D]; the queries are the last N positions.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: int,
+        biases: tuple[Tensor, ...],
+        rope: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        out = torch.empty_like(q)
+        probs: list[Tensor] = []
+        scale = (q.shape[-1] // heads) ** -0.5
+        for start in range(0, q.shape[0], CHUNK):
+            part = slice(start, start + CHUNK)
+            qh, kh, vh = (_heads(t[part], heads) for t in (q, k, v))
+            if rope is not None:
+                cos, sin = rope[0][part, None], rope[1][part, None]
+                qh, kh = (
+                    _rotate(qh, cos[:, :, -q.shape[1] :], sin[:, :, -q.shape[1] :]),
+                    _rotate(kh, cos, sin),
+                )
+            qh = qh * scale
+            for i, (rows, columns) in enumerate(_rows(q, k)):
+                scores = qh[:, :, rows] @ kh[:, :, columns].transpose(-1, -2)
+                if biases:
+                    scores += biases[i] if biases[i].dim() == 2 else biases[i][part, None]
+                p = torch.softmax(scores, -1)
+                out[part, rows] = (p @ vh[:, :, columns]).transpose(1, 2).flatten(2)
+                probs.append(p)
+        ctx.save_for_backward(q, k, v, out, *probs)
+        ctx.heads, ctx.rope, ctx.scale = heads, rope, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        q, k, v, out, *probs = ctx.saved_tensors
+        heads, rope, scale = ctx.heads, ctx.rope, ctx.scale
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        used = iter(probs)
+        for start in range(0, q.shape[0], CHUNK):
+            part = slice(start, start + CHUNK)
+            qh, kh, vh, gh = (_heads(t[part], heads) for t in (q, k, v, grad))
+            inner = (gh * _heads(out[part], heads)).sum(-1, keepdim=True)
+            if rope is not None:
+                cos, sin = rope[0][part, None], rope[1][part, None]
+                qh, kh = (
+                    _rotate(qh, cos[:, :, -q.shape[1] :], sin[:, :, -q.shape[1] :]),
+                    _rotate(kh, cos, sin),
+                )
+            dqh, dkh, dvh = torch.empty_like(qh), torch.zeros_like(kh), torch.zeros_like(vh)
+            for rows, columns in _rows(q, k):
+                p, g = next(used), gh[:, :, rows]
+                dvh[:, :, columns] += p.transpose(-1, -2) @ g
+                ds = g @ vh[:, :, columns].transpose(-1, -2)
+                ds = ds.sub_(inner[:, :, rows]).mul_(p)
+                dqh[:, :, rows] = ds @ kh[:, :, columns]
+                dkh[:, :, columns] += ds.transpose(-1, -2) @ qh[:, :, rows]
+            if rope is not None:  # the inverse rotation
+                dqh, dkh = (
+                    _rotate(dqh, cos[:, :, -q.shape[1] :], -sin[:, :, -q.shape[1] :]),
+                    _rotate(dkh, cos, -sin),
+                )
+            for full, head in ((dq, dqh * scale), (dk, dkh * scale), (dv, dvh)):
+                full[part] = head.transpose(1, 2).flatten(2)
+        return dq, dk, dv, None, None, None
+
+
+def _linear(x: Tensor, layer: Any) -> Tensor:
+    return F.linear(x, layer.weight, layer.bias)
+
+
+def _layer_norm(x: Tensor, layer: Any) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], layer.weight, layer.bias, layer.eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Root mean square norm over the last dimension; statistics in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        inv = (rms.square_().div_(x.shape[-1]).add_(eps)).rsqrt_().to(x.dtype)
+        ctx.save_for_backward(x, weight, inv)
+        return (x * inv).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight, inv = ctx.saved_tensors
+        normed = x * inv
+        dweight = (grad * normed).flatten(0, -2).sum(0)
+        g = grad * weight
+        mean = torch.linalg.vecdot(g, normed)[..., None] / x.shape[-1]
+        return (g - normed * mean).mul_(inv), dweight, None
+
+
+def _rms_norm(x: Tensor, layer: Any) -> Tensor:
+    return _RMSNorm.apply(x, layer.weight, layer.variance_epsilon)
+
+
+def tower_features(model: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalised pixels [B, 3, 64, 64] -> layer -2 patches [B, 256, d] and last-layer CLS output [B, d]."""
+    vit: Any = tower(model)  # type: ignore[arg-type]
+    embed = vit.embeddings
+    kernel = embed.patch_embedding.weight
+    size = kernel.shape[-1]
+    patches = pixels.unfold(2, size, size).unfold(3, size, size).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+    x = F.linear(patches, kernel.flatten(1))
+    x = torch.cat([embed.class_embedding.expand(len(x), 1, -1), x], 1) + embed.position_embedding.weight
+    x = _layer_norm(x, vit.pre_layrnorm)
+    heads = vit.config.num_attention_heads
+    features = x
+    last = len(vit.encoder.layers) - 1
+    for i, layer in enumerate(vit.encoder.layers):
+        features, rows = x, slice(0, 1 if i == last else None)  # the last layer serves the CLS token alone
+        attention = layer.self_attn
+        h = _layer_norm(x, layer.layer_norm1)
+        q, k, v = (
+            _linear(h[:, rows], attention.q_proj),
+            _linear(h, attention.k_proj),
+            _linear(h, attention.v_proj),
+        )
+        x = x[:, rows] + _linear(_Attention.apply(q, k, v, heads, (), None), attention.out_proj)
+        h = _linear(_layer_norm(x, layer.layer_norm2), layer.mlp.fc1)
+        x = x + _linear(F.silu(1.702 * h) * (1 / 1.702), layer.mlp.fc2)  # quick_gelu
+    return features[:, 1:], _layer_norm(x[:, 0], vit.post_layernorm)
+
+
+def project(model: Any, features: Tensor) -> Tensor:
+    """Patch features [B, 256, d] -> visual tokens [B, 256, d]."""
+    projector = model.model.multi_modal_projector
+    return _linear(F.gelu(_linear(features, projector.linear_1)), projector.linear_2)
+
+
+def question_hidden(model: Any, visual: Tensor, ids: Tensor, segments: Tensor, positions: Tensor) -> Tensor:
+    """Final hidden states [B, Q, d] of packed questions.
+
+    `visual` [B, 256, d] projected visual tokens; `ids`, `segments`, `positions` [B, Q]: token ids, which
+    question a token belongs to (padding: -1) and its rotary position.
+    """
+    lm = model.model.language_model
+    table = lm.embed_tokens.weight
+    batch, count = ids.shape
+    start = table[BOS].expand(batch, 1, -1)
+    x = torch.cat([start, visual, F.embedding(ids, table)], 1)
+    order = torch.arange(count)
+    seen = (segments[:, :, None] == segments[:, None]) & (order[:, None] >= order)
+    low = -1e4
+    bias = torch.cat([torch.zeros(batch, count, PREFIX), torch.where(seen, 0.0, low)], -1).to(x.dtype)
+    causal = torch.full((PREFIX, PREFIX), low).triu(1).to(x.dtype)
+    all_positions = torch.cat([torch.arange(PREFIX).expand(batch, -1), positions], 1)
+    cos, sin = lm.rotary_emb(x, all_positions)
+    heads = lm.config.num_attention_heads
+    for i, layer in enumerate(lm.layers):
+        attention, mlp = layer.self_attn, layer.mlp
+        last = i == len(lm.layers) - 1  # nobody reads the image positions after the last layer
+        rows, biases = (slice(PREFIX, None), (bias,)) if last else (slice(None), (causal, bias))
+        h = _rms_norm(x, layer.input_layernorm)
+        q, k, v = (
+            _linear(h[:, rows], attention.q_proj),
+            _linear(h, attention.k_proj),
+            _linear(h, attention.v_proj),
+        )
+        x = x[:, rows] + _linear(_Attention.apply(q, k, v, heads, biases, (cos, sin)), attention.o_proj)
+        h = _rms_norm(x, layer.post_attention_layernorm)
+        x = x + _linear(F.silu(_linear(h, mlp.gate_proj)) * _linear(h, mlp.up_proj), mlp.down_proj)
+    return _rms_norm(x, lm.norm)

@@ -1,0 +1,158 @@
+"""The tiny LLaVA: stock Hugging Face configuration, word-level tokenizer and processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from vtprune.evals.tiny.scenes import COLOR_NAMES, GRID, PATCH, SHAPES, SIDE
+
+VISUAL_TOKENS = GRID * GRID
+# Mean colour and spread of the training scenes; a picture of the mean colour is exactly zero once normalised.
+MEAN_RGB = (219, 219, 219)
+STD = 0.22
+SPECIALS = ("<pad>", "<unk>", "<s>", "</s>", "<image>", "answer:")
+PAD, UNK, BOS, EOS, IMAGE, ANSWER = range(len(SPECIALS))
+_GRAMMAR = """what color is the shape ? how many shapes are there where on left or right at top bottom of above
+below a number written describe column row which in first second digit yes no none does image contain not present"""
+WORDS = sorted({*_GRAMMAR.split(), *"0123456789", *SHAPES, *COLOR_NAMES, *(f"{s}s" for s in SHAPES)})
+VOCABULARY = {word: i for i, word in enumerate((*SPECIALS, *WORDS))}
+POSITIONS = 4096  # rotary positions the config admits; training sees about 300
+
+
+def encode(text: str) -> list[int]:
+    """Token ids of space-separated words, without the tokenizer's overhead; an unknown word is a KeyError."""
+    return [VOCABULARY[word] for word in text.split()]
+
+
+def build_processor() -> LlavaProcessor:
+    """The stock processor: one `<image>` becomes 256 placeholders, batches are padded on the left."""
+    words = Tokenizer(WordLevel(VOCABULARY, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens={"image_token": "<image>"},
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=POSITIONS,
+    )
+    images = CLIPImageProcessor(
+        size={"height": SIDE, "width": SIDE},
+        do_center_crop=False,
+        crop_size={"height": SIDE, "width": SIDE},
+        image_mean=[c / 255 for c in MEAN_RGB],
+        image_std=[STD] * 3,
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+    )
+
+
+def build_config() -> LlavaConfig:
+    """2.28 M parameters: CLIP tower d128 x 6, two-layer projector, Llama d128 x 6 with tied embeddings."""
+    vision = CLIPVisionConfig(
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        image_size=SIDE,
+        patch_size=PATCH,
+        hidden_act="quick_gelu",
+        projection_dim=128,
+    )
+    text = LlamaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=POSITIONS,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+        tie_word_embeddings=True,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE,
+        image_seq_length=VISUAL_TOKENS,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+
+
+def _grid_waves(width: int, scale: float = 0.15, base: float = 50.0) -> torch.Tensor:
+    """[1 + 256, width] 2-D sine / cosine start of the tower's position table; the CLS row is zero."""
+    quarter = width // 4
+    rates = base ** (-torch.arange(quarter) / quarter)
+    angles = torch.arange(GRID)[:, None] * rates
+    waves = torch.cat([angles.sin(), angles.cos()], 1)
+    rows = waves[:, None].expand(GRID, GRID, -1)
+    columns = waves[None].expand(GRID, GRID, -1)
+    table = torch.cat([rows, columns], -1).reshape(VISUAL_TOKENS, width)
+    return torch.cat([torch.zeros(1, width), table * scale])
+
+
+def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
+    """A freshly initialised fp32 model in eval mode."""
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(build_config())
+    embeddings = tower(model).embeddings
+    with torch.no_grad():
+        embeddings.position_embedding.weight.copy_(_grid_waves(128))
+        for linear in (
+            model.model.multi_modal_projector.linear_1,
+            model.model.multi_modal_projector.linear_2,
+        ):
+            linear.weight.normal_(std=0.06)  # 0.02 would leave the visual tokens near zero for hundreds of steps
+        # A query that starts equal to its key makes "find the patch that matches this word" the default.
+        for layer in model.model.language_model.layers[:3]:
+            layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
+    return model.eval()
+
+
+def tower(model: LlavaForConditionalGeneration) -> torch.nn.Module:
+    """The CLIP transformer (embeddings, norms, encoder), wherever this version of transformers keeps it."""
+    vision = model.model.vision_tower
+    return getattr(vision, "vision_model", vision)
+
+
+def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
+    """Write the checkpoint in the stock format, in bfloat16."""
+    half = build_model()
+    half.load_state_dict(model.state_dict())
+    half = half.to(torch.bfloat16)
+    half.generation_config = GenerationConfig(
+        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, max_new_tokens=4, do_sample=False
+    )
+    half.save_pretrained(folder)
+    build_processor().save_pretrained(folder)
