@@ -1,0 +1,361 @@
+"""Accuracy of a vision-language model, dense and pruned, by question type, with its controls beside it.
+
+A score alone says little. Beside every one stand: what the model scores without the image (zeroed, or swapped with
+another question's), what the same number of random and of evenly spaced tokens score, and a bootstrap interval.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+from vtprune.evals.report import Report, Row, environment
+
+import vtprune
+from vtprune.types import Method
+
+if TYPE_CHECKING:
+    from vtprune.evals.tiny import Question
+
+CONTROLS = ("random", "uniform")
+KEEPS = (0.5, 0.25, 0.11, 0.05)
+_NUMBERS = "zero one two three four five six seven eight nine ten"
+_DIGITS = {word: str(i) for i, word in enumerate(_NUMBERS.split(" "))}
+Marks = NDArray[np.float64]
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words and single digits, so that "47.", "4 7" and "Four seven" are the same answer."""
+    found = re.findall(r"[a-z]+|\d", text.lower())
+    return [_DIGITS.get(w, w) for w in found]
+
+
+def mark(generated: str, ended: bool, answer: str) -> tuple[bool, bool]:
+    """(answer right, stopped right): it begins with the answer; it is the answer, and then the end token."""
+    said, wanted = words(generated), words(answer)
+    return said[: len(wanted)] == wanted, ended and said == wanted
+
+
+class Exam:
+    """Questions made ready for one model: prompts rendered, images processed, image features kept where they fit.
+
+    The image features do not depend on what is pruned behind them. They are computed once and handed to `generate`
+    as `mm_encoder_outputs`, unless a method needs a signal from the vision tower (or the model cannot take them).
+    """
+
+    def __init__(
+        self, model: Any, processor: Any, questions: Sequence[Question], batch: int = 64, memory: int = 2 << 30
+    ) -> None:
+        """memory: bytes of prepared inputs to hold; a larger exam prepares its batches anew in every pass."""
+        if not questions:
+            raise ValueError("no questions: raise --limit or name a capability that exists")
+        self.model, self.processor, self.batch = model, processor, batch
+        # Prompts of one length need no padding; a stable sort keeps runs comparable.
+        self.questions = sorted(questions, key=lambda q: len(q.prompt.split()))
+        size = sum(self._tensor_bytes(self._prepare(self.questions[:1])).values())
+        self._held: list[dict[str, Any]] | None = [] if size * len(questions) <= memory else None
+        self._features: list[Any] = []
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def run(self, needs_tower: bool = False, new_tokens: int = 4, progress: Any = None) -> tuple[Marks, Marks]:
+        """Greedy `generate` on every question; (answer right, stopped right), 0. or 1. in `self.questions` order."""
+        marks: list[tuple[bool, bool]] = []
+        ends = _end_tokens(self.model)
+        for i, inputs in enumerate(self._batches()):
+            if not needs_tower:
+                inputs = self._with_features(i, inputs)
+            with torch.inference_mode():
+                ids = self.model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, num_beams=1)
+            fresh = ids[:, inputs["input_ids"].shape[1] :]
+            texts = self.processor.batch_decode(fresh, skip_special_tokens=True)
+            ended = [bool(ends.intersection(row)) for row in fresh.tolist()]
+            asked = self.questions[i * self.batch : (i + 1) * self.batch]
+            marks += [mark(t, e, q.answer) for t, e, q in zip(texts, ended, asked)]
+            if progress is not None:
+                progress.update(len(asked))
+        right, stopped = np.array(marks, dtype=np.float64).T
+        return right, stopped
+
+    def _batches(self) -> Iterator[dict[str, Any]]:
+        if self._held:
+            yield from self._held
+            return
+        for start in range(0, len(self.questions), self.batch):
+            inputs = self._prepare(self.questions[start : start + self.batch])
+            if self._held is not None:
+                self._held.append(inputs)
+            yield inputs
+
+    def _prepare(self, questions: Sequence[Question]) -> dict[str, Any]:
+        texts = [render(self.processor, q.prompt) for q in questions]
+        images = [[q.image] for q in questions]
+        self.processor.tokenizer.padding_side = "left"
+        inputs = self.processor(text=texts, images=images, padding=True, return_tensors="pt", add_special_tokens=False)
+        return dict(inputs.to(self.model.device, dtype=self.model.dtype))
+
+    def _with_features(self, i: int, inputs: dict[str, Any]) -> dict[str, Any]:
+        encode = self.model.base_model.get_image_features
+        takes = inspect.signature(encode).parameters
+        if self._held is None or "mm_encoder_outputs" not in inspect.signature(self.model.forward).parameters:
+            return inputs
+        if i == len(self._features):
+            with torch.inference_mode():
+                out = encode(**{k: v for k, v in inputs.items() if k in takes}, return_dict=True)
+            slim = {k: v for k, v in out.items() if k in ("pooler_output", "deepstack_features")}
+            self._features.append(type(out)(**slim))
+        rest = {k: v for k, v in inputs.items() if k not in takes}
+        return {**rest, "mm_encoder_outputs": {"image": self._features[i]}}
+
+    @staticmethod
+    def _tensor_bytes(inputs: dict[str, Any]) -> dict[str, int]:
+        return {k: v.nbytes for k, v in inputs.items() if isinstance(v, torch.Tensor)}
+
+
+def render(processor: Any, prompt: str) -> str:
+    """The text of one turn: through the chat template if the processor has one, else as the embedded model reads it."""
+    question = words_of(prompt)
+    if getattr(processor, "chat_template", None):
+        content = [
+            {"type": "image"},
+            {"type": "text", "text": f"{question}\nAnswer with one or two words."},
+        ]
+        turn = [{"role": "user", "content": content}]
+        return processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    start = processor.tokenizer.bos_token or ""
+    return f"{start} {processor.image_token} {question} answer:".strip()
+
+
+def words_of(prompt: str) -> str:
+    """The question alone, without the embedded model's frame of `<s> <image> ... answer:`."""
+    return prompt.split("<image>")[-1].removesuffix("answer:").strip()
+
+
+def _end_tokens(model: Any) -> set[int]:
+    ends = model.generation_config.eos_token_id
+    return set(ends if isinstance(ends, list) else [ends])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One pass over the questions: a label for the table, the method and how much it keeps (None: dense)."""
+
+    label: str
+    method: Method | None
+    keep: float | int | None
+    seed: int | None = None
+
+    @property
+    def needs_tower(self) -> bool:
+        """Whether the pass must run the vision tower, because a stage before the LLM reads a signal from it."""
+        stages = self.method.stages(self.keep) if self.method else []
+        return any(isinstance(s.where, str) and s.method.needs for s in stages)
+
+    def applied(self, model: Any) -> AbstractContextManager[Any]:
+        """The model, patched inside a `with` block."""
+        return vtprune.patch(model, self.method, keep=self.keep) if self.method else nullcontext()
+
+
+def parse_method(text: str) -> tuple[str, dict[str, Any]]:
+    """'todre:objective=kcenter,pivot=center' -> ('todre', {...}); values are read as int, float, bool or text."""
+    name, _, rest = text.partition(":")
+    options: dict[str, Any] = {}
+    for item in filter(None, rest.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"method {text!r}: {item!r} is not an option; write name:option=value,option=value")
+        options[key] = _value(value)
+    return name, options
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def plans(methods: Iterable[str], keeps: Sequence[float | int], seeds: int = 3) -> list[Plan]:
+    """Every method at every keep, the controls first; a method with a `seed` option is run with `seeds` seeds."""
+    made: list[Plan] = []
+    for text in dict.fromkeys([*CONTROLS, *methods]):
+        name, options = parse_method(text)
+        method = vtprune.create(name, **options)
+        draws: list[int | None] = list(range(seeds)) if is_random(method) and "seed" not in options else [None]
+        for keep in keeps:
+            for seed in draws:
+                drawn = method if seed is None else dataclasses.replace(method, seed=seed)  # type: ignore[type-var]
+                made.append(Plan(text, drawn, keep, seed))
+    return made
+
+
+def is_random(method: Method) -> bool:
+    """Whether the result depends on the seed: another seed is asked and another answer comes."""
+    if not any(f.name == "seed" for f in dataclasses.fields(method)):  # type: ignore[arg-type]
+        return False
+    generator = torch.Generator().manual_seed(0)
+    signals = {s: torch.rand(64, generator=generator) for s in method.needs}
+    v = vtprune.Visual(torch.randn(64, 8, generator=generator), budget=16, grid=(1, 8, 8), signals=signals)
+    first, second = (dataclasses.replace(method, seed=s)(v).idx for s in (0, 1))  # type: ignore[type-var]
+    return not torch.equal(first, second)
+
+
+def evaluate(
+    model: Any,
+    processor: Any,
+    questions: Sequence[Question],
+    methods: Iterable[str],
+    keeps: Sequence[float | int] = KEEPS,
+    *,
+    seeds: int = 3,
+    batch: int = 64,
+    new_tokens: int = 4,
+    title: str = "Accuracy",
+    progress: bool = True,
+) -> AccuracyReport:
+    """Ask every question dense, blind and pruned with every method (controls added) at every keep.
+
+    methods: names, optionally with options ("todre:objective=kcenter"). seeds: draws of a random method.
+    Returns rows by (method, keep, capability) plus capability "mean", the plain mean over capabilities.
+    """
+    from vtprune.evals.tiny import blind
+
+    todo = plans(methods, keeps, seeds)  # before any heavy work, so that a wrong name fails at once
+    exam = Exam(model, processor, questions, batch)
+    marks: dict[tuple[str, float | int], list[tuple[Marks, Marks]]] = {}
+    with tqdm(total=len(exam) * (len(todo) + 3), unit="question", disable=not progress) as bar:
+        bar.set_description("dense")
+        marks["dense", 1.0] = [exam.run(new_tokens=new_tokens, progress=bar)]
+        for mode in ("zero", "shuffle"):
+            bar.set_description(f"blind ({mode})")
+            unseen = Exam(model, processor, blind(exam.questions, mode), batch)
+            marks[f"blind-{mode}", 1.0] = [unseen.run(new_tokens=new_tokens, progress=bar)]
+        for plan in todo:
+            assert plan.keep is not None
+            bar.set_description(f"{plan.label} at {plan.keep}")
+            with plan.applied(model):
+                run = exam.run(plan.needs_tower, new_tokens, bar)
+            marks.setdefault((plan.label, plan.keep), []).append(run)
+    asked = np.array([q.capability for q in exam.questions])
+    names = list(dict.fromkeys(q.capability for q in questions))
+    device, dtype = model.device.type, str(model.dtype).removeprefix("torch.")
+    env = environment(device, dtype, batch, questions=len(exam), parameters=model.num_parameters())
+    return AccuracyReport(title, _rows(marks, asked, names), env, NOTES)
+
+
+NOTES = (
+    "answer right: generation begins with the answer; stopped right: it is exactly the answer, then the end token.",
+    "blind: the dense model with the image zeroed, or with images shuffled between questions.",
+    "accuracy kept = (pruned - blind) / (full - blind), with the better of the two blind scores.",
+    "± half of the 95 % bootstrap interval over questions (scipy.stats.bootstrap, percentile, 2000 resamples; "
+    "0 where every resample is the same, as when all answers are right).",
+)
+
+
+def _rows(
+    marks: dict[tuple[str, float | int], list[tuple[Marks, Marks]]], asked: NDArray[np.str_], names: list[str]
+) -> list[Row]:
+    rows = []
+    for (method, keep), runs in marks.items():
+        right, stopped = (np.mean([run[i] for run in runs], axis=0) for i in (0, 1))
+        for name in [*names, "mean"]:
+            groups = [right[asked == c] for c in (names if name == "mean" else [name])]
+            halted = [stopped[asked == c].mean() for c in (names if name == "mean" else [name])]
+            low, high = interval(groups)
+            row: Row = {
+                "method": method,
+                "keep": keep,
+                "capability": name,
+                "n": sum(len(g) for g in groups),
+                "right": float(np.mean([g.mean() for g in groups])),
+                "low": low,
+                "high": high,
+                "stopped": float(np.mean(halted)),
+            }
+            if len(runs) > 1:
+                each = [[r[asked == c].mean() for c in names if name in ("mean", c)] for r, _ in runs]
+                row["right_by_seed"] = [float(np.mean(values)) for values in each]
+            rows.append(row)
+    return _with_accuracy_kept(rows)
+
+
+def _with_accuracy_kept(rows: list[Row]) -> list[Row]:
+    known = {(row["method"], row["capability"]): row["right"] for row in rows if row["keep"] == 1.0}
+    for row in rows:
+        name = row["capability"]
+        zero, shuffled = known["blind-zero", name], known["blind-shuffle", name]
+        blind, full = max(zero, shuffled), known["dense", name]
+        seeing = full - blind
+        row.update(blind_zero=zero, blind_shuffle=shuffled, full=full)
+        row["accuracy_kept"] = (row["right"] - blind) / seeing if seeing > 0.05 else None
+    return rows
+
+
+def interval(groups: Sequence[Marks], resamples: int = 2000) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean over groups of the mean over questions."""
+    from scipy.stats import bootstrap
+
+    if all(len(g) < 2 or g.min() == g.max() for g in groups):
+        centre = float(np.mean([g.mean() for g in groups]))
+        return centre, centre
+    usable = [g if len(g) > 1 else np.repeat(g, 2) for g in groups]
+
+    def mean(*samples: Marks, axis: int = -1) -> Marks:
+        return np.mean([s.mean(axis=axis) for s in samples], axis=0)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # one constant group among varying ones is no problem
+        found = bootstrap(
+            usable, mean, n_resamples=resamples, vectorized=True, method="percentile", rng=np.random.default_rng(0)
+        )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+class AccuracyReport(Report):
+    """Accuracy by method, keep and capability."""
+
+    def cells(self) -> tuple[list[str], list[list[str]]]:
+        names = list(dict.fromkeys(row["capability"] for row in self.rows))
+        header = ["method", "kept", *names, "stopped", "acc. kept"]
+        lines: dict[tuple[str, Any], dict[str, Row]] = {}
+        for row in self.rows:
+            lines.setdefault((row["method"], row["keep"]), {})[row["capability"]] = row
+        return header, [self._line(method, keep, by, names) for (method, keep), by in lines.items()]
+
+    @staticmethod
+    def _line(method: str, keep: float | int, by: dict[str, Row], names: list[str]) -> list[str]:
+        def cell(row: Row) -> str:
+            return f"{100 * row['right']:.1f}±{50 * (row['high'] - row['low']):.0f}"
+
+        mean = by["mean"]
+        kept = "–" if mean["accuracy_kept"] is None else f"{100 * mean['accuracy_kept']:.1f}"
+        if method.startswith("blind"):
+            kept = "–"
+        return [method, share(keep), *(cell(by[n]) for n in names), f"{100 * mean['stopped']:.1f}", kept]
+
+    def plot(self, path: str | Path) -> Path:
+        """Accuracy against kept visual tokens: the mean large, every capability small beside it."""
+        from vtprune.evals.figures import pareto
+
+        return pareto(self.rows, self.title, path)
+
+
+def share(keep: float | int) -> str:
+    """0.25 -> '25 %', 64 -> '64'."""
+    return f"{100 * keep:.3g} %" if isinstance(keep, float) else str(keep)

@@ -1,0 +1,72 @@
+"""Figures of the reports: accuracy against kept visual tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+# Okabe-Ito colours, which stay apart for colour-blind readers; the controls are grey.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#8C564B")
+_CONTROLS = {"random": ("#8a8a8a", "--"), "uniform": ("#444444", ":")}
+
+
+def pareto(rows: Sequence[Row], title: str, path: str | Path) -> Path:
+    """Write a PNG: the mean over capabilities large on the left, every capability small on the right."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = [n for n in dict.fromkeys(row["capability"] for row in rows) if n != "mean"]
+    columns = 3 if len(names) <= 9 else 4
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(6 + 1.9 * columns, max(4.6, 1.7 * lines)), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(5.2, 1.9 * columns))[0]
+    axis = left.subplots()
+    _curves(axis, rows, "mean")
+    axis.set(xlabel="visual tokens kept", ylabel="answer right", title="mean over capabilities")
+    axis.legend(fontsize=8, frameon=False, loc="lower right")
+    small = right.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    for cell, name in zip(small.flat, names):
+        _curves(cell, rows, name, marks=3)
+        cell.set_title(name, fontsize=9)
+        cell.tick_params(labelsize=7)
+    for cell in small.flat[len(names) :]:
+        cell.set_axis_off()
+    figure.suptitle(title, fontsize=11)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _curves(axis: Any, rows: Sequence[Row], capability: str, marks: float = 5) -> None:
+    mine = [row for row in rows if row["capability"] == capability]
+    full = next(row["right"] for row in mine if row["method"] == "dense")
+    blind = max(row["right"] for row in mine if row["method"].startswith("blind"))
+    axis.axhline(full, color="black", lw=1, label="all tokens")
+    axis.axhspan(0, blind, color="black", alpha=0.08, lw=0, label="blind")
+    pruned = [row for row in mine if row["keep"] != 1.0]
+    for method, (color, style) in _styles(pruned).items():
+        points = sorted((row["keep"], row) for row in pruned if row["method"] == method)
+        x = [keep for keep, _ in points]
+        y = [row["right"] for _, row in points]
+        axis.plot(x, y, style, color=color, marker="o", ms=marks, lw=1.4, label=method)
+        axis.fill_between(x, [r["low"] for _, r in points], [r["high"] for _, r in points], color=color, alpha=0.1)
+    _share_axis(axis, sorted({row["keep"] for row in pruned}))
+
+
+def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    own = [name for name in names if name not in _CONTROLS]
+    colors = {name: (_COLORS[i % len(_COLORS)], "-") for i, name in enumerate(own)}
+    return {name: _CONTROLS.get(name) or colors[name] for name in names}
+
+
+def _share_axis(axis: Any, keeps: Sequence[float]) -> None:
+    axis.set_xscale("log")
+    axis.set_ylim(0, 1.02)
+    axis.set_xticks(keeps, [f"{100 * k:.3g} %" if k < 1 else f"{k:g}" for k in keeps])
+    axis.set_xticks([], minor=True)
+    axis.grid(alpha=0.25, lw=0.5)

@@ -1,0 +1,148 @@
+"""What an evaluation or a benchmark returns: rows and the machine they were measured on; to table, JSON, plot."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Report:
+    """Rows plus the environment they were measured in.
+
+    rows: one flat mapping of JSON values per measurement. environment: see `environment`.
+    notes: sentences a reader needs beside the numbers (what blind means, which formula was used).
+    """
+
+    title: str
+    rows: list[Row]
+    environment: Row = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """Everything, as one JSON object; NaN never appears (a missing value is null)."""
+        body = {
+            "title": self.title,
+            "environment": self.environment,
+            "notes": list(self.notes),
+            "rows": self.rows,
+        }
+        return json.dumps(body, indent=1, allow_nan=False)
+
+    def save(self, path: str | Path) -> Path:
+        """Write `to_json()` to `path`, folders included, and return the path."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.to_json() + "\n")
+        return path
+
+    def cells(self) -> tuple[list[str], list[list[str]]]:
+        """(header, lines) of the printed table; reports with a better layout override this."""
+        header = list(self.rows[0]) if self.rows else []
+        return header, [[show(row.get(name)) for name in header] for row in self.rows]
+
+    def to_table(self) -> Table:
+        """A rich table."""
+        from rich.table import Table
+
+        header, lines = self.cells()
+        table = Table(title=self.title, caption="\n".join(self.notes) or None, caption_justify="left")
+        for i, name in enumerate(header):
+            table.add_column(name.replace("-", "\n"), justify="left" if i == 0 else "right", no_wrap=i == 0)
+        for line in lines:
+            table.add_row(*line)
+        return table
+
+    def to_markdown(self) -> str:
+        """The same table for a README."""
+        header, lines = self.cells()
+        rule = ["---"] + ["---:"] * (len(header) - 1)
+        return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *lines])
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw the report; only reports that know what to draw override this."""
+        raise NotImplementedError(f"{type(self).__name__} has no plot")
+
+
+def show(value: Any) -> str:
+    """A cell: three decimals for floats below 10, a dash for a missing value."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    return str(value)
+
+
+def environment(device: str, dtype: str, batch: int, **more: Any) -> Row:
+    """Machine, processors, versions, commit and time of a measurement; a number without them is no result."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if device.startswith("cuda") else None
+    return {
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cpu_threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "device": device,
+        "dtype": dtype,
+        "batch": batch,
+        "python": platform.python_version(),
+        "versions": _versions(["vtprune", "torch", "transformers", "triton"]),
+        "commit": commit(),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **more,
+    }
+
+
+def one_line(env: Mapping[str, Any]) -> str:
+    """The environment in one sentence, to stand under a table."""
+    processor = env["gpu"] or f"{env['cpu']}, {env['cpu_threads']} thread(s)"
+    versions = ", ".join(f"{name} {number}" for name, number in env["versions"].items() if number)
+    return f"{processor}; {env['dtype']}, batch {env['batch']}; {versions}; commit {env['commit']}; {env['time']}"
+
+
+def commit() -> str | None:
+    """Commit of the checkout this file lies in, '+' if it has local changes; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        head = _git(here, "rev-parse", "--short=12", "HEAD")
+        changed = _git(here, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changed else "")
+
+
+def _git(where: Path, *args: str) -> str:
+    done = subprocess.run(["git", "-C", str(where), *args], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or "unknown"
+
+
+def _versions(names: Sequence[str]) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found

@@ -1,0 +1,336 @@
+"""The `vtprune` command. Heavy imports stay inside the commands, so that `vtprune --help` answers at once."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from vtprune.evals.report import Report
+
+F = TypeVar("F", bound=Callable[..., Any])
+app = typer.Typer(
+    help="Prune the visual tokens of Hugging Face vision-language models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Keep = Annotated[list[str] | None, typer.Option("--keep", help="0.25 or 25% (share), 64 (tokens); repeat for several.")]
+Methods = Annotated[
+    list[str] | None, typer.Option("--method", help="A name, or name:option=value,option=value; repeat for several.")
+]
+Model = Annotated[str | None, typer.Option(help="Path or hub id; without it the embedded toy model.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one, unless said otherwise.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+Batch = Annotated[int, typer.Option(min=1, help="Samples run together.")]
+Limit = Annotated[int, typer.Option(min=2, help="Questions of each capability.")]
+Out = Annotated[Path, typer.Option(help="Folder to write to.")]
+
+
+def sentence(command: F) -> F:
+    """Turn an expected error into one sentence on stderr and exit status 2; a bug keeps its traceback."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        from vtprune import VtpruneError
+
+        try:
+            return command(*args, **kwargs)
+        except ModuleNotFoundError as error:
+            raise _exit(f"{error.name} is not installed: run pip install 'vtprune[evals]'") from error
+        except (VtpruneError, ValueError, TypeError, OSError) as error:
+            raise _exit(" ".join(str(error).split())) from error
+
+    return run  # type: ignore[return-value]
+
+
+def _exit(message: str) -> typer.Exit:
+    typer.secho(f"vtprune: {message}", err=True, fg="red")
+    return typer.Exit(2)
+
+
+@app.command()
+@sentence
+def methods(as_json: Json = False) -> None:
+    """List every method: where it acts, the signals it reads, and its paper."""
+    import vtprune
+
+    found: list[dict[str, Any]] = [
+        {
+            "name": cls.name,
+            "seam": cls.seam,
+            "needs": [f"{s.kind} (layer {s.layer})" for s in vtprune.create(cls.name).needs],
+            "paper": cls.paper,
+        }
+        for cls in vtprune.methods()
+    ]
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    from rich.table import Table
+
+    table = Table("method", "seam", "needs", "paper")
+    for row in found:
+        table.add_row(row["name"], row["seam"], ", ".join(row["needs"]) or "nothing", row["paper"])
+    _console().print(table)
+
+
+@app.command()
+@sentence
+def demo(
+    keep: Keep = None,
+    limit: Limit = 30,
+    out: Out = Path("out"),
+    as_json: Json = False,
+) -> None:
+    """Answer real questions with the embedded toy model, dense and pruned with every method."""
+    from vtprune.evals import demo as demonstration
+
+    keeps = parse_keeps(keep, (0.5, 0.25, 0.11))
+    if not as_json:
+        typer.secho(demonstration.TOY, err=True)
+    report, files = demonstration.run(out, keeps, limit, progress=not as_json)
+    _show(report, as_json)
+    if not as_json:
+        for path in files:
+            typer.echo(f"wrote {path}")
+
+
+@app.command("eval")
+@sentence
+def evaluate(
+    method: Methods = None,
+    all_methods: Annotated[bool, typer.Option("--all", help="Every registered method.")] = False,
+    keep: Keep = None,
+    model: Model = None,
+    limit: Limit = 310,
+    seeds: Annotated[int, typer.Option(min=1, help="Draws of a random method.")] = 3,
+    capability: Annotated[
+        list[str] | None, typer.Option(help="Only this kind of question; repeat for several.")
+    ] = None,
+    batch: Batch = 64,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 4,
+    device: Device = None,
+    dtype: Dtype = None,
+    out: Annotated[Path | None, typer.Option(help="Also write eval.json, eval.md and pareto.png here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure accuracy dense, blind and pruned, by kind of question, with the random and uniform controls."""
+    import vtprune
+    from vtprune.evals import accuracy, tiny
+
+    names = [cls.name for cls in vtprune.methods()] if all_methods else list(method or ["divprune"])
+    keeps = parse_keeps(keep, accuracy.KEEPS)
+    accuracy.plans(names, keeps, seeds)
+    questions = tiny.questions(per_capability=limit, capabilities=capability)
+    loaded, processor = _load(model, device, dtype)
+    title = "Accuracy of " + (model or "the embedded toy VLM") + f", {limit} questions a capability, percent"
+    report = accuracy.evaluate(
+        loaded, processor, questions, names, keeps,
+        seeds=seeds, batch=batch, new_tokens=new_tokens, title=title, progress=not as_json,
+    )  # fmt: skip
+    if out is not None:
+        report.save(out / "eval.json")
+        report.plot(out / "pareto.png")
+        (out / "eval.md").write_text(report.to_markdown() + "\n")
+    _show(report, as_json)
+
+
+@app.command()
+@sentence
+def bench(
+    geometry: Annotated[
+        str | None, typer.Option(help="llava-1.5-7b, llava-next-7b, llava-onevision-7b-video, qwen2.5-vl-7b or tiny.")
+    ] = None,
+    model: Model = None,
+    method: Methods = None,
+    keep: Keep = None,
+    hooks: Annotated[bool, typer.Option("--hooks", help="Measure only what the hooks cost while decoding.")] = False,
+    batch: Batch = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats; the median counts.")] = 7,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Decode steps per repeat.")] = 16,
+    layers: Annotated[int | None, typer.Option(help="Cut the geometry to this many layers (printed as such).")] = None,
+    scale: Annotated[float, typer.Option(help="Narrow the geometry by this factor (printed as such).")] = 1.0,
+    device: Device = None,
+    dtype: Dtype = None,
+    out: Out = Path("benchmarks"),
+    as_json: Json = False,
+) -> None:
+    """Time TTFT, decode and selection, dense and pruned in one run, beside the limits of the card and the stack."""
+    from vtprune.evals import bench as benchmark
+
+    if geometry is not None and model is not None:
+        raise ValueError("--geometry and --model exclude each other: the first has random weights, the second its own")
+    keeps = parse_keeps(keep, benchmark.KEEPS)
+    names = method or list(benchmark.METHODS)
+    if model is not None:
+        from vtprune.evals import tiny
+
+        loaded, processor = _load(model, device, dtype)
+        question = tiny.questions(per_capability=1, capabilities=["color"])[0]
+        what = benchmark.from_processor(model, loaded, processor, question.image, question.prompt, batch)
+    else:
+        where = _device(device)
+        what = benchmark.subject(geometry or "tiny", where, _dtype(dtype, where), batch, layers, scale)
+    progress = not as_json
+    report: benchmark.BenchReport
+    if hooks:
+        report = benchmark.hooks(what, names[0], keeps[0], progress=progress)
+    else:
+        report = benchmark.bench(what, names, keeps, repeats=repeats, new_tokens=new_tokens, progress=progress)
+    path = report.write(out)
+    _show(report, as_json)
+    if not as_json:
+        typer.echo(f"wrote {path}")
+
+
+@app.command()
+@sentence
+def show(
+    image: Annotated[Path, typer.Argument(help="A picture.")],
+    method: Annotated[str, typer.Option(help="A name, or name:option=value,option=value.")] = "divprune",
+    keep: Annotated[str, typer.Option(help="0.25 or 25% (share), 64 (tokens).")] = "0.25",
+    model: Model = None,
+    question: Annotated[
+        str, typer.Option(help="What is asked; methods that read the text depend on it.")
+    ] = "how many shapes are there ?",
+    device: Device = None,
+    dtype: Dtype = None,
+    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("kept.png"),
+    as_json: Json = False,
+) -> None:
+    """Draw the kept visual tokens over an image; the dropped ones are dimmed."""
+    from PIL import Image
+
+    import vtprune
+    from vtprune.evals.accuracy import parse_method, render
+    from vtprune.show import overlay, record
+
+    name, options = parse_method(method)
+    rule, budget = vtprune.create(name, **options), parse_keep(keep)
+    picture = Image.open(image).convert("RGB")
+    loaded, processor = _load(model, device, dtype)
+    inputs = processor(
+        text=[render(processor, question)], images=[[picture]], return_tensors="pt", add_special_tokens=False
+    ).to(loaded.device, dtype=loaded.dtype)
+    unit = record(loaded, dict(inputs), rule, budget)[0]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    overlay(picture, unit, f"{method} at {keep}").save(out)
+    if as_json:
+        typer.echo(json.dumps({"file": str(out), "visual_tokens": unit.n, "kept": unit.idx.tolist()}))
+    else:
+        typer.echo(f"{method} kept {len(unit.idx)} of {unit.n} visual tokens; wrote {out}")
+
+
+@app.command("train-tiny")
+@sentence
+def train_tiny(
+    out: Out = Path("out/tiny"),
+    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
+    scale: Annotated[float, typer.Option(help="Length of every training phase; 1 is the published schedule.")] = 1.0,
+    restart: Annotated[bool, typer.Option("--restart", help="Do not go on from what lies in the folder.")] = False,
+) -> None:
+    """Train the embedded model from nothing: one script, one schedule, resumable."""
+    from vtprune.evals.tiny import train
+
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale={scale} trains nothing: use a number above 0; 1 is the published schedule")
+    train.train(out, resume=not restart, seed=seed, scale=scale, progress=True)
+    typer.echo(f"wrote {out}")
+
+
+def parse_keep(text: str) -> float | int:
+    """'0.25' and '25%' -> 0.25, '64' -> 64; ValueError with the valid range for anything else."""
+    from vtprune.types import check_keep
+
+    ways = "use a share in (0, 1] such as 0.25 or 25%, or a number of tokens such as 64"
+    try:
+        if text.endswith("%"):
+            value: float | int = float(text[:-1]) / 100
+        else:
+            value = int(text) if text.lstrip("+-").isdigit() else float(text)
+        check_keep(value)
+    except ValueError as error:
+        raise ValueError(f"--keep {text}: {ways}") from error
+    return value
+
+
+def parse_keeps(texts: list[str] | None, default: tuple[float, ...]) -> list[float | int]:
+    """Every --keep given, in order; commas separate too."""
+    given = [part for text in texts or [] for part in text.split(",") if part]
+    return [parse_keep(part) for part in given] or list(default)
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind = torch.device(name).type
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no CUDA device that torch can see; use --device cpu")
+    return name
+
+
+def _dtype(name: str | None, device: str) -> Any:
+    import torch
+
+    if name is None:
+        return torch.bfloat16 if device.startswith("cuda") else torch.float32
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ValueError(f"--dtype {name}: choose one of {', '.join(known)}")
+    return known[name]
+
+
+def _load(name: str | None, device: str | None, dtype: str | None) -> tuple[Any, Any]:
+    """(model, processor); the embedded one runs in float32 on the CPU unless told otherwise."""
+    where = _device(device or (None if name else "cpu"))
+    kind = _dtype(dtype, where)
+    if name is None:
+        from vtprune.evals import tiny
+
+        return tiny.load(where, kind)
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(name)
+        loaded = AutoModelForImageTextToText.from_pretrained(name, dtype=kind)
+    except OSError as error:
+        raise ValueError(f"--model {name}: no model there that transformers can load ({_first_line(error)})") from error
+    return loaded.eval().to(torch.device(where)), processor
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _show(report: Report, as_json: bool) -> None:
+    if as_json:
+        typer.echo(report.to_json())
+        return
+    from vtprune.evals.report import one_line
+
+    console = _console()
+    console.print(report.to_table())
+    console.print(one_line(report.environment), style="dim")
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=180)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,213 @@
+"""Pictures of what a method keeps: kept visual tokens in full colour, dropped ones dimmed, each at its true place."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+import vtprune
+from vtprune.types import Method, Span
+
+_DIM = 0.78  # how far a dropped cell fades towards white
+_MARK = (214, 39, 40)
+_INK = (40, 40, 40)
+_GAP = 10
+_TITLE = 22
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One drawing of the whole image: `rows` x `cols` cells of which `kept` (row-major) stay; `tiles` crops apart."""
+
+    title: str
+    rows: int
+    cols: int
+    kept: list[bool]
+    tiles: tuple[int, int] = (1, 1)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What stayed of one unit's n tokens: idx [K] int64 among them, and the rasters they form."""
+
+    n: int
+    idx: torch.Tensor
+    grid: tuple[int, int, int] | None
+    spans: tuple[Span, ...]
+
+
+def record(model: Any, inputs: Any, method: Method, keep: float | int) -> list[Kept]:
+    """Run one forward pass with `method`; what stayed of every unit after all stages. The model stays as it was."""
+    with vtprune.patch(model, method, keep=keep) as handle, torch.inference_mode():
+        model(**inputs)
+        last = handle.last
+    if last is None or not last.units:
+        raise ValueError("the prompt holds no image the model could see, so nothing was pruned")
+    by_stage: dict[Any, list[Any]] = {}
+    for unit in last.units:
+        by_stage.setdefault(unit.where, []).append(unit)
+    first, *later = by_stage.values()
+    kept = [Kept(u.n, u.idx.cpu(), u.grid, u.spans) for u in first]
+    for stage in later:
+        if [u.n for u in stage] != [len(k.idx) for k in kept]:
+            raise ValueError("the stages see different units (per=...), so their picture is not one picture")
+        kept = [dataclasses.replace(k, idx=k.idx[u.idx.cpu()]) for k, u in zip(kept, stage)]
+    return kept
+
+
+def panels(unit: Kept, aspect: float) -> list[Panel]:
+    """Where the tokens of one image lie on it. aspect: width / height of the image.
+
+    A single raster is one panel. Equal crops (InternVL, Idefics3, SmolVLM) are put together on their tile grid, the
+    thumbnail, which comes last, beside them. Rasters of unequal size (any-resolution base view and mosaic) each
+    show the whole image.
+    """
+    kept = torch.zeros(unit.n, dtype=torch.bool)
+    kept[unit.idx] = True
+    if unit.grid is not None:
+        spans: tuple[Span, ...] = (Span(0, unit.grid),)
+    elif unit.spans:
+        spans = unit.spans
+    else:
+        side = math.isqrt(unit.n)
+        if side * side != unit.n:
+            raise ValueError(
+                f"the {unit.n} visual tokens of this image form no known grid, so they cannot be drawn on it"
+            )
+        spans = (Span(0, (1, side, side)),)
+    same = len({(s.grid, s.newline) for s in spans}) == 1
+    if len(spans) > 2 and same and not spans[0].newline and spans[0].grid[0] == 1:
+        return [_tiled(spans[:-1], kept, aspect), _raster(spans[-1], kept, "thumbnail")]
+    return [_raster(s, kept, "") for s in spans]
+
+
+def _cells(span: Span, kept: torch.Tensor) -> torch.Tensor:
+    """[t, h, w] kept flags of a span, without its newline tokens."""
+    t, h, w = span.grid
+    flags = kept[span.start : span.start + len(span)]
+    return flags.view(t, h, w + span.newline)[..., :w]
+
+
+def _raster(span: Span, kept: torch.Tensor, title: str) -> Panel:
+    flags = _cells(span, kept)
+    # A still image seen as several frames (Qwen repeats it) shows a cell as kept if any frame keeps it.
+    _, h, w = span.grid
+    return Panel(title or f"{h} x {w}", h, w, flags.any(0).flatten().tolist())
+
+
+def _tiled(spans: Sequence[Span], kept: torch.Tensor, aspect: float) -> Panel:
+    _, h, w = spans[0].grid
+    rows, cols = tile_grid(len(spans), aspect)
+    flags = torch.stack([_cells(s, kept)[0] for s in spans]).view(rows, cols, h, w)
+    whole = flags.transpose(1, 2).reshape(rows * h, cols * w)
+    return Panel(f"{rows} x {cols} crops", rows * h, cols * w, whole.flatten().tolist(), (rows, cols))
+
+
+def tile_grid(count: int, aspect: float) -> tuple[int, int]:
+    """(rows, cols) with rows * cols == count whose shape is closest to the image's; ties go to fewer rows."""
+    pairs = [(r, count // r) for r in range(1, count + 1) if count % r == 0]
+    return min(pairs, key=lambda p: abs(math.log(p[1] / p[0] / aspect)))
+
+
+def draw(image: Image.Image, panel: Panel, side: int = 336) -> Image.Image:
+    """Paint one panel; `side` is the length of the longer edge in pixels, raised until a cell has 8 pixels."""
+    side = max(side, 8 * max(panel.rows, panel.cols))
+    scale = side / max(image.size)
+    size = (max(panel.cols, round(image.width * scale)), max(panel.rows, round(image.height * scale)))
+    bright = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    out = Image.blend(bright, Image.new("RGB", size, "white"), _DIM)
+    pen = ImageDraw.Draw(out)
+    for i, kept in enumerate(panel.kept):
+        if kept:
+            box = _box(size, panel.rows, panel.cols, *divmod(i, panel.cols))
+            out.paste(bright.crop(box), box)
+            pen.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=_MARK)
+    tile_rows, tile_cols = panel.tiles
+    for r in range(1, tile_rows):
+        pen.line((0, size[1] * r // tile_rows, size[0], size[1] * r // tile_rows), fill=_INK, width=2)
+    for c in range(1, tile_cols):
+        pen.line((size[0] * c // tile_cols, 0, size[0] * c // tile_cols, size[1]), fill=_INK, width=2)
+    return out
+
+
+def _box(size: tuple[int, int], rows: int, cols: int, r: int, c: int) -> tuple[int, int, int, int]:
+    width, height = size
+    return (width * c // cols, height * r // rows, width * (c + 1) // cols, height * (r + 1) // rows)
+
+
+def overlay(image: Image.Image, unit: Kept, title: str) -> Image.Image:
+    """The picture of one image: its panels side by side under a title that counts the tokens."""
+    parts = panels(unit, image.width / image.height)
+    drawn = [(draw(image, p), p.title if len(parts) > 1 else "") for p in parts]
+    return _strip(drawn, f"{title}: {len(unit.idx)} of {unit.n} visual tokens")
+
+
+def _strip(drawn: Sequence[tuple[Image.Image, str]], title: str) -> Image.Image:
+    width = sum(d.width for d, _ in drawn) + _GAP * (len(drawn) + 1)
+    labelled = any(label for _, label in drawn)
+    top = _TITLE + _GAP + (_TITLE if labelled else 0)
+    font = ImageFont.load_default(15)
+    width = max(width, math.ceil(font.getlength(title)) + 2 * _GAP)
+    sheet = Image.new("RGB", (width, top + max(d.height for d, _ in drawn) + _GAP), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((_GAP, _GAP // 2), title, fill=_INK, font=font)
+    x = _GAP
+    for picture, label in drawn:
+        pen.text((x, _TITLE + _GAP // 2), label, fill=_INK, font=font)
+        sheet.paste(picture, (x, top))
+        x += picture.width + _GAP
+    return sheet
+
+
+def gallery(
+    model: Any,
+    processor: Any,
+    questions: Sequence[Any],
+    methods: Sequence[str],
+    keep: float | int,
+    side: int = 176,
+) -> Image.Image:
+    """A sheet: one row an image (one of a kind of question each), one column a method, the question in words."""
+    from vtprune.evals.accuracy import render, words_of
+
+    asked = [next(q for q in questions if q.capability == c) for c in dict.fromkeys(q.capability for q in questions)]
+    asked = _spread(asked, 4)
+    font = ImageFont.load_default(14)
+    row_height = side + _TITLE + _GAP
+    sheet = Image.new(
+        "RGB", (_GAP + (len(methods) + 1) * (side + _GAP), _TITLE + _GAP + len(asked) * row_height), "white"
+    )
+    pen = ImageDraw.Draw(sheet)
+    for r, question in enumerate(asked):
+        y = _TITLE + _GAP + r * row_height
+        pen.text((_GAP, y), f"{words_of(question.prompt)}  ({question.answer})", fill=_INK, font=font)
+        inputs = processor(
+            text=[render(processor, question.prompt)],
+            images=[[question.image]],
+            return_tensors="pt",
+            add_special_tokens=False,
+        ).to(model.device, dtype=model.dtype)
+        plain = question.image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+        columns = [("all tokens", plain)]
+        for name in methods:
+            unit = record(model, inputs, vtprune.create(name), keep)[0]
+            panel = panels(unit, question.image.width / question.image.height)[0]
+            columns.append((name, draw(question.image, panel, side)))
+        for c, (name, picture) in enumerate(columns):
+            x = _GAP + c * (side + _GAP)
+            sheet.paste(picture.resize((side, side)), (x, y + _TITLE))
+            if r == 0:
+                pen.text((x, _GAP // 2), name, fill=_INK, font=font)
+    return sheet
+
+
+def _spread(items: Sequence[Any], count: int) -> list[Any]:
+    """`count` of the items, evenly spaced."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
