@@ -82,7 +82,7 @@ def _axis(n: int, m: int, mode: Mode) -> Taps:
         length = torch.bincount(dst, minlength=m)
         return Taps(src, dst, 1.0 / length.double()[dst], length.cumsum(0) - 1 - length // 2)
     dst = torch.arange(m)
-    at = (dst + 0.5) * n / m - 0.5
+    at = (dst.double() + 0.5) * n / m - 0.5
     low = at.long()
     part = at - low
     taps = torch.cat([low, (low + 1).clamp_max(n - 1)])
