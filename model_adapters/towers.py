@@ -7,6 +7,7 @@ where it has one, by the mean over the merged patches elsewhere.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -77,9 +78,7 @@ def _tiles_of_images(f: Features, x: Tensor) -> list[Tensor]:
     # LLaVA-OneVision does not tile the images of a prompt that holds several.
     tiled = [True] * len(sizes) if images is None else [n == 1 for n in images for _ in range(n)]
     counts = [
-        image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
-        if tile
-        else 1
+        image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size) if tile else 1
         for size, tile in zip(sizes, tiled)
     ]
     return list(_patches(f, x).split(counts))
@@ -156,10 +155,15 @@ def _by_image_size(f: Features, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Layout:
-    """How one family lays out visual tokens. packed: its tower runs many images as one row of patches."""
+    """How one family lays out visual tokens.
+
+    packed: its tower runs many images as one row of patches.
+    newline: every entry ends with a newline, which transformers 5.17 appends only after the features call.
+    """
 
     pack: Pack
     packed: bool = False
+    newline: bool = False
 
 
 LAYOUTS: dict[tuple[str, Modality], Layout] = {
@@ -168,7 +172,7 @@ LAYOUTS: dict[tuple[str, Modality], Layout] = {
     ("llava_next_video", "image"): Layout(_mosaic),
     ("llava_next_video", "video"): Layout(_frames_next_video),
     ("llava_onevision", "image"): Layout(_mosaic_onevision),
-    ("llava_onevision", "video"): Layout(_frames_onevision),
+    ("llava_onevision", "video"): Layout(_frames_onevision, newline=True),
     ("video_llava", "image"): Layout(_plain),
     ("video_llava", "video"): Layout(_every_token),
     ("internvl", "image"): Layout(_shuffled_internvl),
@@ -249,9 +253,7 @@ class TowerSignals:
     def _check(self, signal: Signal) -> None:
         count = len(self.layers)
         if signal.kind == "last_row":
-            raise UnsupportedModel(
-                "signal 'last_row' is read inside the LLM; a vision tower has no last query"
-            )
+            raise UnsupportedModel("signal 'last_row' is read inside the LLM; a vision tower has no last query")
         if not -count <= signal.layer < count:
             raise UnsupportedModel(
                 f"tower layer {signal.layer} does not exist: {type(self.tower).__name__} has {count} layers "
@@ -267,9 +269,7 @@ class TowerSignals:
         self._local.parts = {signal: [] for signal in self.needs}
 
     def _sink(self, signal: Signal) -> Callable[..., None]:
-        def sink(
-            module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
-        ) -> None:
+        def sink(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> None:
             parts = getattr(self._local, "parts", None)
             if parts is not None:  # outside a features call (recomputation in backward, say) nobody listens
                 x = read(signal.kind, q, k, v, mask, scaling).float()
@@ -289,7 +289,8 @@ class TowerSignals:
         call: bound arguments of the features call. Raises UnsupportedModel if a layer showed nothing.
         """
         parts, self._local.parts = self._local.parts, None
-        sizes = [entry.shape[0] for entry in output.pooler_output]
+        # An entry is [n, D]; transformers 5.17 gives a video of LLaVA-NeXT-Video as [frames, n, D].
+        sizes = [math.prod(entry.shape[:-1]) for entry in output.pooler_output]
         f = Features(self.base, self.tower, call, f"{self.modality}_grid_thw", sizes)
         columns = {signal: self._entries(f, signal, parts[signal]) for signal in self.needs}
         return [{signal: column[i] for signal, column in columns.items()} for i in range(len(sizes))]
@@ -301,21 +302,20 @@ class TowerSignals:
                 f"layer {signal.layer} of the {family} vision tower did not run or did not pass the "
                 f"attention interface, so its {signal.kind!r} cannot be read; choose a method without signals"
             )
-        x = (
-            torch.cat([part.flatten(0, 1) for part in parts])[None]
-            if self.layout.packed
-            else torch.cat(parts)
-        )
+        x = torch.cat([part.flatten(0, 1) for part in parts])[None] if self.layout.packed else torch.cat(parts)
         rows = self.layout.pack(f, x)
-        if rows.shape[0] != sum(f.sizes):
+        sizes = list(f.sizes)
+        if self.layout.newline and rows.shape[0] == sum(sizes) + len(sizes):
+            sizes = [size + 1 for size in sizes]
+        if rows.shape[0] != sum(sizes):
             raise UnsupportedModel(
-                f"{family}: {rows.shape[0]} mapped tokens against {sum(f.sizes)} visual tokens "
+                f"{family}: {rows.shape[0]} mapped tokens against {sum(sizes)} visual tokens "
                 f"({self.modality}); this version of transformers lays them out differently, please report "
                 "it with the model's config"
             )
         if signal.kind in ("keys", "values"):
-            return list(rows.split(list(f.sizes)))
-        scores = rows[:, 0].split(list(f.sizes))
+            return list(rows.split(sizes))
+        scores = rows[:, 0].split(sizes)
         if signal.kind == "received" and self.layout.packed:
             merged = x.shape[1] // rows.shape[0]
             return [score / (merged * len(score)) for score in scores]
