@@ -220,6 +220,8 @@ class Adapter:
         if features is None:
             return [Unit(b, modality, [run]) for b, runs in enumerate(rows) for run in runs]
         total = sum(length for runs in rows for _, length in runs)
+        if self.model_type == "llava_onevision" and modality == "video" and total % sum(features.sizes):
+            features = _with_newline(features)  # older transformers (seen: 5.17) append it after encoding
         captured = sum(features.sizes)
         # Beams and num_return_sequences repeat rows after the tower ran.
         repeat, rest = divmod(total, captured) if captured else (0, 1)
@@ -242,6 +244,13 @@ class Adapter:
                         units.append(unit)
                     entry += 1
         return units if self.model_type not in ("smolvlm", "idefics3") else _split_runs(units)
+
+
+def _with_newline(features: Features) -> Features:
+    """Every entry with one separator token behind it, whose signals are zero."""
+    pad = torch.nn.functional.pad
+    signals = [{k: pad(v, (0, 0) * (v.dim() - 1) + (0, 1)) for k, v in entry.items()} for entry in features.signals]
+    return Features(features.output, [n + 1 for n in features.sizes], features.spans, signals)
 
 
 def _take(runs: list[tuple[int, int]], size: int) -> list[tuple[int, int]]:

@@ -8,13 +8,12 @@ from math import isqrt
 from typing import Any
 
 import torch
-from torch import nn
 
 from vtprune.types import Span
 
 
 def spans_of(
-    base: nn.Module, model_type: str, modality: str, call: dict[str, Any], sizes: Sequence[int]
+    base: Any, model_type: str, modality: str, call: dict[str, Any], sizes: Sequence[int]
 ) -> list[tuple[Span, ...]]:
     """Spans of every entry of a feature call; an empty tuple where the raster is unknown.
 
@@ -22,7 +21,7 @@ def spans_of(
     """
     grid = call.get("image_grid_thw") if modality == "image" else call.get("video_grid_thw")
     if grid is not None and len(grid) == len(sizes):
-        return [_grid(base, thw, n) for thw, n in zip(grid.tolist(), sizes)]
+        return [_grid(thw, n) for thw, n in zip(grid.tolist(), sizes)]
     if modality == "video":
         pixels = call.get("pixel_values_videos")
         frames = pixels.shape[1] if torch.is_tensor(pixels) and pixels.dim() == 5 else 0
@@ -31,11 +30,11 @@ def spans_of(
     if hasattr(base, "pack_image_features") and image_sizes is not None:
         return [_mosaic(base, n, s) for n, s in zip(sizes, _sizes(image_sizes))]
     if model_type == "mistral3" and image_sizes is not None:
-        cell = base.config.vision_config.patch_size * base.config.spatial_merge_size  # type: ignore[union-attr]
+        cell = base.config.vision_config.patch_size * base.config.spatial_merge_size
         return [_checked((1, h // cell, w // cell), n) for (h, w), n in zip(_sizes(image_sizes), sizes)]
     if model_type in ("smolvlm", "idefics3"):
-        config = base.config  # type: ignore[assignment]
-        side = config.vision_config.image_size // config.vision_config.patch_size // config.scale_factor  # type: ignore[union-attr]
+        config = base.config
+        side = config.vision_config.image_size // config.vision_config.patch_size // config.scale_factor
         return [tuple(Span(i, (1, side, side)) for i in range(0, n, side * side)) for n in sizes]
     return [_square(n) for n in sizes]
 
@@ -53,7 +52,7 @@ def _square(n: int) -> tuple[Span, ...]:
     return (Span(0, (1, side, side)),) if side * side == n else ()
 
 
-def _grid(base: nn.Module, thw: Sequence[int], n: int) -> tuple[Span, ...]:
+def _grid(thw: Sequence[int], n: int) -> tuple[Span, ...]:
     """Patch grids (t, h, w) of the Qwen kind; the tower merges m x m patches into a token."""
     t, h, w = (int(v) for v in thw)
     merge = isqrt(t * h * w // n) if n else 1

@@ -104,7 +104,7 @@ def _pruned_class(base: type) -> type:
 
 
 def _rebuild(base: type, state: dict[str, Any]) -> Any:
-    layer = object.__new__(_pruned_class(base))
+    layer: Any = object.__new__(_pruned_class(base))
     layer.__dict__.update(state)
     return layer
 

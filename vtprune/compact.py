@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .types import UnsupportedCall
+
 
 @dataclass(frozen=True)
 class Compaction:
@@ -26,8 +28,7 @@ class Compaction:
     @classmethod
     def of(cls, keep: Tensor, counts: Sequence[int]) -> Compaction:
         """From a mask [B, L] (bool, True = stays) and its row sums, which the host knows: no device sync."""
-        batch, length = keep.shape
-        n = max(counts)
+        length, n = keep.shape[1], max(counts)
         # A stable sort by "stays" puts the kept positions last, in order; whatever stands before them is padding.
         index = torch.argsort(keep.to(torch.int8), dim=1, stable=True)[:, length - n :]
         pads = torch.tensor([n - c for c in counts], device=keep.device)[:, None]
@@ -94,6 +95,16 @@ class Compaction:
         if tail > 0:
             parts += [mask[..., past + length :], hidden_like(mask, (*new.shape[:-1], length - self.n))]
         return torch.cat(parts, dim=-1)
+
+
+def tensor_mask(mask: object) -> Tensor:
+    """`mask` if it is a tensor; block masks of flex attention and the like are refused."""
+    if not isinstance(mask, Tensor):
+        raise UnsupportedCall(
+            f"attention masks of type {type(mask).__name__} cannot be cut; load the model with "
+            "attn_implementation='sdpa', 'eager' or 'flash_attention_2'"
+        )
+    return mask
 
 
 def hidden_like(mask: Tensor, shape: Sequence[int]) -> Tensor:

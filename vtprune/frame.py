@@ -1,4 +1,4 @@
-"""`Frame`: the pruning of one forward pass, from units and methods to one `Compaction`; `Last`: what it leaves behind."""
+"""`Frame`: the pruning of one forward pass, from units to one `Compaction`; `Last`: what it leaves behind."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import cache as kv
-from .compact import Compaction, causal_mask, hide
+from .compact import Compaction, causal_mask, hide, tensor_mask
 from .kernels import attention_rows
 from .model_adapters.generic import MODALITIES, Adapter, Features, Unit
 from .types import Assignment, Signal, Span, Stage, UnsupportedCall, Visual, VtpruneError, Where
@@ -308,9 +308,7 @@ class Frame:
         assert c is not None
         if mask is None:
             return None
-        if not torch.is_tensor(mask):
-            raise UnsupportedCall(f"masks of type {type(mask).__name__} are not supported; use sdpa, eager or flash")
-        return c.cut_mask(mask, self._past_columns(mask, 0, c.length))
+        return c.cut_mask(tensor_mask(mask), self._past_columns(mask, 0, c.length))
 
     def _past_columns(self, mask: Tensor, layer: int, new: int) -> int:
         """Columns of a mask that stand before the `new` tokens of this call."""
@@ -375,22 +373,18 @@ class Frame:
                 call[name] = self._once(call[name], lambda v: _cut_any(v, c))
         mask = call.get("attention_mask")
         if mask is not None:
-            if not torch.is_tensor(mask):
-                raise UnsupportedCall(
-                    f"masks of type {type(mask).__name__} are not supported; use sdpa, eager or flash"
-                )
-            call["attention_mask"] = self._once(mask, lambda m: c.cut_mask(m, self._past_columns(m, i, c.length)))
+            past = self._past_columns(tensor_mask(mask), i, c.length)
+            call["attention_mask"] = self._once(mask, lambda m: c.cut_mask(m, past))
         elif c.valid is not None:
             flash = "flash" in self.adapter.attention()
             dtype = self.dtype if self.adapter.attention() == "eager" else None
             call["attention_mask"] = self._once(
-                c,
-                lambda _: c.valid.long() if flash else causal_mask(c.valid, c.n, dtype),  # type: ignore[union-attr, arg-type]
+                c, lambda _: c.valid.long() if flash else causal_mask(c.valid, c.n, dtype)
             )
 
     def _once(self, value: Any, cut: Any) -> Any:
         """Layers share their arguments: cut each object once per stage (and keep it alive while its id is a key)."""
-        key = (id(value), id(self.inner))
+        key = (id(value), len(self.results))
         if key not in self.memo:
             self.memo[key] = (value, cut(value))
         return self.memo[key][1]

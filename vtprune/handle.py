@@ -81,7 +81,8 @@ def patch(
     Raises UnsupportedModel for a model that cannot be pruned exactly, ValueError or TypeError for bad options.
 
     >>> handle = vtprune.patch(model, "divprune", keep=0.25)
-    >>> vtprune.patch(model, [Stage("llm", vtprune.create("divprune"), keep=0.5), Stage(8, vtprune.create("fastv"), keep=0.25)])
+    >>> first = Stage("llm", vtprune.create("divprune"), keep=0.5)
+    >>> vtprune.patch(model, [first, Stage(8, vtprune.create("fastv"), keep=0.25)])
     """
     from torch import nn
 
@@ -137,9 +138,8 @@ def _stages(method: Any, keep: float | int | None, options: dict[str, Any]) -> l
             raise TypeError(f"{', '.join(options)}: a Method instance already carries its options")
         made = method
     else:
-        raise TypeError(
-            f"method={method!r}: pass a name ({', '.join(m.name for m in registry.methods())}), a Method, a Stage or a list of Stages"
-        )
+        names = ", ".join(m.name for m in registry.methods())
+        raise TypeError(f"method={method!r}: pass a name ({names}), a Method, a Stage or a list of Stages")
     if keep is None:
         raise TypeError(f"{made.name}: keep is missing; use a float in (0, 1] (share) or an int >= 1 (tokens)")
     check_keep(keep)

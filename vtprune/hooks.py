@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import cache as kv
-from .compact import causal_mask, hide
+from .compact import causal_mask, hide, tensor_mask
 from .frame import Frame, Last
 from .model_adapters.generic import MODALITIES, Adapter, Features
 from .types import Stage, UnsupportedCall, UnsupportedModel
@@ -96,36 +96,43 @@ class Session:
 
     def _check(self) -> None:
         """Refuse stages this model cannot hold, by name."""
-        depth, kinds = len(self.adapter.layers), set(self.adapter.layer_types)
+        a, depth = self.adapter, len(self.adapter.layers)
         for stage in self.stages:
             name = stage.method.name or type(stage.method).__name__
             if isinstance(stage.where, tuple):
-                raise UnsupportedModel(f"stage {stage.where!r}: stages inside the vision tower are not built yet")
+                raise UnsupportedModel(f"{name} at {stage.where!r}: stages inside the vision tower are not built yet")
             if isinstance(stage.where, str) and stage.where != "llm":
                 raise ValueError(f"where={stage.where!r}: choose 'llm' or a decoder layer 0..{depth - 1}")
             if isinstance(stage.where, int):
-                if not 0 <= stage.where < depth:
-                    raise ValueError(f"{name} at layer {stage.where}: the model has layers 0..{depth - 1}")
-                if kinds != {"full_attention"}:
-                    raise UnsupportedModel(
-                        f"{name} at layer {stage.where}: {self.adapter.model_type} has layers of kinds {sorted(kinds)}; "
-                        "stages inside the LLM need full attention throughout; use a method that acts before the LLM"
-                    )
-                deep = getattr(getattr(self.adapter.config, "vision_config", None), "deepstack_visual_indexes", None)
-                if deep is not None and stage.where < len(deep):
-                    raise UnsupportedModel(
-                        f"{name} at layer {stage.where}: {self.adapter.model_type} adds visual features after its first "
-                        f"{len(deep)} layers; use layer {len(deep)} or later"
-                    )
-                if stage.positions == "compact":
-                    raise UnsupportedModel(f"{name}: positions='compact' works before the LLM only; use 'keep'")
-            elif stage.positions == "compact" and self.adapter.mrope:
+                self._check_layer(name, stage.where, stage.positions)
+            elif stage.positions == "compact" and a.mrope:
                 raise UnsupportedModel(
-                    f"{name}: positions='compact' is undefined for M-RoPE position ids ({self.adapter.model_type}); use 'keep'"
+                    f"{name}: positions='compact' is undefined for the M-RoPE position ids of {a.model_type}; use 'keep'"
                 )
         inner = [s.where for s in self.stages if isinstance(s.where, int)]
         if inner != sorted(inner):
             raise ValueError(f"stages at layers {inner} must stand in increasing order")
+
+    def _check_layer(self, name: str, layer: int, positions: str | None) -> None:
+        a, depth = self.adapter, len(self.adapter.layers)
+        if not 0 <= layer < depth:
+            raise ValueError(f"{name} at layer {layer}: the model has layers 0..{depth - 1}")
+        kinds = sorted(set(a.layer_types))
+        if kinds != ["full_attention"]:
+            raise UnsupportedModel(
+                f"{name} at layer {layer}: {a.model_type} has layers of kinds {kinds}, and a stage inside the LLM needs "
+                "full attention throughout; use one that acts before the LLM"
+            )
+        deep = getattr(getattr(a.config, "vision_config", None), "deepstack_visual_indexes", None) or ()
+        if layer < len(deep):
+            raise UnsupportedModel(
+                f"{name} at layer {layer}: {a.model_type} adds visual features after its first {len(deep)} layers; use "
+                f"layer {len(deep)} or later"
+            )
+        if positions == "compact":
+            raise UnsupportedModel(
+                f"{name} at layer {layer}: positions='compact' works before the LLM only; use 'keep'"
+            )
 
     # -- installing and removing ------------------------------------------------------------------------------------
 
@@ -151,7 +158,8 @@ class Session:
                 layer = stage.where + need.layer  # type: ignore[operator]
                 if layer < 0:
                     raise ValueError(
-                        f"{stage.method.name} at layer {stage.where} reads layer {layer}: use layer {-need.layer} or later"
+                        f"{stage.method.name} at layer {stage.where} reads layer {layer}: use layer {-need.layer} or "
+                        "later"
                     )
                 attention = attention_of(self.adapter.layers[layer])
                 self._undo.append(attach(attention, partial(self._row_sink, layer)))
@@ -331,8 +339,7 @@ class Session:
     def _past_mask_any(self, mask: Any, layer: kv.Pruned) -> Any:
         if mask is None:
             return None
-        if not torch.is_tensor(mask):
-            raise UnsupportedCall(f"masks of type {type(mask).__name__} are not supported; use sdpa, eager or flash")
+        mask = tensor_mask(mask)
         return kv.past_mask_2d(mask, layer) if mask.dim() == 2 else kv.past_mask(mask, layer, layer)
 
     def _past_mask_layer(self, call: dict[str, Any], layer: kv.Pruned, reference: kv.Pruned | None) -> None:

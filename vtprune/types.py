@@ -1,4 +1,4 @@
-"""What a pruning method sees (`Visual`), what it needs (`Signal`), what it answers (`Assignment`), and where it acts (`Stage`)."""
+"""What a method sees (`Visual`), needs (`Signal`) and answers (`Assignment`), and where it acts (`Stage`)."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Assignment:
 
     idx: [K] kept positions, ascending, distinct, int64. A merged token stands at the position of its representative.
     order: [K] the same positions in the order they were picked, or None if the method has no order.
-    src, dst, w: sparse merge weights; row `dst` (0..K-1, along `idx`) of x' is the sum of w * x[src]. None: x' = x[idx].
+    src, dst, w: sparse merge weights; row `dst` (0..K-1, along `idx`) of x' sums w * x[src]. None: x' = x[idx].
     scores: [N] float32 score per token for inspection, or None.
     """
 
