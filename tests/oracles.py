@@ -1,0 +1,115 @@
+"""What every kernel and method computes, restated slowly and plainly in float64; nothing here calls vtprune."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """Cosine of two vectors; 0 if either is zero."""
+    lengths = float(a.norm() * b.norm())
+    return float(a @ b) / lengths if lengths else 0.0
+
+
+def cosines(x: Tensor) -> list[list[float]]:
+    x = x.double()
+    return [[cosine(a, b) for b in x] for a in x]
+
+
+def most_isolated(x: Tensor) -> int:
+    """The token whose nearest other token is farthest; the lower index if several are."""
+    c = cosines(x)
+    nearest = [max((c[i][j] for j in range(len(c)) if j != i), default=0.0) for i in range(len(c))]
+    return nearest.index(min(nearest))
+
+
+def diverse(x: Tensor, k: int, objective: str, first: int | None = None) -> list[int]:
+    """Greedy picks: "maxmin" looks at the most similar picked token, "maxsum" at the sum over all picked ones."""
+    c = cosines(x)
+    picked = [most_isolated(x) if first is None else first]
+    while len(picked) < k:
+        rest = [j for j in range(len(c)) if j not in picked]
+        combine = max if objective == "maxmin" else math.fsum
+        score = {j: combine(c[j][i] for i in picked) for j in rest}
+        picked.append(min(rest, key=lambda j: (score[j], j)))
+    return picked
+
+
+def divprune(x: Tensor, k: int) -> list[int]:
+    """https://arxiv.org/abs/2503.02175, with picked tokens excluded."""
+    return diverse(x, k, "maxmin")
+
+
+def todre_pivot(x: Tensor, pivot: str, candidates: Sequence[int], cls: Tensor | None = None) -> int:
+    """https://arxiv.org/abs/2505.18757: first pick among the thumbnail's tokens."""
+    if pivot == "cls" and cls is not None:
+        return max(candidates, key=lambda i: (float(cls[i]), -i))
+    rows = [x[i].double() / (x[i].double().norm() or 1.0) for i in candidates]
+    mean = torch.stack(rows).mean(0)
+    sign = -1 if pivot == "farthest" else 1
+    score = [sign * float(row @ mean) for row in rows]
+    return candidates[score.index(max(score))]
+
+
+def top(scores: Tensor, k: int) -> list[int]:
+    """The k largest, the lower index first among equals (FastV, https://arxiv.org/abs/2403.06764)."""
+    return sorted(range(len(scores)), key=lambda i: (-float(scores[i]), i))[:k]
+
+
+def middles(count: int, n: int) -> list[int]:
+    """Cells under the middles of `count` equal parts of a line of n cells."""
+    return [math.floor((Fraction(2 * i + 1, 2)) * Fraction(n, count)) for i in range(count)]
+
+
+def lattice(grid: tuple[int, int, int], k: int) -> list[int]:
+    """`uniform` on one raster: even frames, even rows, even columns."""
+    t, h, w = grid
+
+    def share(count: int, parts: int) -> list[int]:
+        return [(i + 1) * count // parts - i * count // parts for i in range(parts)]
+
+    kept = []
+    frames = middles(min(k, t), t)
+    for frame, count in zip(frames, share(k, len(frames))):
+        rows = max(math.ceil(count / w), min(round(math.sqrt(count * h / w)), h, count), 1)
+        for row, in_row in zip(middles(rows, h), share(count, rows)):
+            kept += [(frame * h + row) * w + column for column in middles(in_row, w)]
+    return kept
+
+
+def pool(x: Tensor, grid: tuple[int, int, int], cells: tuple[int, int]) -> tuple[Tensor, list[int]]:
+    """Mean of the tokens of every cell of every frame, and the position of the cell's centre token."""
+    t, h, w = grid
+    a, b = cells
+    means, centres = [], []
+    for frame in range(t):
+        for i in range(a):
+            for j in range(b):
+                rows = [r for r in range(h) if r * a // h == i]
+                columns = [c for c in range(w) if c * b // w == j]
+                at = [(frame * h + r) * w + c for r in rows for c in columns]
+                means.append(torch.stack([x[p].double() for p in at]).mean(0))
+                middle = rows[(len(rows) - 1) // 2], columns[(len(columns) - 1) // 2]
+                centres.append((frame * h + middle[0]) * w + middle[1])
+    return torch.stack(means), centres
+
+
+def attention(q: Tensor, k: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
+    """[B, H, M, N] softmax weights, one query at a time; a query with nothing to attend to gets zeros."""
+    batch, heads, rows, _ = q.shape
+    share = heads // k.shape[1]
+    out = torch.zeros(batch, heads, rows, k.shape[2], dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            for r in range(rows):
+                logits = k[b, h // share].double() @ q[b, h, r].double() * scaling
+                if bias is not None:
+                    logits = logits + bias.double().expand(batch, heads, rows, -1)[b, h, r]
+                if not torch.isneginf(logits).all():
+                    out[b, h, r] = (logits - logits.max()).exp() / (logits - logits.max()).exp().sum()
+    return out
