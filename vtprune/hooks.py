@@ -107,7 +107,7 @@ class Session:
                 self._check_layer(name, stage.where, stage.positions)
             elif stage.positions == "compact" and a.mrope:
                 raise UnsupportedModel(
-                    f"{name}: positions='compact' is undefined for the M-RoPE position ids of {a.model_type}; use 'keep'"
+                    f"{name}: positions='compact' is undefined for M-RoPE position ids ({a.model_type}); use 'keep'"
                 )
         inner = [s.where for s in self.stages if isinstance(s.where, int)]
         if inner != sorted(inner):
@@ -120,8 +120,8 @@ class Session:
         kinds = sorted(set(a.layer_types))
         if kinds != ["full_attention"]:
             raise UnsupportedModel(
-                f"{name} at layer {layer}: {a.model_type} has layers of kinds {kinds}, and a stage inside the LLM needs "
-                "full attention throughout; use one that acts before the LLM"
+                f"{name} at layer {layer}: {a.model_type} has layers of kinds {kinds}, and a stage inside the LLM "
+                "needs full attention throughout; use one that acts before the LLM"
             )
         deep = getattr(getattr(a.config, "vision_config", None), "deepstack_visual_indexes", None) or ()
         if layer < len(deep):

@@ -1,0 +1,148 @@
+"""Cache layers that store less than they answer for, on the real transformers caches."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig, StaticCache
+
+from vtprune import UnsupportedCall
+from vtprune import cache as kv
+
+CONFIG = LlamaConfig(hidden_size=16, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2, vocab_size=8)
+FED, RAN, WIDTH = 10, 4, 8
+
+
+def filled(kind: str, batch: int = 2) -> DynamicCache | StaticCache:
+    """A cache whose two layers were fed 10 tokens and stored 4."""
+    cache = DynamicCache(config=CONFIG) if kind == "dynamic" else StaticCache(config=CONFIG, max_cache_len=16)
+    torch.manual_seed(0)
+    for layer in range(2):
+        cache.update(torch.randn(batch, 1, RAN, WIDTH), torch.randn(batch, 1, RAN, WIDTH), layer)
+    return cache
+
+
+def shrink(cache, valid=None, shift=None, remask=False) -> None:
+    for layer in range(2):
+        kv.shrink(cache, layer, past=0, fed=FED, ran=RAN, valid=valid, remask=remask, shift=shift)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_length_is_logical_and_storage_physical(kind: str) -> None:
+    cache = filled(kind)
+    keys = cache.layers[0].keys
+    shrink(cache)
+    assert int(cache.get_seq_length()) == FED
+    assert cache.layers[0].keys is keys
+    width, offset = cache.get_mask_sizes(1, 0)
+    assert offset == FED - RAN
+    assert width == (RAN + 1 if kind == "dynamic" else 16)
+    one = torch.ones(2, 1, 1, WIDTH)
+    stored, _ = cache.update(one, one, 0)
+    assert int(cache.get_seq_length()) == FED + 1
+    assert torch.equal(stored[:, :, RAN : RAN + 1], one)
+    assert cache.layers[0].is_compileable == (kind == "static")
+
+
+def test_a_second_pruned_call_adds_up() -> None:
+    cache = filled("dynamic")
+    valid = torch.tensor([[True] * 4, [False, True, True, True]])
+    shrink(cache, valid=valid)
+    kv.enter()
+    more = torch.ones(2, 1, 3, WIDTH)
+    cache.update(more, more, 0)
+    kv.leave()
+    kv.shrink(cache, 0, past=FED, fed=5, ran=3, valid=None, remask=False, shift=None)
+    layer = cache.layers[0]
+    assert (layer.dropped, layer.prefix, int(layer.get_seq_length())) == (8, 7, 15)
+    assert layer.valid.tolist() == [[True] * 7, [False] + [True] * 6]
+    assert layer.remask
+
+
+def test_rows_follow_beams_and_selection() -> None:
+    cache = filled("dynamic")
+    valid = torch.tensor([[True] * 4, [False, True, True, True]])
+    shrink(cache, valid=valid, shift=torch.tensor([6, 7]))
+    cache.reorder_cache(torch.tensor([1, 1]))
+    assert torch.equal(cache.layers[0].valid, valid[[1, 1]])
+    assert cache.layers[0].shift.tolist() == [7, 7]
+    cache.batch_repeat_interleave(2)
+    assert cache.layers[1].valid.shape == (4, 4)
+    assert cache.layers[1].keys.shape[0] == 4
+    cache.batch_select_indices(torch.tensor([3]))
+    assert cache.layers[0].valid.tolist() == [[False, True, True, True]]
+
+
+def test_reset_forgets_what_was_dropped() -> None:
+    cache = filled("dynamic")
+    shrink(cache, valid=torch.tensor([[True] * 4, [False, True, True, True]]))
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    fresh = torch.zeros(2, 1, 2, WIDTH)
+    cache.update(fresh, fresh, 0)
+    assert cache.get_seq_length() == 2
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
+def test_copies_and_pickles(duplicate) -> None:
+    cache = filled("dynamic")
+    shrink(cache, valid=torch.tensor([[True] * 4, [False, True, True, True]]))
+    other = duplicate(cache)
+    assert other.get_seq_length() == FED
+    assert type(other.layers[0]) is type(cache.layers[0])
+    assert other.layers[0].keys is not cache.layers[0].keys
+    assert torch.equal(other.layers[0].valid, cache.layers[0].valid)
+
+
+def test_crop_takes_from_the_end() -> None:
+    cache = filled("dynamic")
+    shrink(cache)
+    more = torch.ones(2, 1, 3, WIDTH)
+    cache.update(more, more, 0)
+    cache.layers[0].crop(-2)
+    assert cache.layers[0].get_seq_length() == FED + 1
+    assert cache.layers[0].keys.shape[-2] == RAN + 1
+
+
+def test_new_caches_are_untouched_by_the_pruned_classes() -> None:
+    shrink(filled("dynamic"))
+    shrink(filled("static"))
+    assert type(DynamicCache(config=CONFIG).layers[0]).__name__ == "DynamicLayer"
+    assert type(StaticCache(config=CONFIG, max_cache_len=4).layers[0]).__name__ == "StaticLayer"
+
+
+def test_ragged_rows_cannot_be_continued_without_the_patch() -> None:
+    cache = filled("dynamic")
+    shrink(cache, valid=torch.tensor([[True] * 4, [False, True, True, True]]))
+    one = torch.ones(2, 1, 1, WIDTH)
+    with pytest.raises(UnsupportedCall, match="patched model"):
+        cache.update(one, one, 0)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_past_mask_moves_the_columns_of_a_wider_layer(kind: str) -> None:
+    cache = filled(kind)
+    valid = torch.tensor([[True] * 4, [False, True, True, True]])
+    shrink(cache, valid=valid)
+    layer = cache.layers[1]
+    width = FED + 2 if kind == "dynamic" else 16  # sized by a layer that dropped nothing; two tokens since
+    mask = torch.zeros(2, 1, 1, width, dtype=torch.bool)
+    mask[..., : FED + 2] = True
+    out = kv.past_mask(mask, layer, None)
+    assert out.shape[-1] == (RAN + 2 if kind == "dynamic" else 16)
+    expected = torch.cat([valid, torch.ones(2, 2, dtype=torch.bool)], dim=1)
+    assert torch.equal(out[:, 0, 0, : RAN + 2], expected)
+    assert not out[:, 0, 0, RAN + 2 :].any()
+
+
+def test_past_mask_2d_puts_stored_columns_behind_what_was_dropped() -> None:
+    cache = filled("dynamic")
+    valid = torch.tensor([[True] * 4, [False, True, True, True]])
+    shrink(cache, valid=valid)
+    out = kv.past_mask_2d(torch.ones(2, FED + 1, dtype=torch.long), cache.layers[0])
+    assert out.shape == (2, FED + 1)
+    assert torch.equal(out[:, FED - RAN : FED].bool(), valid)
+    assert (out[:, FED:] == 1).all()
