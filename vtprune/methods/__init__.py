@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 from torch import Tensor
 
-from ..types import Assignment, Visual
+from .. import registry
+from ..types import Assignment, Method, Visual
+
+
+class _CallablePackage(ModuleType):
+    """Importing a subpackage binds it over `vtprune.methods`, the function; so the package answers the call as well."""
+
+    def __call__(self) -> list[type[Method]]:
+        return registry.methods()
+
+
+sys.modules[__name__].__class__ = _CallablePackage
 
 
 def budget_of(v: Visual, name: str) -> int:
