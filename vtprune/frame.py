@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import cache as kv
-from .compact import Compaction, causal_mask, hide, tensor_mask
+from .compact import Compaction, causal_mask, tensor_mask
 from .kernels import attention_rows
 from .model_adapters.generic import MODALITIES, Adapter, Features, Unit
 from .types import Assignment, Signal, Span, Stage, UnsupportedCall, Visual, VtpruneError, Where
@@ -396,13 +396,14 @@ class Frame:
         last = self._last_slot(n).to(q.device)
         rows = q.gather(2, last[:, None, None, None].expand(batch, q.shape[1], 1, q.shape[3]))
         k = k[:, :, : past + n]
-        bias = None
-        if mask is not None and mask.dim() == 4:
+        if mask is not None and mask.shape[-2] == n:
             mask = mask[..., : past + n].expand(batch, -1, -1, -1)
             bias = mask.gather(2, last[:, None, None, None].expand(batch, mask.shape[1], 1, past + n))
-        else:
+        else:  # causal, with no mask or (flash attention) one that knows padding only
             seen = torch.arange(past + n, device=q.device)[None] <= (last + past)[:, None]
-            bias = (seen if mask is None else hide(seen, mask[:, : past + n] != 0))[:, None, None, :]
+            if mask is not None:
+                seen = seen & mask.reshape(batch, -1)[:, : past + n].bool()
+            bias = seen[:, None, None, :]
         self.rows[layer] = attention_rows(rows, k, bias, scaling).mean(1)[:, 0, past:]
 
     def _last_slot(self, n: int) -> Tensor:
