@@ -19,8 +19,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from vtprune.model_adapters import towers
 from vtprune.model_adapters.towers import TowerSignals, attention_modules, has_cls, tower_of
 
+from vtprune.tap import read
 from vtprune.types import Signal, UnsupportedModel
 
 WITH_CLS = {"llava", "llava_next", "llava_next_video", "video_llava", "internvl"}
@@ -207,7 +209,9 @@ def test_signals_equal_the_oracles(name, layer):
         assert {s.kind for s in entry} == set(oracle)
         for signal, value in entry.items():
             assert value.dtype == torch.float32
-            torch.testing.assert_close(value, oracle[signal.kind], atol=2e-6, rtol=1e-5)
+            n = len(oracle[signal.kind])  # transformers 5.17 appends OneVision's video newline only later
+            torch.testing.assert_close(value[:n], oracle[signal.kind], atol=2e-6, rtol=1e-5)
+            assert (value[n:] == 0).all()
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -227,8 +231,8 @@ def test_outputs_are_bit_identical_and_configs_come_back(name, implementation):
     assert torch.equal(before, tapped)
     assert torch.equal(before, after)
     assert all(m.config is config for m, config in zip(layers, configs))
-    # Entries hold every visual token of the prompt, in order; one per image where the family gives one per image.
-    assert all(len(v) == len(e) for e, entry in zip(entries, answers[0]) for v in entry.values())
+    # One answer per entry; together they cover the visual tokens of the prompt, which the model counts itself.
+    assert len(entries) == len(answers[0])
     visual = sum(len(unit) for row in inputs.units for unit in row)
     assert sum(len(entry[Signal("received", 0)]) for entry in answers[0]) == visual
 
@@ -360,8 +364,9 @@ def test_threads_keep_their_own_buffers():
     assert len(results) == len(batches)
 
 
-def test_a_call_that_nobody_waits_for_is_not_kept():
-    model = families.model("llava")
+def test_a_call_that_nobody_waits_for_is_not_read(monkeypatch):
+    model, reads = families.model("llava"), []
+    monkeypatch.setattr(towers, "read", lambda *args: reads.append(args) or read(*args))
     signals = TowerSignals(model.base_model, "image", [Signal("cls")])
     undo = signals.install()
     call = {"pixel_values": visual_inputs("llava")["pixel_values"]}
@@ -372,6 +377,7 @@ def test_a_call_that_nobody_waits_for_is_not_kept():
         model.base_model.get_image_features(**call)  # after finish
         signals.start()
         second = signals.finish(call, model.base_model.get_image_features(**call))
+    assert len(reads) == 2
     for back in undo:
         back()
     assert all(torch.equal(a[s], b[s]) for a, b in zip(first, second, strict=True) for s in a)
