@@ -90,7 +90,6 @@ class Unit:
 class Features:
     """One observed `get_{image,video}_features` call: sizes, spans and signals of every entry it returned."""
 
-    output: Any
     sizes: list[int]
     spans: list[tuple[Span, ...]]
     signals: list[dict[Signal, Tensor]]
@@ -202,7 +201,7 @@ class Adapter:
             parts = [signals[i : i + frames] for i in range(0, len(signals), frames)]
             signals = [{k: torch.cat([p[k] for p in part]) for k in part[0]} for part in parts]
         spans = spans_of(self.base, self.model_type, modality, call, sizes)
-        return Features(output, sizes, spans, signals or [{} for _ in sizes])
+        return Features(sizes, spans, signals or [{} for _ in sizes])
 
     def units(self, code: Tensor, features: dict[str, Features | None]) -> list[Unit]:
         """Images and videos of the batch, row by row. code: [B, L] int8 on the host (0 = padding)."""
@@ -243,14 +242,16 @@ class Adapter:
                         unit = Unit(b, modality, taken, features.spans[entry], dict(features.signals[entry]))
                         units.append(unit)
                     entry += 1
-        return units if self.model_type not in ("smolvlm", "idefics3") else _split_runs(units)
+        if self.model_type in ("smolvlm", "idefics3"):
+            return _split_runs(units)
+        return _join_runs(units) if self.model_type == "internvl" and modality == "image" else units
 
 
 def _with_newline(features: Features) -> Features:
     """Every entry with one separator token behind it, whose signals are zero."""
     pad = torch.nn.functional.pad
     signals = [{k: pad(v, (0, 0) * (v.dim() - 1) + (0, 1)) for k, v in entry.items()} for entry in features.signals]
-    return Features(features.output, [n + 1 for n in features.sizes], features.spans, signals)
+    return Features([n + 1 for n in features.sizes], features.spans, signals)
 
 
 def _take(runs: list[tuple[int, int]], size: int) -> list[tuple[int, int]]:
@@ -276,6 +277,21 @@ def _split_runs(units: list[Unit]) -> list[Unit]:
             spans = tuple(Span(0, s.grid) for s in u.spans if s.start == start and len(s) == run[1])
             out.append(Unit(u.row, u.modality, [run], spans, signals))
             start += run[1]
+    return out
+
+
+def _join_runs(units: list[Unit]) -> list[Unit]:
+    """One unit per run: tiles that stand side by side are one image."""
+    out: list[Unit] = []
+    for u in units:
+        last = out[-1] if out else None
+        if last is None or last.row != u.row or sum(last.ranges[-1]) != u.ranges[0][0]:
+            out.append(u)
+            continue
+        spans = tuple(Span(s.start + last.n, s.grid, s.newline) for s in u.spans)
+        signals = {k: torch.cat([v, u.signals[k]]) for k, v in last.signals.items()}
+        joined = (last.ranges[0][0], last.n + u.n)
+        out[-1] = Unit(u.row, u.modality, [joined], last.spans + spans, signals)
     return out
 
 

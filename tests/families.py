@@ -58,6 +58,7 @@ class Family:
     video: bool = False
     types: str | None = None  # name under which the processor returns 0 text / 1 image / 2 video
     mrope: bool = False
+    tile_units: bool = False  # text stands between the tiles of an image, so each tile is pruned by itself
     visual_first: bool = False  # PaliGemma: images, then BOS, then the prompt
 
 
@@ -181,9 +182,7 @@ def _qwen3_vl() -> Any:
 
 
 def _qwen3_5() -> Any:
-    tower = _qwen_tower(
-        "qwen3_5_vision", intermediate_size=48, out_hidden_size=WIDTH, num_position_embeddings=64
-    )
+    tower = _qwen_tower("qwen3_5_vision", intermediate_size=48, out_hidden_size=WIDTH, num_position_embeddings=64)
     linear = {
         "linear_key_head_dim": 8,
         "linear_value_head_dim": 8,
@@ -236,9 +235,7 @@ def _paligemma() -> Any:
 
 def _mistral3() -> Any:
     tower = _tower("pixtral", 64)
-    return _config(
-        "mistral3", _text("mistral", sliding_window=None), tower, **_INDEX, tie_word_embeddings=False
-    )
+    return _config("mistral3", _text("mistral", sliding_window=None), tower, **_INDEX, tie_word_embeddings=False)
 
 
 def _pixels(generator: torch.Generator, *shape: int) -> Tensor:
@@ -346,9 +343,7 @@ def _row_breaks(size: tuple[int, int], generator: torch.Generator, shares_row: b
     height, width = size
     ids = [*[IMAGE] * (width // 8), BREAK] * (height // 8)
     ids[-1] = END
-    return Piece(
-        ids, {"pixel_values": _pixels(generator, 1, 3, height, width), "image_sizes": torch.tensor([size])}
-    )
+    return Piece(ids, {"pixel_values": _pixels(generator, 1, 3, height, width), "image_sizes": torch.tensor([size])})
 
 
 def _stack(rows: list[list[Piece]]) -> dict[str, Any]:
@@ -400,9 +395,7 @@ _GEMMA_IMAGE = _plain(32, 16, before=(NEWLINE, START), after=(END, NEWLINE))
 
 FAMILIES: dict[str, Family] = {
     "llava": Family("LlavaForConditionalGeneration", _llava, (20,), _plain(20, 25), _stack),
-    "llava_next": Family(
-        "LlavaNextForConditionalGeneration", _llava_next, _ANYRES, _mosaic(PINPOINTS, 12), _stack
-    ),
+    "llava_next": Family("LlavaNextForConditionalGeneration", _llava_next, _ANYRES, _mosaic(PINPOINTS, 12), _stack),
     "llava_onevision": Family(
         "LlavaOnevisionForConditionalGeneration",
         _llava_onevision,
@@ -470,11 +463,11 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5": Family("Qwen3_5ForConditionalGeneration", _qwen3_5, _GRIDS, _grid(), **_QWEN),
     "glm4v": Family("Glm4vForConditionalGeneration", _glm4v, _GRIDS, _grid(), **_QWEN),
     "internvl": Family("InternVLForConditionalGeneration", _internvl, (1, 3), _tiles, _stack),
-    "smolvlm": Family("SmolVLMForConditionalGeneration", _smolvlm, ((0, 0), (1, 2)), _split, _per_row),
-    "idefics3": Family("Idefics3ForConditionalGeneration", _idefics3, ((1, 2), (0, 0)), _split, _per_row),
-    "gemma3": Family(
-        "Gemma3ForConditionalGeneration", _gemma3, (32,), _GEMMA_IMAGE, _stack, types="token_type_ids"
+    "smolvlm": Family("SmolVLMForConditionalGeneration", _smolvlm, ((0, 0), (1, 2)), _split, _per_row, tile_units=True),
+    "idefics3": Family(
+        "Idefics3ForConditionalGeneration", _idefics3, ((1, 2), (0, 0)), _split, _per_row, tile_units=True
     ),
+    "gemma3": Family("Gemma3ForConditionalGeneration", _gemma3, (32,), _GEMMA_IMAGE, _stack, types="token_type_ids"),
     "paligemma": Family(
         "PaliGemmaForConditionalGeneration",
         _paligemma,
@@ -484,9 +477,7 @@ FAMILIES: dict[str, Family] = {
         types="token_type_ids",
         visual_first=True,
     ),
-    "mistral3": Family(
-        "Mistral3ForConditionalGeneration", _mistral3, ((24, 32), (16, 24)), _row_breaks, _stack
-    ),
+    "mistral3": Family("Mistral3ForConditionalGeneration", _mistral3, ((24, 32), (16, 24)), _row_breaks, _stack),
 }
 NAMES = tuple(FAMILIES)
 IMAGES = tuple(name for name, family in FAMILIES.items() if not family.video)
@@ -516,7 +507,9 @@ def _spread(model: Any) -> None:
         elif "embed" in name and not tied:
             weight.copy_(noise)
         else:
-            weight.copy_(noise * (weight[0].numel() ** -0.5))
+            # Linear attention feeds its state back: large weights there only amplify rounding.
+            gain = 0.5 if "linear_attn" in name else 1.0
+            weight.copy_(gain * noise * (weight[0].numel() ** -0.5))
 
 
 def model(name: str, attn_implementation: str = "sdpa") -> Any:
@@ -537,9 +530,7 @@ def text(seed: int, length: int = 5) -> Piece:
     return Piece(torch.randint(FIRST_TEXT, VOCAB, (length,), generator=generator).tolist())
 
 
-def turn(
-    name: str, visuals: int, seed: int = 0, first: bool = True, shares_row: bool | None = None
-) -> list[Piece]:
+def turn(name: str, visuals: int, seed: int = 0, first: bool = True, shares_row: bool | None = None) -> list[Piece]:
     """One user turn: words, visuals with words between them, words. `first` adds BOS."""
     family = FAMILIES[name]
     generator = torch.Generator().manual_seed(seed)
@@ -574,7 +565,7 @@ def build(name: str, rows: Sequence[list[Piece]]) -> Inputs:
         flat = [i for p in row for i in p.ids]
         ids[r, length - len(flat) :] = torch.tensor(flat)
         mask[r, length - len(flat) :] = 1
-        units.append(_units(row, length - len(flat)))
+        units.append(_units(row, length - len(flat), family.tile_units))
     out = Inputs(input_ids=ids, attention_mask=mask)
     out.update(family.collate([[p for p in row if p.tensors] for row in rows]))
     if family.types is not None:
@@ -585,10 +576,12 @@ def build(name: str, rows: Sequence[list[Piece]]) -> Inputs:
     return out
 
 
-def _units(row: list[Piece], start: int) -> list[list[int]]:
+def _units(row: list[Piece], start: int, per_tile: bool) -> list[list[int]]:
     units = []
     for piece in row:
         if piece.tensors:
-            units.append([start + i for i, token in enumerate(piece.ids) if token in (IMAGE, VIDEO)])
+            unit = [start + i for i, token in enumerate(piece.ids) if token in (IMAGE, VIDEO)]
+            gaps = [i for i in range(1, len(unit)) if per_tile and unit[i] != unit[i - 1] + 1]
+            units += [unit[a:b] for a, b in zip([0, *gaps], [*gaps, len(unit)], strict=True)]
         start += len(piece.ids)
     return units

@@ -1,8 +1,8 @@
 """An oracle for pruned runs that uses none of vtprune's hooks.
 
 `dense` runs the unpatched model once over the conversation and records what every decoder layer receives.
-`pruned_logits` then walks the stock layers by hand, without cache and without padding, on the tokens that stay:
-same position embeddings, explicit causal mask, merged features where the method merges. Attention is causal, so
+`pruned_logits` then walks the stock layers by hand, without cache or padding, on the tokens that stay: same
+position embeddings, explicit causal mask, merged features where the method merges. Attention is causal, so
 one pass gives the logits of the prompt's last token and of every generated token.
 
 What stays is the method's own answer, taken by `spy` at the border between seam and method.
@@ -74,9 +74,7 @@ def dense(model: Any, batch: dict[str, Any], answer: Sequence[int] = ()) -> Dens
     handles = [text.register_forward_pre_hook(lambda m, a, k: _see_text(record, k), with_kwargs=True)]
     for i, layer in enumerate(text.layers):
         handles.append(
-            layer.register_forward_pre_hook(
-                lambda m, a, k, i=i: _see_layer(record, i, a, k), with_kwargs=True
-            )
+            layer.register_forward_pre_hook(lambda m, a, k, i=i: _see_layer(record, i, a, k), with_kwargs=True)
         )
     try:
         model(**extended(batch, answer, model.config.model_type == "paligemma"), use_cache=False)
@@ -258,11 +256,36 @@ def greedy(model: Any, batch: dict[str, Any], steps: int, **options: Any) -> tup
     return out.sequences[:, batch["input_ids"].shape[1] :], torch.stack(out.logits, 1)
 
 
-def expected(
-    model: Any, name: str, rows: Sequence[int], row: int, cuts: Any, tokens: Tensor, **options: Any
-) -> Tensor:
+def expected(model: Any, name: str, rows: Sequence[int], row: int, cuts: Any, tokens: Tensor, **options: Any) -> Tensor:
     """The oracle's logits [steps, V] for one row that generated `tokens`."""
     single = families.inputs(name, rows=rows, only=row)
     full = dense(model, single, tokens[:-1].tolist())
     logits = pruned_logits(model, full, cuts, **options)
     return logits[-len(tokens) :]
+
+
+def cuts_of_chat(log: Sequence[Call], turns: Sequence[Sequence[Sequence[int]]]) -> dict[Any, list[Cut]]:
+    """Cuts of one row over several turns. turns: [turn][unit] -> positions; turn i is the i-th round of calls."""
+    out: dict[Any, list[Cut]] = {}
+    rounds: dict[Any, list[Call]] = {}
+    for call in log:
+        rounds.setdefault(call.stage.where, []).append(call)
+    for i, units in enumerate(turns):
+        calls = [calls[i] for calls in rounds.values() if i < len(calls)]
+        for where, cuts in cuts_of_row(calls, [0], [units])[0].items():
+            out.setdefault(where, []).extend(cuts)
+    return out
+
+
+def renumbers(log: Sequence[Call]) -> bool:
+    """Whether the stages that ran give the kept tokens new, gapless positions."""
+    return any((call.stage.positions or call.stage.method.positions) == "compact" for call in log)
+
+
+def positions(model: Any, batch: dict[str, Any]) -> Tensor | None:
+    """Multi-axis positions [3, 1, L] of a whole conversation; None where the model counts 0, 1, 2, ..."""
+    rope_index = getattr(model.base_model, "get_rope_index", None)
+    if rope_index is None:
+        return None
+    wanted = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts", "attention_mask")
+    return rope_index(batch["input_ids"], **{k: batch[k] for k in wanted if k in batch})[0]
