@@ -128,6 +128,9 @@ class Frame:
         self.host, self.holes = host[:, :length], bool((host == 0).any())
         self.keep = (self.host != 0).to(embeds.device)
         self.units = self.adapter.units(self.host, features)
+        if any(features.get(m) is None for m in self.modalities()):
+            self._check_runs()
+            self.notes.append("features were encoded elsewhere: image grids are unknown, every run of tokens is a unit")
         self.alive = [self._start(u, embeds.device) for u in self.units]
         self.counts = (self.host != 0).sum(1).tolist()
         self.lengths, self.valids = [length] * len(self.adapter.layers), [None] * len(self.adapter.layers)
@@ -145,6 +148,16 @@ class Frame:
             real = row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
             return real.expand(self.code.shape[0], -1).to(self.code.device)
         return (mask[:, : self.past + length] != 0).to(self.code.device)
+
+    def _check_runs(self) -> None:
+        """Features of unknown origin come without sizes, so a part of an image must be told by where it stands."""
+        first = [int(row.nonzero()[0, 0]) if row.any() else 0 for row in self.host]
+        starts = self.past > 0 and any(row[i] > 1 for row, i in zip(self.host, first))
+        if starts or bool((self.host[:, -1] > 1).any()):
+            raise UnsupportedCall(
+                "this call ends or goes on inside an image, as chunked prefill does, so a method would see only a part "
+                "of it: set prefill_chunk_size=None"
+            )
 
     def _start(self, unit: Unit, device: torch.device) -> Alive:
         positions = torch.cat([torch.arange(s, s + m) for s, m in unit.ranges]).to(device)

@@ -37,6 +37,43 @@ class Local(threading.local):
         return Local, ()
 
 
+class Seen:
+    """Features this model encoded, found again by the output or its first tensor; forgotten when those are gone.
+
+    Two keys, because beams re-stack the tensors of an output, and users re-wrap tensors in a new output.
+    """
+
+    def __init__(self) -> None:
+        from torch.utils.weak import WeakIdKeyDictionary
+
+        self._known = WeakIdKeyDictionary()
+
+    def add(self, output: Any, features: Features) -> None:
+        """Remember the features of one encoder output."""
+        for key in (output, _first_tensor(output)):
+            if key is not None:
+                self._known[key] = features
+
+    def find(self, output: Any) -> Features | None:
+        """Features of an encoder output (or of what generate() made of it), or None if another model encoded it."""
+        tensor = _first_tensor(output)
+        found = self._known.get(output)
+        return found if found is not None or tensor is None else self._known.get(tensor)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Seen:
+        return Seen()
+
+    def __reduce__(self) -> Any:
+        return Seen, ()
+
+
+def _first_tensor(output: Any) -> Tensor | None:
+    pooled = getattr(output, "pooler_output", output)
+    while isinstance(pooled, list | tuple) and pooled:
+        pooled = pooled[0]
+    return pooled if isinstance(pooled, Tensor) else None
+
+
 class Observer:
     """Stands in for `base.get_image_features` on the instance and notes sizes, grids and signals of what it returns."""
 
@@ -67,7 +104,9 @@ class Observer:
             call = self.__signature__.bind(*args, **kwargs).arguments
             call = {**call, **call.pop("kwargs", {})}
             signals = self.tower.finish(call, output) if self.tower else []
-            local.features[self.modality] = self.session.adapter.observe(self.modality, call, output, signals)
+            found = self.session.adapter.observe(self.modality, call, output, signals)
+            local.features[self.modality] = found
+            self.session.seen.add(output, found)
         finally:
             local.observing = False
         return output
@@ -80,6 +119,7 @@ class Session:
         self.adapter = Adapter(model)
         self.stages = stages
         self.local = Local()
+        self.seen = Seen()
         self.latest: Last | None = None
         self._undo: list[Callable[[], None]] = []
         self._check()
@@ -195,8 +235,10 @@ class Session:
             self._refuse(call)
             code = self.adapter.visual_code(call) if self.adapter.features_given(call) else None
             if code is not None:
-                if any(k.startswith("pixel_values") and v is not None for k, v in call.items()):
-                    self.local.features = {}
+                encoded = call.get("mm_encoder_outputs")
+                encoded = encoded if isinstance(encoded, dict) else {}
+                # Pixels are encoded during this very call; encoded features must be recognised, not taken for the last.
+                self.local.features = {m: self.seen.find(v) for m, v in encoded.items() if v is not None}
                 self.local.frame = Frame(self.adapter, self.stages, code)
         if self.adapter.masks_in_base:
             call = self._past_mask_2d(call, call.get("past_key_values"))
