@@ -70,9 +70,9 @@ class Exam:
     def __len__(self) -> int:
         return len(self.questions)
 
-    def run(self, needs_tower: bool = False, new_tokens: int = 4, progress: Any = None) -> tuple[Marks, Marks]:
-        """Greedy `generate` on every question; (answer right, stopped right), 0. or 1. in `self.questions` order."""
-        marks: list[tuple[bool, bool]] = []
+    def answers(self, needs_tower: bool = False, new_tokens: int = 4, progress: Any = None) -> list[tuple[str, bool]]:
+        """Greedy `generate` on every question: (text, whether the end token came), in `self.questions` order."""
+        said: list[tuple[str, bool]] = []
         ends = _end_tokens(self.model)
         for i, inputs in enumerate(self._batches()):
             if not needs_tower:
@@ -81,11 +81,15 @@ class Exam:
                 ids = self.model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, num_beams=1)
             fresh = ids[:, inputs["input_ids"].shape[1] :]
             texts = self.processor.batch_decode(fresh, skip_special_tokens=True)
-            ended = [bool(ends.intersection(row)) for row in fresh.tolist()]
-            asked = self.questions[i * self.batch : (i + 1) * self.batch]
-            marks += [mark(t, e, q.answer) for t, e, q in zip(texts, ended, asked)]
+            said += [(text, bool(ends.intersection(row))) for text, row in zip(texts, fresh.tolist())]
             if progress is not None:
-                progress.update(len(asked))
+                progress.update(len(texts))
+        return said
+
+    def run(self, needs_tower: bool = False, new_tokens: int = 4, progress: Any = None) -> tuple[Marks, Marks]:
+        """(answer right, stopped right) of every question, 0. or 1. each."""
+        said = self.answers(needs_tower, new_tokens, progress)
+        marks = [mark(text, ended, q.answer) for (text, ended), q in zip(said, self.questions)]
         right, stopped = np.array(marks, dtype=np.float64).T
         return right, stopped
 

@@ -89,6 +89,8 @@ def environment(device: str, dtype: str, batch: int, **more: Any) -> Row:
     """Machine, processors, versions, commit and time of a measurement; a number without them is no result."""
     import torch
 
+    import vtprune
+
     gpu = torch.cuda.get_device_name() if device.startswith("cuda") else None
     return {
         "machine": f"{platform.system()} {platform.machine()}",
@@ -99,7 +101,7 @@ def environment(device: str, dtype: str, batch: int, **more: Any) -> Row:
         "dtype": dtype,
         "batch": batch,
         "python": platform.python_version(),
-        "versions": _versions(["vtprune", "torch", "transformers", "triton"]),
+        "versions": {"vtprune": vtprune.__version__, **_versions(["torch", "transformers", "triton"])},
         "commit": commit(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **more,

@@ -52,6 +52,13 @@ def sentence(command: F) -> F:
     return run  # type: ignore[return-value]
 
 
+def _quiet() -> None:
+    """Keep transformers' own progress bars out of ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def _exit(message: str) -> typer.Exit:
     typer.secho(f"vtprune: {message}", err=True, fg="red")
     return typer.Exit(2)
@@ -94,6 +101,7 @@ def demo(
     """Answer real questions with the embedded toy model, dense and pruned with every method."""
     from vtprune.evals import demo as demonstration
 
+    _quiet()
     keeps = parse_keeps(keep, (0.5, 0.25, 0.11))
     if not as_json:
         typer.secho(demonstration.TOY, err=True)
@@ -161,6 +169,7 @@ def bench(
     scale: Annotated[float, typer.Option(help="Narrow the geometry by this factor (printed as such).")] = 1.0,
     device: Device = None,
     dtype: Dtype = None,
+    commit: Annotated[str | None, typer.Option(help="Commit to record, where the checkout has no history.")] = None,
     out: Out = Path("benchmarks"),
     as_json: Json = False,
 ) -> None:
@@ -171,6 +180,7 @@ def bench(
         raise ValueError("--geometry and --model exclude each other: the first has random weights, the second its own")
     keeps = parse_keeps(keep, benchmark.KEEPS)
     names = method or list(benchmark.METHODS)
+    _quiet()
     if model is not None:
         from vtprune.evals import tiny
 
@@ -186,6 +196,7 @@ def bench(
         report = benchmark.hooks(what, names[0], keeps[0], progress=progress)
     else:
         report = benchmark.bench(what, names, keeps, repeats=repeats, new_tokens=new_tokens, progress=progress)
+    report.environment["commit"] = report.environment["commit"] or commit or None
     path = report.write(out)
     _show(report, as_json)
     if not as_json:
@@ -293,6 +304,7 @@ def _dtype(name: str | None, device: str) -> Any:
 
 def _load(name: str | None, device: str | None, dtype: str | None) -> tuple[Any, Any]:
     """(model, processor); the embedded one runs in float32 on the CPU unless told otherwise."""
+    _quiet()
     where = _device(device or (None if name else "cpu"))
     kind = _dtype(dtype, where)
     if name is None:

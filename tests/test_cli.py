@@ -1,0 +1,135 @@
+"""The command line: every command, its JSON, its files, and one clear sentence on bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import vtprune
+from vtprune.cli import app, parse_keep, parse_keeps
+
+runner = CliRunner()
+
+
+def run(*args: object) -> str:
+    result = runner.invoke(app, [str(a) for a in args])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("image") / "picture.png"
+    Image.new("RGB", (80, 60), (200, 30, 30)).save(path)
+    return path
+
+
+def test_methods_lists_every_method_with_its_paper() -> None:
+    table = run("methods")
+    found = json.loads(run("methods", "--json"))
+    assert [row["name"] for row in found] == [cls.name for cls in vtprune.methods()]
+    for row in found:
+        assert row["name"] in table
+        assert row["paper"].startswith("https://")
+        assert row["seam"] in ("pre_llm", "in_llm")
+
+
+def test_eval_prints_a_table_or_json_and_writes_files(tmp_path: Path) -> None:
+    some = ["eval", "--method", "divprune", "--keep", "25%", "--limit", 3, "--capability", "color", "--seeds", 1]
+    out = run(*some, "--out", tmp_path)
+    for name in ("dense", "blind-zero", "random", "uniform", "divprune"):
+        assert name in out
+    assert {p.name for p in tmp_path.iterdir()} == {"eval.json", "eval.md", "pareto.png"}
+    read = json.loads(run(*some, "--json"))
+    assert {row["method"] for row in read["rows"]} >= {"dense", "random", "uniform", "divprune"}
+    assert {row["keep"] for row in read["rows"]} == {1.0, 0.25}
+
+
+def test_demo_ends_with_table_plot_and_overlay(tmp_path: Path) -> None:
+    result = runner.invoke(app, ["demo", "--limit", "3", "--keep", "0.11", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "A toy" in result.output
+    for name in ("demo.json", "pareto.png", "overlay.png"):
+        assert f"wrote {tmp_path / name}" in " ".join(result.stdout.split())
+        assert (tmp_path / name).stat().st_size > 1000
+    for cls in vtprune.methods():
+        assert cls.name in result.stdout
+
+
+def test_bench_writes_one_file_a_run(tmp_path: Path) -> None:
+    some = ["bench", "--geometry", "tiny", "--method", "divprune", "--keep", "64", "--repeats", 1, "--new-tokens", 1]
+    out = run(*some, "--out", tmp_path)
+    assert "FLOPs = 2 x MAC" in " ".join(out.split())
+    (path,) = tmp_path.iterdir()
+    assert json.loads(path.read_text())["rows"][1]["kept_by_layer"] == [64] * 6
+    read = json.loads(run(*some, "--out", tmp_path, "--json"))
+    assert [row["method"] for row in read["rows"]] == ["dense", "divprune"]
+
+
+def test_show_draws_the_kept_tokens(picture: Path, tmp_path: Path) -> None:
+    out = run("show", picture, "--method", "uniform", "--keep", 16, "--out", tmp_path / "kept.png")
+    assert "uniform kept 16 of 256 visual tokens" in out
+    assert Image.open(tmp_path / "kept.png").width > 300
+    read = json.loads(run("show", picture, "--keep", 0.5, "--out", tmp_path / "kept.png", "--json"))
+    assert len(read["kept"]) == 128
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["eval", "--keep", "0"], "--keep 0: use a share in (0, 1]"),
+        (["eval", "--keep", "1.5"], "--keep 1.5:"),
+        (["eval", "--keep=-3"], "--keep -3:"),
+        (["eval", "--keep", "half"], "--keep half:"),
+        (["eval", "--keep", "nan"], "--keep nan:"),
+        (["eval", "--method", "divprun"], "did you mean 'divprune'"),
+        (["eval", "--method", "divprune:colour=red"], "no option 'colour'"),
+        (["eval", "--capability", "smell"], "unknown capabilities ['smell']"),
+        (["eval", "--model", "/no/such/model", "--limit", "2"], "--model /no/such/model: no model there"),
+        (["eval", "--dtype", "int8"], "--dtype int8: choose one of float32"),
+        (["bench", "--geometry", "llava"], "unknown geometry 'llava'; choose one of: tiny"),
+        (["bench", "--geometry", "llava-1.5-7b", "--device", "cpu"], "needs a GPU"),
+        (["bench", "--geometry", "tiny", "--model", "x"], "exclude each other"),
+        (["show", "/no/such/image.png"], "No such file"),
+        (["train-tiny", "--scale", "-1"], "scale=-1.0 trains nothing"),
+    ],
+)
+def test_bad_input_ends_with_one_sentence(args: list[str], said: str, tmp_path: Path) -> None:
+    result = runner.invoke(app, args)
+    assert result.exit_code == 2
+    assert isinstance(result.exception, SystemExit)
+    assert result.stderr.startswith("vtprune: ")
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+def test_a_file_that_is_no_picture_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("no picture")
+    result = runner.invoke(app, ["show", str(path)])
+    assert result.exit_code == 2
+    assert "notes.txt" in result.stderr
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(vtprune, "methods", broken)
+    assert isinstance(runner.invoke(app, ["methods"]).exception, ZeroDivisionError)
+
+
+@pytest.mark.parametrize(("text", "value"), [("0.25", 0.25), ("25%", 0.25), ("64", 64), ("1.0", 1.0), ("1", 1)])
+def test_keep_is_a_share_or_a_number_of_tokens(text: str, value: float | int) -> None:
+    assert parse_keep(text) == value
+    assert type(parse_keep(text)) is type(value)
+
+
+def test_several_keeps() -> None:
+    assert parse_keeps(["0.5,0.25", "64"], (0.1,)) == [0.5, 0.25, 64]
+    assert parse_keeps(None, (0.1,)) == [0.1]

@@ -1,0 +1,80 @@
+"""On a GPU: the same tokens as on the CPU, exact identity at keep=1.0, and real answers from the embedded model."""
+
+from __future__ import annotations
+
+import copy
+
+import families
+import pytest
+import torch
+from vtprune.evals import tiny
+from vtprune.evals.accuracy import Exam
+
+import vtprune
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+METHODS = [cls.name for cls in vtprune.methods()]
+FAMILIES = ["llava", "llava_next", "llava_onevision", "qwen2_5_vl", "internvl", "gemma3"]
+
+
+def _pair(family: str):
+    """(CPU model, its twin on the GPU, CPU inputs, GPU inputs)."""
+    model, batch = families.model(family), families.inputs(family, rows=(2, 1))
+    there = {k: v.cuda() if torch.is_tensor(v) else v for k, v in batch.items()}
+    return model, copy.deepcopy(model).cuda(), dict(batch), there
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_same_tokens_and_logits_as_on_the_cpu(family: str, method: str) -> None:
+    model, twin, here, there = _pair(family)
+    options = {"layer": 1} if method == "fastv" else {}
+    with vtprune.patch(model, method, keep=0.5, **options) as cpu, torch.inference_mode():
+        expected = model(**here).logits
+        wanted = [unit.idx for unit in cpu.last.units]
+    with vtprune.patch(twin, method, keep=0.5, **options) as gpu, torch.inference_mode():
+        logits = twin(**there).logits.cpu()
+        kept = [unit.idx.cpu() for unit in gpu.last.units]
+    assert all(torch.equal(a, b) for a, b in zip(kept, wanted, strict=True))
+    assert torch.allclose(logits, expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", METHODS)
+def test_keeping_all_changes_no_bit(method: str, dtype: torch.dtype) -> None:
+    _, twin, _, there = _pair("llava")
+    twin.to(dtype)
+    there = {k: v.to(dtype) if v.is_floating_point() else v for k, v in there.items()}
+    options = {"layer": 1} if method == "fastv" else {}
+    with torch.inference_mode():
+        dense = twin(**there).logits
+        with vtprune.patch(twin, method, keep=1.0, **options):
+            assert torch.equal(twin(**there).logits, dense)
+        with vtprune.patch(twin, method, keep=0.5, **options):
+            pruned = twin(**there).logits
+        assert torch.isfinite(pruned).all()
+        assert torch.equal(twin(**there).logits, dense)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_answers_are_those_of_the_cpu(method: str) -> None:
+    questions = tiny.questions(per_capability=4, capabilities=["color", "position"])
+    said = []
+    for device in ("cpu", "cuda"):
+        model, processor = tiny.load(device, torch.float32)
+        with vtprune.patch(model, method, keep=0.5):
+            said.append(Exam(model, processor, questions, batch=8).answers(needs_tower=True))
+    assert said[0] == said[1]
+
+
+def test_clocks_measure_the_method() -> None:
+    model, processor = tiny.load("cuda", torch.bfloat16)
+    question = tiny.questions(per_capability=1, capabilities=["color"])[0]
+    inputs = processor(text=[question.prompt], images=[question.image], return_tensors="pt")
+    inputs = inputs.to("cuda", dtype=torch.bfloat16)
+    with vtprune.patch(model, "divprune", keep=0.25) as handle, torch.inference_mode():
+        model(**inputs)
+        assert 0 < handle.last.seconds < 5
