@@ -165,7 +165,7 @@ def _without_gram(rows: Tensor, budget: int, objective: Objective, start: Tensor
     """[budget] picks of one problem; the similarities of a pick are computed when it is made."""
     combine = torch.maximum if objective == "maxmin" else torch.add
     picks = torch.empty(budget, 1, dtype=torch.int64, device=rows.device)
-    picks[0] = _most_isolated(rows) if start is None else start
+    picks[0] = most_isolated(rows) if start is None else start
     running = rows.new_full(rows.shape[:1], -torch.inf if objective == "maxmin" else 0.0)
     for step in range(1, budget):
         row = torch.mv(rows, rows.index_select(0, picks[step - 1])[0])
@@ -175,7 +175,7 @@ def _without_gram(rows: Tensor, budget: int, objective: Objective, start: Tensor
     return picks[:, 0]
 
 
-def _most_isolated(rows: Tensor) -> Tensor:
+def most_isolated(rows: Tensor) -> Tensor:
     """Index of the row whose nearest neighbour but itself is least similar, a block of rows at a time."""
     n = rows.shape[0]
     step = max(1, BLOCK_BYTES // (4 * n))
