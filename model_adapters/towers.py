@@ -11,6 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -225,6 +226,18 @@ def has_cls(tower: nn.Module) -> bool:
     return any(name.rsplit(".", 1)[-1] in CLS_NAMES for name, _ in tower.named_parameters())
 
 
+class _Buffers(threading.local):
+    """What one thread has collected during a features call; a copy starts empty."""
+
+    parts: dict[Signal, list[Tensor]] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Buffers:
+        return _Buffers()
+
+    def __reduce__(self) -> Any:
+        return _Buffers, ()
+
+
 class TowerSignals:
     """Reads what methods need from the layers of one tower, and answers per image.
 
@@ -248,7 +261,7 @@ class TowerSignals:
         self.needs = tuple(dict.fromkeys(s for s in needs if cls or s.kind != "cls"))
         for signal in self.needs:
             self._check(signal)
-        self._local = threading.local()
+        self._local = _Buffers()
 
     def _check(self, signal: Signal) -> None:
         count = len(self.layers)
@@ -262,24 +275,30 @@ class TowerSignals:
 
     def install(self) -> list[Callable[[], None]]:
         """Tap the needed layers; the returned functions undo it."""
-        return [attach(self.layers[signal.layer], self._sink(signal)) for signal in self.needs]
+        return [attach(self.layers[signal.layer], partial(self._sink, signal)) for signal in self.needs]
 
     def start(self) -> None:
         """Begin to collect, in this thread, with empty buffers."""
         self._local.parts = {signal: [] for signal in self.needs}
 
-    def _sink(self, signal: Signal) -> Callable[..., None]:
-        def sink(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> None:
-            parts = getattr(self._local, "parts", None)
-            if parts is not None:  # outside a features call (recomputation in backward, say) nobody listens
-                x = read(signal.kind, q, k, v, mask, scaling).float()
-                if signal.kind == "cls":
-                    x = F.pad(x, (1, 0))  # the CLS token has no score of its own
-                if signal.kind == "received" and self.layout.packed:
-                    x = x * q.shape[2]  # sums: windows and images of different length become comparable
-                parts[signal].append(x if x.dim() == 3 else x.unsqueeze(-1))
-
-        return sink
+    def _sink(
+        self,
+        signal: Signal,
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+    ) -> None:
+        if self._local.parts is None:  # outside a features call (recomputation in backward, say) nobody listens
+            return
+        x = read(signal.kind, q, k, v, mask, scaling).float()
+        if signal.kind == "cls":
+            x = F.pad(x, (1, 0))  # the CLS token has no score of its own
+        if signal.kind == "received" and self.layout.packed:
+            x = x * q.shape[2]  # sums: windows and images of different length become comparable
+        self._local.parts[signal].append(x if x.dim() == 3 else x.unsqueeze(-1))
 
     def finish(self, call: Call, output: Any) -> list[dict[Signal, Tensor]]:
         """One dict per entry of `output.pooler_output`: scores [n], keys and values [n, C], all float32.
@@ -288,11 +307,11 @@ class TowerSignals:
         over the queries of the tile, or of the whole image where the tower packs images, windowed or not.
         call: bound arguments of the features call. Raises UnsupportedModel if a layer showed nothing.
         """
-        parts, self._local.parts = self._local.parts, None
+        parts, self._local.parts = self._local.parts or {}, None
         # An entry is [n, D]; transformers 5.17 gives a video of LLaVA-NeXT-Video as [frames, n, D].
         sizes = [math.prod(entry.shape[:-1]) for entry in output.pooler_output]
         f = Features(self.base, self.tower, call, f"{self.modality}_grid_thw", sizes)
-        columns = {signal: self._entries(f, signal, parts[signal]) for signal in self.needs}
+        columns = {signal: self._entries(f, signal, parts.get(signal, [])) for signal in self.needs}
         return [{signal: column[i] for signal, column in columns.items()} for i in range(len(sizes))]
 
     def _entries(self, f: Features, signal: Signal, parts: list[Tensor]) -> list[Tensor]:

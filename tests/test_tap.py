@@ -255,7 +255,7 @@ def test_a_copied_model_can_be_tapped_and_runs():
         assert torch.equal(twin(pixels()).last_hidden_state, model(pixels()).last_hidden_state)
         undo()
         assert torch.equal(twin(pixels()).last_hidden_state, model(pixels()).last_hidden_state)
-    assert len(sink) == 2
+    assert len(sink) == 1  # the twin reports to a sink of its own
 
 
 def test_threads_share_a_tapped_module():

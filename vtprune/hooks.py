@@ -218,7 +218,7 @@ class Session:
                 tower = TowerSignals(base, modality, needs)
                 self._undo += tower.install()
             base.__dict__[name] = Observer(self, modality, tower)
-            self._undo.append(partial(base.__dict__.pop, name, None))
+            self._undo.append(partial(_uncover, base, name))
 
     def remove(self) -> None:
         """Undo everything; safe to call twice."""
@@ -425,6 +425,11 @@ class Session:
         frame.cut_deepstack(new)
         frame.cut_rest(new)
         return new
+
+
+def _uncover(base: nn.Module, name: str) -> None:
+    """Let the class's own method show again."""
+    base.__dict__.pop(name, None)
 
 
 def attention_of(layer: nn.Module) -> nn.Module:

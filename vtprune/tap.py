@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -37,13 +38,13 @@ def attach(module: nn.Module, sink: Sink) -> Callable[[], None]:
         module.config = tap.config
     entry = [sink]  # a fresh object: the same sink may be attached twice
     tap.entries = (*tap.entries, entry)
+    return partial(_detach, module, tap, entry)  # not a closure, so that a copied model's undo undoes the copy
 
-    def undo() -> None:
-        tap.entries = tuple(e for e in tap.entries if e is not entry)
-        if not tap.entries and module.config is tap.config:
-            module.config = tap.original
 
-    return undo
+def _detach(module: nn.Module, tap: Tap, entry: list[Sink]) -> None:
+    tap.entries = tuple(e for e in tap.entries if e is not entry)
+    if not tap.entries and module.config is tap.config:
+        module.config = tap.original
 
 
 class Tap:
@@ -74,9 +75,6 @@ class Tap:
         # The dict form leaves sub-configs alone: they are shared with the original.
         copied._attn_implementation = {"": name}
         copied.vtprune_tap = self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tap:
-        return self  # a copied model reports to the same sinks, as copied hooks do
 
 
 class _Untapped:
