@@ -6,16 +6,21 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import vtprune
+from vtprune.evals.accuracy import mark, render, words_of
 from vtprune.types import Method, Span
+
+if TYPE_CHECKING:
+    from vtprune.frame import Last
 
 _DIM = 0.78  # how far a dropped cell fades towards white
 _MARK = (214, 39, 40)
+_GOOD = (0, 128, 60)
 _INK = (40, 40, 40)
 _GAP = 10
 _TITLE = 22
@@ -46,7 +51,11 @@ def record(model: Any, inputs: Any, method: Method, keep: float | int) -> list[K
     """Run one forward pass with `method`; what stayed of every unit after all stages. The model stays as it was."""
     with vtprune.patch(model, method, keep=keep) as handle, torch.inference_mode():
         model(**inputs)
-        last = handle.last
+        return kept_units(handle.last)
+
+
+def kept_units(last: Last | None) -> list[Kept]:
+    """What stayed of every unit after all stages; ValueError if the stages divide the image differently."""
     if last is None or not last.units:
         raise ValueError("the prompt holds no image the model could see, so nothing was pruned")
     by_stage: dict[Any, list[Any]] = {}
@@ -166,48 +175,60 @@ def _strip(drawn: Sequence[tuple[Image.Image, str]], title: str) -> Image.Image:
 
 
 def gallery(
-    model: Any,
-    processor: Any,
-    questions: Sequence[Any],
-    methods: Sequence[str],
-    keep: float | int,
-    side: int = 176,
+    model: Any, processor: Any, questions: Sequence[Any], methods: Sequence[str], keep: float | int, side: int = 176
 ) -> Image.Image:
-    """A sheet: one row an image (one of a kind of question each), one column a method, the question in words."""
-    from vtprune.evals.accuracy import render, words_of
-
-    asked = [next(q for q in questions if q.capability == c) for c in dict.fromkeys(q.capability for q in questions)]
-    asked = _spread(asked, 4)
+    """A sheet: a row for each of four questions, a column a method, and the model's answer under every picture."""
+    asked = _spread(questions, 4)
     font = ImageFont.load_default(14)
-    row_height = side + _TITLE + _GAP
-    sheet = Image.new(
-        "RGB", (_GAP + (len(methods) + 1) * (side + _GAP), _TITLE + _GAP + len(asked) * row_height), "white"
-    )
+    row_height = side + 2 * _TITLE + _GAP
+    size = (_GAP + (len(methods) + 1) * (side + _GAP), _TITLE + _GAP + len(asked) * row_height)
+    sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
+    columns: list[str | None] = [None, *methods]
+    for c, name in enumerate(columns):
+        pen.text((_GAP + c * (side + _GAP), _GAP // 2), name or "all tokens", fill=_INK, font=font)
     for r, question in enumerate(asked):
         y = _TITLE + _GAP + r * row_height
         pen.text((_GAP, y), f"{words_of(question.prompt)}  ({question.answer})", fill=_INK, font=font)
-        inputs = processor(
-            text=[render(processor, question.prompt)],
-            images=[[question.image]],
-            return_tensors="pt",
-            add_special_tokens=False,
-        ).to(model.device, dtype=model.dtype)
-        plain = question.image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
-        columns = [("all tokens", plain)]
-        for name in methods:
-            unit = record(model, inputs, vtprune.create(name), keep)[0]
-            panel = panels(unit, question.image.width / question.image.height)[0]
-            columns.append((name, draw(question.image, panel, side)))
-        for c, (name, picture) in enumerate(columns):
+        for c, name in enumerate(columns):
             x = _GAP + c * (side + _GAP)
+            picture, said = _answered(model, processor, question, name, keep, side)
             sheet.paste(picture.resize((side, side)), (x, y + _TITLE))
-            if r == 0:
-                pen.text((x, _GAP // 2), name, fill=_INK, font=font)
+            good = mark(said, True, question.answer)[0]
+            pen.text((x, y + _TITLE + side + 2), said, fill=_GOOD if good else _MARK, font=font)
     return sheet
 
 
-def _spread(items: Sequence[Any], count: int) -> list[Any]:
-    """`count` of the items, evenly spaced."""
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
+def _answered(
+    model: Any, processor: Any, question: Any, name: str | None, keep: float | int, side: int
+) -> tuple[Image.Image, str]:
+    """The picture of what a method (None: dense) leaves, and what the model then answers."""
+    inputs = processor(
+        text=[render(processor, question.prompt)],
+        images=[[question.image]],
+        return_tensors="pt",
+        add_special_tokens=False,
+    ).to(model.device, dtype=model.dtype)
+    picture = question.image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+    with torch.inference_mode():
+        if name is None:
+            ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        else:
+            with vtprune.patch(model, name, keep=keep) as handle:
+                ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+            unit = kept_units(handle.last)[0]
+            picture = draw(question.image, panels(unit, question.image.width / question.image.height)[0], side)
+    said = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return picture, said.strip()
+
+
+def _spread(questions: Sequence[Any], count: int) -> list[Any]:
+    """One question each of `count` evenly spaced kinds, on different images where there are enough."""
+    kinds = list(dict.fromkeys(q.capability for q in questions))
+    count = min(count, len(kinds))
+    chosen: list[Any] = []
+    for i in range(count):
+        kind = [q for q in questions if q.capability == kinds[i * len(kinds) // count]]
+        new = [q for q in kind if q.image_id not in {c.image_id for c in chosen}]
+        chosen.append((new or kind)[0])
+    return chosen
