@@ -191,19 +191,20 @@ def cuts_of_row(log: Sequence[Call], rows: Sequence[int], units: Sequence[Sequen
     alive = [[torch.tensor(u) for u in units[r]] for r in rows]
     out: list[dict[Any, list[Cut]]] = [{} for _ in rows]
     for call in log:
-        answers = iter(zip(call.units, call.answers, strict=True))
-        for i, row in enumerate(alive):
-            tokens = torch.cat(row) if row else torch.empty(0, dtype=torch.long)
-            kept: list[Tensor] = []
-            start = 0
-            while start < len(tokens):
+        answers = zip(call.units, call.answers, strict=True)
+        for r, row in enumerate(alive):
+            sizes = [len(u) for u in units[rows[r]]]
+            groups = [list(range(len(row)))] if call.stage.per == "sample" and row else [[i] for i in range(len(row))]
+            for group in groups:
+                tokens = torch.cat([row[i] for i in group])
+                budget = call.stage.budget(sum(sizes[i] for i in group))
+                if budget is not None and budget >= len(tokens):
+                    continue  # nothing to drop: the method is not asked
                 seen, answer = next(answers)
-                cut = Cut(tokens[start : start + seen.n], answer)
-                out[i].setdefault(call.stage.where, []).append(cut)
-                kept.append(cut.positions[answer.idx])
-                start += seen.n
-            assert start == len(tokens), "the method saw other units than the prompt has"
-            alive[i] = [torch.cat(kept)] if kept else []
+                assert seen.n == len(tokens), "the method saw another unit than the prompt has"
+                out[r].setdefault(call.stage.where, []).append(Cut(tokens, answer))
+                for i in group:
+                    row[i] = row[i][torch.isin(row[i], tokens[answer.idx])]
         assert next(answers, None) is None, "the method saw more units than the prompt has"
     return out
 
