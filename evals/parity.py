@@ -152,21 +152,45 @@ def llava_pool(arrays: Arrays, folder: Path) -> str:
 @case("fastv_prefill")
 def fastv(arrays: Arrays, folder: Path) -> str:
     """The whole path: a stock LLaVA with the stored decoder weights, patched, one prefill."""
+    model, inputs = _fastv_model(arrays, folder)
+    full = close("unpruned states", _run(model, inputs).last_hidden_state[0], arrays["last_hidden_state_full"])
+    worst, _ = _fastv_prefill(model, inputs, arrays)
+    kept, length = len(arrays["kept_indices"]), inputs["input_ids"].shape[1]
+    return f"stock LLaVA, {kept} of {length} tokens kept; scores and states within {max(full, worst):.1g}"
+
+
+@case("fastv_kvcache_decode")
+def fastv_decode(arrays: Arrays, folder: Path) -> str:
+    """Prefill and one decode step on the returned cache: its lengths, the keys of layer K, the new token's states."""
+    model, inputs = _fastv_model(arrays, folder)
+    worst, cache = _fastv_prefill(model, inputs, arrays)
+    stored = torch.tensor([layer.keys.shape[2] for layer in cache.layers])
+    same("cached tokens per layer", stored, arrays["kv_lengths_after_prefill"])
+    keys = close("keys of layer K", cache.layers[int(arrays["K"])].keys[0], arrays["keys_layer_K"])
+    step = {"inputs_embeds": torch.from_numpy(arrays["decode_embed"])[None], "past_key_values": cache}
+    state = close("decoded state", _run(model, step).last_hidden_state[0], arrays["decode_last_hidden_state"])
+    return f"stock LLaVA, cache of {_list(stored.tolist())} tokens; all within {max(worst, keys, state):.1g}"
+
+
+def _fastv_model(arrays: Arrays, folder: Path) -> tuple[LlavaForConditionalGeneration, dict[str, Tensor]]:
+    visual = slice(int(arrays["sys_len"]), int(arrays["sys_len"]) + int(arrays["vis_len"]))
+    return stock_llava(np.load(folder / "model_llama.npz"), torch.from_numpy(arrays["inputs_embeds"]), visual)
+
+
+def _fastv_prefill(model: LlavaForConditionalGeneration, inputs: dict[str, Any], arrays: Arrays) -> tuple[float, Any]:
+    """Largest difference of scores and states, and the cache; kept tokens must be equal."""
     from ..handle import patch
 
-    visual = slice(int(arrays["sys_len"]), int(arrays["sys_len"]) + int(arrays["vis_len"]))
-    model, inputs = stock_llava(np.load(folder / "model_llama.npz"), torch.from_numpy(arrays["inputs_embeds"]), visual)
-    worst = [close("unpruned states", _states(model, inputs), arrays["last_hidden_state_full"])]
     with patch(model, "fastv", layer=int(arrays["K"]), keep=int(arrays["keep"])) as handle:
-        states = _states(model, inputs)
+        out = _run(model, inputs)
         last = handle.last
     assert last is not None
-    kept, scores = last.index[0], last.units[0].scores
+    scores = last.units[0].scores
     assert scores is not None
-    same("kept", kept, arrays["kept_indices"])
-    worst.append(close("scores", scores, arrays["score_visual"]))
-    worst.append(close("states", states[kept], arrays["last_hidden_state"]))
-    return f"stock LLaVA, {len(kept)} of {states.shape[0]} tokens kept; scores and states within {max(worst):.1g}"
+    same("kept", last.index[0], arrays["kept_indices"])
+    states = out.last_hidden_state[0, last.index[0]]
+    differences = close("scores", scores, arrays["score_visual"]), close("states", states, arrays["last_hidden_state"])
+    return max(differences), out.past_key_values
 
 
 class Stored(torch.nn.Module):
@@ -223,9 +247,9 @@ def stock_llava(
 
 
 @torch.no_grad()
-def _states(model: LlavaForConditionalGeneration, inputs: dict[str, Tensor]) -> Tensor:
-    """[L, D] hidden states after the final norm."""
-    return model.model(**inputs).last_hidden_state[0]
+def _run(model: LlavaForConditionalGeneration, inputs: dict[str, Any]) -> Any:
+    """Output of the base model, its hidden states after the final norm."""
+    return model.model(**inputs, use_cache=True)
 
 
 def _ordered(answer: Assignment) -> Tensor:

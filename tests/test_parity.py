@@ -12,7 +12,7 @@ import pytest
 import torch
 from vtprune.evals import parity
 
-FAMILIES = ("divprune_", "fastv_prefill", "todre_spec_", "video_llava_pool")
+FAMILIES = ("divprune_", "fastv_kvcache", "fastv_prefill", "todre_spec_", "video_llava_pool")
 
 
 def divprune_vector(n: int = 20) -> dict[str, Any]:
