@@ -198,8 +198,8 @@ class Frame:
         self.clocks.append(clock.stop())
         if len(answers) != len(todo):
             raise VtpruneError(f"{stage.method.name}.batch answered {len(answers)} of {len(todo)} units")
+        _check(stage, views, answers)
         for group, view, answer in zip(todo, views, answers):
-            _check(stage, view, answer)
             self._take(stage, group, view, answer)
             note = view.state.get("note")
             if note and note not in self.notes:
@@ -469,13 +469,23 @@ class _Clock:
         return self.events[0].elapsed_time(self.events[1]) / 1e3
 
 
-def _check(stage: Stage, view: Visual, answer: Assignment) -> None:
+def _check(stage: Stage, views: list[Visual], answers: list[Assignment]) -> None:
+    """Raise unless every answer is a selection of its budget; one transfer to the host for all units."""
     name = stage.method.name or type(stage.method).__name__
-    if not isinstance(answer, Assignment) or answer.idx.dim() != 1 or answer.idx.dtype != torch.int64:
-        raise VtpruneError(f"{name} must answer an Assignment with idx [K] int64, not {answer!r:.80}")
-    count = answer.idx.shape[0]
-    if view.budget is not None and count != view.budget:
-        raise VtpruneError(f"{name} kept {count} tokens of {view.n}, but its budget is {view.budget}")
+    steps = []
+    for view, answer in zip(views, answers):
+        if not isinstance(answer, Assignment) or answer.idx.dim() != 1 or answer.idx.dtype != torch.int64:
+            raise VtpruneError(f"{name} must answer an Assignment with idx [K] int64, not {answer!r:.80}")
+        count = answer.idx.shape[0]
+        if view.budget is not None and count != view.budget:
+            raise VtpruneError(f"{name} kept {count} tokens of {view.n}, but its budget is {view.budget}")
+        steps.append(torch.cat([answer.idx[:1] + 1, answer.idx.diff(), view.n - answer.idx[-1:]]))
+    if steps and not bool((torch.cat(steps) > 0).all()):
+        i = next(i for i, step in enumerate(steps) if not bool((step > 0).all()))
+        raise VtpruneError(
+            f"{name} answered idx={answers[i].idx.tolist()!r:.80} for a unit of {views[i].n} tokens: kept positions "
+            f"must be distinct, ascending and within 0..{views[i].n - 1}; sort them (Assignment.order holds pick order)"
+        )
 
 
 def _cut_any(value: Any, c: Compaction) -> Any:

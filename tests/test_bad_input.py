@@ -1,0 +1,329 @@
+"""Bad input gets an error that names the value, what is valid and the way out, and leaves the model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import families
+import pytest
+import reference
+import torch
+import transformers
+from transformers import AutoConfig, StaticCache
+
+import vtprune
+from vtprune import Assignment, Stage, UnsupportedCall, UnsupportedModel, Visual
+
+RANGE = r"float in \(0, 1\].*int >= 1"
+
+
+@pytest.fixture
+def model() -> Iterator[Any]:
+    """A tiny LLaVA that must come out of every test as it went in, even while still patched with keep=1.0."""
+    model, batch = families.model("llava"), families.inputs("llava")
+    with torch.no_grad():
+        before = model(**batch).logits
+        yield model
+        vtprune.unpatch(model)
+        assert torch.equal(model(**batch).logits, before)
+
+
+@torch.no_grad()
+def run(model: Any, **extra: Any) -> Any:
+    return model(**{**families.inputs("llava"), **extra})
+
+
+def still_works(model: Any, handle: vtprune.Handle) -> None:
+    """After a refused call the next good call is pruned, and the one after removal is dense."""
+    run(model)
+    assert handle.last is not None
+    handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("keep", "error", "value"),
+    [
+        (0, ValueError, "keep=0 "),
+        (0.0, ValueError, "keep=0.0 "),
+        (1.5, ValueError, "keep=1.5 "),
+        (-3, ValueError, "keep=-3 "),
+        (-0.25, ValueError, "keep=-0.25 "),
+        ("half", TypeError, "keep='half'"),
+        (float("nan"), ValueError, "keep=nan "),
+        (float("inf"), ValueError, "keep=inf "),
+        (True, TypeError, "keep=True "),
+    ],
+)
+def test_keep_outside_its_range(model: Any, keep: Any, error: type[Exception], value: str) -> None:
+    with reference.untouched(model), pytest.raises(error, match=f"{value}.*{RANGE}"):
+        vtprune.patch(model, "divprune", keep=keep)
+    with pytest.raises(error, match=f"{value}.*{RANGE}"):
+        Stage("llm", vtprune.create("divprune"), keep=keep)
+
+
+def test_keep_missing(model: Any) -> None:
+    with reference.untouched(model), pytest.raises(TypeError, match=r"divprune: keep is missing.*float.*int"):
+        vtprune.patch(model, "divprune")
+
+
+def test_more_tokens_than_there_are_keeps_all(model: Any) -> None:
+    dense = run(model).logits
+    with vtprune.patch(model, "divprune", keep=10_000):
+        assert torch.equal(run(model).logits, dense)
+
+
+def test_unknown_method_lists_the_names(model: Any) -> None:
+    names = ".*".join(sorted(cls.name for cls in vtprune.methods()))
+    with reference.untouched(model), pytest.raises(ValueError, match=f"'divprun'.*did you mean 'divprune'.*{names}"):
+        vtprune.patch(model, "divprun", keep=0.5)
+
+
+def test_unknown_option_lists_the_options(model: Any) -> None:
+    with reference.untouched(model), pytest.raises(TypeError, match=r"todre has no option 'pivo'.*objective.*pivot"):
+        vtprune.patch(model, "todre", keep=0.5, pivo="cls")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"per": "tile"}, ValueError, "per='tile'.*'image'.*'frame'.*'sample'"),
+        ({"positions": "new"}, ValueError, "positions='new'.*'keep'.*'compact'"),
+    ],
+)
+def test_unknown_value_lists_the_values(model: Any, options: dict, error: type[Exception], message: str) -> None:
+    with reference.untouched(model), pytest.raises(error, match=message):
+        vtprune.patch(model, "uniform", keep=0.5, **options)
+
+
+@pytest.mark.parametrize(
+    ("method", "error", "message"),
+    [
+        (3, TypeError, "3.*name.*divprune.*Method.*Stage"),
+        ([], ValueError, "empty list.*at least one Stage"),
+        (["divprune"], TypeError, "'divprune' is no Stage"),
+    ],
+)
+def test_not_a_method(model: Any, method: Any, error: type[Exception], message: str) -> None:
+    keep = None if isinstance(method, list) else 0.5
+    with reference.untouched(model), pytest.raises(error, match=message):
+        vtprune.patch(model, method, keep=keep)
+
+
+def test_not_a_model() -> None:
+    name: Any = "llava-hf/llava-1.5-7b-hf"
+    with pytest.raises(TypeError, match=r"str.*pass the loaded Hugging Face model"):
+        vtprune.patch(name, "divprune", keep=0.5)
+
+
+def test_unsupported_model_is_named_and_families_listed() -> None:
+    small = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    text_only = transformers.AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **small))
+    with reference.untouched(text_only), pytest.raises(UnsupportedModel, match=r"LlamaForCausalLM.*llava.*qwen2_5_vl"):
+        vtprune.patch(text_only, "divprune", keep=0.5)
+    with pytest.raises(UnsupportedModel, match=r"Linear.*llava.*qwen2_5_vl"):
+        vtprune.patch(torch.nn.Linear(2, 2), "divprune", keep=0.5)
+
+
+def test_a_layer_that_does_not_exist(model: Any) -> None:
+    fastv = vtprune.create("fastv")
+    for layer in (4, -1):
+        with reference.untouched(model), pytest.raises(ValueError, match=rf"layer {layer}.*0\.\.3"):
+            vtprune.patch(model, Stage(layer, fastv, keep=0.5))
+    with reference.untouched(model), pytest.raises(ValueError, match=r"'vision'.*'llm'"):
+        vtprune.patch(model, Stage("vision", fastv, keep=0.5))
+
+
+def test_a_stage_below_the_last_deepstack_layer() -> None:
+    model = families.model("qwen3_vl")
+    with reference.untouched(model), pytest.raises(UnsupportedModel, match=r"layer 1.*layer 2 or later"):
+        vtprune.patch(model, Stage(1, vtprune.create("fastv"), keep=0.5))
+
+
+def test_compact_positions_on_multi_axis_rope() -> None:
+    model = families.model("qwen2_5_vl")
+    with reference.untouched(model), pytest.raises(UnsupportedModel, match=r"compact.*'keep'"):
+        vtprune.patch(model, "divprune", keep=0.5, positions="compact")
+
+
+def test_patching_twice(model: Any) -> None:
+    handle = vtprune.patch(model, "uniform", keep=0.5)
+    first = run(model).logits
+    with reference.untouched(model), pytest.raises(ValueError, match=r"already patched.*remove\(\).*unpatch.*add=True"):
+        vtprune.patch(model, "divprune", keep=0.5)
+    assert torch.equal(run(model).logits, first)
+    with pytest.raises(ValueError, match=r"0\.\.3"):  # refused while adding: the first patch is put back
+        vtprune.patch(model, Stage(9, vtprune.create("fastv"), keep=0.5), add=True)
+    assert torch.equal(run(model).logits, first)
+    still_works(model, handle)
+
+
+def test_paged_cache(model: Any) -> None:
+    class PagedCache:
+        """Stands where continuous batching puts its own cache, which is no transformers.Cache."""
+
+        def get_seq_length(self, layer: int = 0) -> int:
+            return 0
+
+    handle = vtprune.patch(model, "divprune", keep=0.5)
+    with pytest.raises(UnsupportedCall, match=r"continuous batching.*PagedCache.*generate"):
+        run(model, past_key_values=PagedCache())
+    still_works(model, handle)
+
+
+def test_paged_attention() -> None:
+    model = families.fresh("llava")
+    batch = families.inputs("llava")
+    with torch.no_grad(), vtprune.patch(model, "divprune", keep=0.5):
+        model.set_attn_implementation("paged|eager")
+        with pytest.raises(UnsupportedCall, match=r"paged"):
+            model(**batch)
+
+
+@pytest.mark.parametrize("method", ["divprune", "fastv"])
+def test_chunked_prefill(model: Any, method: str) -> None:
+    handle = vtprune.patch(model, method, keep=0.5)
+    with pytest.raises(UnsupportedCall, match=r"prefill_chunk_size=None"):
+        reference.greedy(model, families.inputs("llava"), 3, prefill_chunk_size=16)
+    still_works(model, handle)
+
+
+def test_static_cache_with_sliding_layers() -> None:
+    model, batch = families.model("gemma3"), families.inputs("gemma3")
+    with torch.no_grad():
+        dense = model(**batch).logits
+        with vtprune.patch(model, "divprune", keep=0.5):
+            with pytest.raises(UnsupportedCall, match=r"static cache.*sliding.*DynamicCache"):
+                reference.greedy(model, batch, 3, cache_implementation="static")
+            cache = StaticCache(model.config.get_text_config(), max_cache_len=64)
+            with pytest.raises(UnsupportedCall, match=r"static cache.*sliding.*DynamicCache"):
+                model(**batch, past_key_values=cache)
+            model(**batch)
+        assert torch.equal(model(**batch).logits, dense)
+
+
+def test_unknown_sequence_length_argument(model: Any) -> None:
+    handle = vtprune.patch(model, "divprune", keep=0.5)
+    length = families.inputs("llava")["input_ids"].shape[1]
+    with pytest.raises(UnsupportedCall, match=f"'per_layer_inputs'.*{length}.*llava"):
+        run(model, per_layer_inputs=torch.zeros(1, length, 2, 4))
+    still_works(model, handle)
+
+
+def test_features_from_elsewhere_without_the_signal(model: Any) -> None:
+    """todre with pivot="cls" reads the tower's CLS row; features encoded by somebody else carry none."""
+    batch = families.inputs("llava")
+    features = model.model.get_image_features(batch["pixel_values"])
+    handle = vtprune.patch(model, "todre", keep=0.5, pivot="cls")
+    without = {k: v for k, v in batch.items() if k != "pixel_values"}
+    with torch.no_grad(), pytest.raises(UnsupportedCall, match=r"cls.*pre-encoded.*pixel_values"):
+        model(**without, mm_encoder_outputs={"image": features})
+    still_works(model, handle)
+
+
+def test_features_from_elsewhere_are_fine_without_signals(model: Any) -> None:
+    batch = families.inputs("llava")
+    features = model.model.get_image_features(batch["pixel_values"])
+    without = {k: v for k, v in batch.items() if k != "pixel_values"}
+    with torch.no_grad(), vtprune.patch(model, "divprune", keep=0.5):
+        assert torch.equal(model(**without, mm_encoder_outputs={"image": features}).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", [cls.name for cls in vtprune.methods()])
+def test_not_finite_features(model: Any, method: str, bad: float) -> None:
+    """Broken pixels, or a tower that overflows, are said to be so, and not hidden by a selection."""
+    pixels = families.inputs("llava")["pixel_values"].clone()
+    pixels[0, 0, 3, 3] = bad
+    handle = vtprune.patch(model, method, keep=0.5)
+    with pytest.raises(ValueError, match=r"(features|scores|signals?|rows?).*NaN or Inf"):
+        run(model, pixel_values=pixels)
+    still_works(model, handle)
+
+
+def test_no_image_at_all(model: Any) -> None:
+    batch = families.inputs("llava", rows=(0, 0))
+    with torch.no_grad():
+        dense = model(**batch).logits
+        with vtprune.patch(model, "divprune", keep=0.5) as handle:
+            assert torch.equal(model(**batch).logits, dense)
+            assert handle.last is None
+
+
+class Broken(vtprune.Method):
+    """Answers nonsense on demand."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def __call__(self, v: Visual) -> Assignment:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer(v)
+
+
+@pytest.mark.parametrize("where", ["llm", 2])
+@pytest.mark.parametrize(
+    ("answer", "error", "message"),
+    [
+        (RuntimeError("out of ideas"), RuntimeError, "out of ideas"),
+        (KeyError("k"), KeyError, "k"),
+        (lambda v: None, vtprune.VtpruneError, "Broken.*Assignment"),
+        (lambda v: Assignment(torch.arange(2)), vtprune.VtpruneError, "Broken kept 2 tokens of 25.*budget is 5"),
+        (lambda v: Assignment(torch.zeros(5)), vtprune.VtpruneError, "Broken.*int64"),
+    ],
+)
+def test_a_method_that_fails(model: Any, where: Any, answer: Any, error: type[Exception], message: str) -> None:
+    """The error comes out, and the next call of the still patched model is not confused by what was left behind."""
+    broken = Stage(where, Broken(answer), keep=5)
+    words = families.inputs("llava", rows=(0,))
+    dense = model(**words).logits
+    handle = vtprune.patch(model, broken)
+    with torch.no_grad(), pytest.raises(error, match=message):
+        run(model)
+    assert torch.equal(model(**words).logits, dense), "a text-only call right after the failure"
+    with reference.untouched(model), pytest.raises(error, match=message):
+        run(model)
+    handle.remove()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda v: Assignment(torch.tensor([0, 1, 2, 3, 25])),
+        lambda v: Assignment(torch.tensor([-1, 0, 1, 2, 3])),
+        lambda v: Assignment(torch.tensor([0, 1, 2, 3, 3])),
+        lambda v: Assignment(torch.tensor([4, 3, 2, 1, 0])),
+    ],
+    ids=("beyond the end", "negative", "twice", "not ascending"),
+)
+def test_an_answer_that_is_no_selection(model: Any, answer: Any) -> None:
+    handle = vtprune.patch(model, Stage("llm", Broken(answer), keep=5))
+    with pytest.raises(vtprune.VtpruneError, match=r"Broken"):
+        run(model)
+    handle.remove()
+
+
+def test_a_ragged_cache_in_an_unpatched_model(model: Any) -> None:
+    """Rows that kept different counts need the patched model's mask: going on without it is refused, not wrong."""
+    batch = families.inputs("llava", rows=(1, 2))
+    with torch.no_grad(), vtprune.patch(model, "divprune", keep=0.5):
+        cache = model(**batch, use_cache=True).past_key_values
+    mask = torch.cat([batch["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
+    with torch.no_grad(), pytest.raises(UnsupportedCall, match=r"patched model"):
+        model(input_ids=torch.tensor([[40], [41]]), attention_mask=mask, past_key_values=cache)
+
+
+def test_an_in_llm_method_below_the_layer_it_reads(model: Any) -> None:
+    with reference.untouched(model), pytest.raises(ValueError, match=r"layer 0.*layer -1.*layer 1 or later"):
+        vtprune.patch(model, Stage(0, vtprune.create("fastv"), keep=0.5))
+
+
+def test_gradient_checkpointing_with_a_stage_inside_the_llm() -> None:
+    model, batch = families.fresh("llava").train(), families.inputs("llava")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with vtprune.patch(model, "fastv", keep=0.5):
+        with pytest.raises(UnsupportedCall, match=r"gradient checkpointing.*before the LLM"):
+            model(**batch)
+        model.gradient_checkpointing_disable()
+        assert model(**batch).logits.isfinite().all()
