@@ -17,6 +17,7 @@ import vtprune
 from vtprune import Stage
 
 TOLERANCE = 1e-5
+patch: Any = vtprune.patch
 # One selecting, one merging and one in-LLM method; a 1-D, an M-RoPE and a deepstack family.
 some_methods = pytest.mark.parametrize("method", ["divprune", "average_pool", "fastv"])
 some_families = pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl"])
@@ -47,7 +48,7 @@ def test_sampling_and_several_answers(family: str, method: str) -> None:
     model, rows = families.model(family), (1, 2)
     stages, log = reference.spy(vtprune.create(method).stages(0.5))
     options = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 4, "use_cache": True}
-    with vtprune.patch(model, stages):
+    with patch(model, stages):
         batch = families.inputs(family, rows=rows)
         out = model.generate(**batch, **options, output_logits=True, return_dict_in_generate=True)
         torch.manual_seed(0)
@@ -76,7 +77,7 @@ def test_beams(family: str, method: str) -> None:
     batch = families.inputs(family, rows=rows)
     options = {"num_beams": 3, "max_new_tokens": 5, "output_scores": True, "return_dict_in_generate": True}
     stages, log = reference.spy(vtprune.create(method).stages(0.4))
-    with vtprune.patch(model, stages):
+    with patch(model, stages):
         cached = model.generate(**batch, **options, do_sample=False)
         plain = model.generate(**batch, **options, do_sample=False, use_cache=False)
     for row in range(2):
@@ -93,7 +94,7 @@ def test_beams(family: str, method: str) -> None:
 @some_families
 def test_static_cache_equals_dynamic(family: str, method: str) -> None:
     model, batch = families.model(family), families.inputs(family, rows=ROWS)
-    with vtprune.patch(model, method, keep=0.5):
+    with patch(model, method, keep=0.5):
         tokens, dynamic = reference.greedy(model, batch, 5)
         same, static = reference.greedy(model, batch, 5, cache_implementation="static")
     assert torch.equal(tokens, same)
@@ -113,10 +114,11 @@ def test_compiled_decode_is_one_graph(family: str, method: str) -> None:
         return graph.forward
 
     torch._dynamo.reset()
-    config = CompileConfig(fullgraph=True, dynamic=False, backend=backend, mode=None)
+    settings: Any = {"fullgraph": True, "dynamic": False, "backend": backend, "mode": None}
+    config: Any = CompileConfig(**settings)
     config._compile_all_devices = True
     model, batch = families.fresh(family), families.inputs(family, rows=(1,))
-    with vtprune.patch(model, method, keep=0.5):
+    with patch(model, method, keep=0.5):
         tokens, logits = reference.greedy(model, batch, 7)
         options = {"cache_implementation": "static", "compile_config": config}
         for _ in range(2):
@@ -133,7 +135,7 @@ def test_prompt_lookup_equals_greedy(family: str, method: str, words: families.P
     model = families.model(family)
     row = [*families.turn(family, 1), words, words]  # repeated words give the lookup something to find
     batch = families.build(family, [row])
-    with vtprune.patch(model, method, keep=0.5):
+    with patch(model, method, keep=0.5):
         tokens, _ = reference.greedy(model, batch, 8)
         assert torch.equal(tokens, reference.greedy(model, batch, 8, prompt_lookup_num_tokens=3)[0])
 
@@ -143,7 +145,7 @@ def test_prompt_lookup_equals_greedy(family: str, method: str, words: families.P
 def test_manual_loop_without_positions_or_mask(family: str, method: str) -> None:
     """The shortest loop people write: ids and cache only. The cache knows how long the conversation is."""
     model, batch = families.model(family), families.inputs(family)
-    with vtprune.patch(model, method, keep=0.5), torch.no_grad():
+    with patch(model, method, keep=0.5), torch.no_grad():
         tokens, logits = reference.greedy(model, batch, 5)
         call = {k: v for k, v in batch.items() if k != "attention_mask"}
         out = model(**call, use_cache=True)
@@ -157,7 +159,7 @@ def test_manual_loop_without_positions_or_mask(family: str, method: str) -> None
 @some_families
 def test_no_cache_equals_cache(family: str, method: str) -> None:
     model, batch = families.model(family), families.inputs(family)
-    with vtprune.patch(model, method, keep=0.5):
+    with patch(model, method, keep=0.5):
         if method == "fastv":  # scored by the last word, which moves on when the prompt is read again at each step
             _, cached = reference.greedy(model, batch, 1)
             close(reference.greedy(model, batch, 1, use_cache=False)[1], cached)
@@ -175,7 +177,7 @@ def test_compact_positions_equal_plain_pruned_embeddings(family: str, method: st
     model, batch = families.model(family), families.inputs(family)
     stages, log = reference.spy(vtprune.create(method).stages(0.5))
     stages = [Stage(s.where, s.method, keep=s.keep, positions="compact") for s in stages]
-    with vtprune.patch(model, stages) as handle:
+    with patch(model, stages) as handle:
         tokens, logits = reference.greedy(model, batch, 5)
         kept = handle.last.index[0]
     embeds = _embeds(model, batch)
@@ -214,7 +216,7 @@ def test_stages_add_up(family: str) -> None:
     chosen = [Stage("llm", vtprune.create("divprune"), keep=0.7), Stage(2, fastv, keep=0.4), Stage(3, fastv, keep=2)]
     stages, log = reference.spy(chosen)
     model, batch = families.model(family), families.inputs(family, rows=ROWS)
-    with vtprune.patch(model, stages) as handle:
+    with patch(model, stages) as handle:
         tokens, logits = reference.greedy(model, batch, 5)
         lengths = handle.last.lengths
     assert lengths[0] == lengths[1] > lengths[2] > lengths[3]
@@ -227,7 +229,7 @@ def test_stages_add_up(family: str) -> None:
 def test_the_cache_stores_less_and_answers_for_all(family: str) -> None:
     model, batch = families.model(family), families.inputs(family)
     length, (unit,) = batch["input_ids"].shape[1], batch.units[0]
-    with vtprune.patch(model, "fastv", keep=3), torch.no_grad():
+    with patch(model, "fastv", keep=3), torch.no_grad():
         cache = model(**batch, use_cache=True).past_key_values
     stored = [layer.keys.shape[2] for layer in cache.layers]
     assert stored == [length, length, length - len(unit) + 3, length - len(unit) + 3]
@@ -238,7 +240,7 @@ def test_a_cache_outlives_the_patch() -> None:
     """Removing the patch between two words changes nothing for the conversation under way."""
     model, batch = families.model("llava"), families.inputs("llava")
     with torch.no_grad():
-        with vtprune.patch(model, "divprune", keep=0.5):
+        with patch(model, "divprune", keep=0.5):
             cache = model(**batch, use_cache=True).past_key_values
             other = copy.deepcopy(cache)
             word = torch.tensor([[40]])
@@ -255,7 +257,7 @@ def test_six_threads_on_one_model(family: str, method: str) -> None:
     else:
         run = lambda batch: reference.greedy(model, batch, 3)[1]  # noqa: E731
     batches = [families.inputs(family, rows=(1 + i % 2,), seed=i) for i in range(12)]
-    with vtprune.patch(model, method, keep=0.5):
+    with patch(model, method, keep=0.5):
         one_by_one = [run(b) for b in batches]
         with ThreadPoolExecutor(6) as pool:
             together = list(pool.map(run, batches))
@@ -276,7 +278,7 @@ def test_loss_equals_the_hand_cut_sequence(family: str, method: str) -> None:
     model, batch = families.model(family), families.inputs(family)
     labels = _labels(batch)
     stages, log = reference.spy(vtprune.create(method).stages(0.5))
-    with vtprune.patch(model, stages), torch.no_grad():
+    with patch(model, stages), torch.no_grad():
         out = model(**batch, labels=labels)
     assert out.logits.shape[:2] == batch["input_ids"].shape
     cuts = reference.cuts_of_row(log, [0], batch.units)[0]
@@ -298,7 +300,7 @@ def test_training_equals_the_hand_cut_sequence(family: str, method: str, checkpo
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     stages, log = reference.spy(vtprune.create(method).stages(0.5))
-    with vtprune.patch(model, stages):
+    with patch(model, stages):
         out = model(**batch, labels=labels)
         out.loss.backward()
     trained = [*model.get_decoder().layers.parameters(), *model.get_decoder().norm.parameters()]
@@ -307,7 +309,8 @@ def test_training_equals_the_hand_cut_sequence(family: str, method: str, checkpo
     model.zero_grad()
     model.gradient_checkpointing_disable()
     cuts = reference.cuts_of_row(log[:1], [0], batch.units)[0]
-    logits = reference.pruned_logits.__wrapped__(model, reference.dense(model, batch), cuts)
+    with_gradients: Any = reference.pruned_logits
+    logits = with_gradients.__wrapped__(model, reference.dense(model, batch), cuts)
     loss = _loss(logits, labels[0, reference.survivors(cuts, labels.shape[1])])
     loss.backward()
     close(out.loss, loss)
@@ -319,7 +322,7 @@ def test_training_equals_the_hand_cut_sequence(family: str, method: str, checkpo
 def test_deepcopy_of_a_patched_model(method: str) -> None:
     model, batch = families.fresh("llava"), families.inputs("llava")
     dense = reference.greedy(model, batch, 3)[1]
-    handle = vtprune.patch(model, method, keep=0.5)
+    handle = patch(model, method, keep=0.5)
     pruned = reference.greedy(model, batch, 3)[1]
     twin = copy.deepcopy(model)
     assert torch.equal(reference.greedy(twin, batch, 3)[1], pruned)
@@ -334,7 +337,7 @@ def test_deepcopy_of_a_patched_model(method: str) -> None:
 def test_saving_a_patched_model_saves_the_stock_model(method: str, tmp_path: Any) -> None:
     model, batch = families.fresh("qwen2_5_vl"), families.inputs("qwen2_5_vl")
     dense = reference.greedy(model, batch, 3)[1]
-    with vtprune.patch(model, method, keep=0.5):
+    with patch(model, method, keep=0.5):
         reference.greedy(model, batch, 1)
         model.save_pretrained(tmp_path)
     for file in tmp_path.glob("*.json"):
@@ -347,7 +350,7 @@ def test_saving_a_patched_model_saves_the_stock_model(method: str, tmp_path: Any
 @some_families
 def test_hidden_states_have_the_length_each_layer_ran_on(family: str) -> None:
     model, batch = families.model(family), families.inputs(family)
-    with vtprune.patch(model, "fastv", keep=3) as handle, torch.no_grad():
+    with patch(model, "fastv", keep=3) as handle, torch.no_grad():
         out = model(**batch, output_hidden_states=True)
         lengths = handle.last.lengths
     assert out.logits.shape[1] == batch["input_ids"].shape[1]
@@ -359,7 +362,7 @@ def test_hidden_states_have_the_length_each_layer_ran_on(family: str) -> None:
 @some_families
 def test_tuple_output_and_logits_to_keep(family: str, method: str) -> None:
     model, batch = families.model(family), families.inputs(family)
-    with vtprune.patch(model, method, keep=0.5), torch.no_grad():
+    with patch(model, method, keep=0.5), torch.no_grad():
         whole = model(**batch).logits
         assert torch.equal(model(**batch, return_dict=False)[0], whole)
         close(model(**batch, logits_to_keep=2).logits, whole[:, -2:])
@@ -371,9 +374,9 @@ def test_bfloat16(family: str) -> None:
     batch = {k: v.bfloat16() if v.is_floating_point() else v for k, v in families.inputs(family, rows=(1, 2)).items()}
     with torch.no_grad():
         dense = model(**batch).logits
-        with vtprune.patch(model, "divprune", keep=1.0):
+        with patch(model, "divprune", keep=1.0):
             assert torch.equal(model(**batch).logits, dense)
-        with vtprune.patch(model, "average_pool", keep=0.5):
+        with patch(model, "average_pool", keep=0.5):
             out = model(**batch).logits
     assert out.dtype == torch.bfloat16
     assert out.isfinite().all()
@@ -383,7 +386,7 @@ def test_bfloat16(family: str) -> None:
 def test_two_images_share_a_budget_only_when_asked(per: str) -> None:
     model, batch = families.model("qwen2_5_vl"), families.inputs("qwen2_5_vl", rows=(2,))
     sizes = [len(unit) for unit in batch.units[0]]
-    with vtprune.patch(model, "divprune", keep=6, per=per) as handle, torch.no_grad():
+    with patch(model, "divprune", keep=6, per=per) as handle, torch.no_grad():
         model(**batch)
         seen = [unit.n for unit in handle.last.units]
         kept = set(handle.last.index[0].tolist()) & {p for unit in batch.units[0] for p in unit}
@@ -397,7 +400,7 @@ def test_every_frame_has_its_budget(family: str) -> None:
     frames = families.FAMILIES[family].sizes[0]
     frames = frames[0] if isinstance(frames, tuple) else frames
     (video,) = batch.units[0]
-    with vtprune.patch(model, "uniform", keep=2, per="frame") as handle, torch.no_grad():
+    with patch(model, "uniform", keep=2, per="frame") as handle, torch.no_grad():
         model(**batch)
         assert [unit.n for unit in handle.last.units] == [len(video) // frames] * frames
         kept = set(handle.last.index[0].tolist())
@@ -410,12 +413,12 @@ def test_every_frame_has_its_budget(family: str) -> None:
 def test_last_tells_what_stayed(method: str) -> None:
     model, batch = families.model("llava"), families.inputs("llava", rows=(2, 1))
     length, mask = batch["input_ids"].shape[1], batch["attention_mask"].bool()
-    handle = vtprune.patch(model, method, keep=7)
+    handle = patch(model, method, keep=7)
     assert handle.last is None
     with torch.no_grad():
         model(**batch)
     handle.remove()
-    last = handle.last
+    last: Any = handle.last
     assert last.index.dtype == torch.int64
     assert last.src.shape == (2, length)
     for row in range(2):
@@ -435,7 +438,7 @@ def test_last_tells_what_stayed(method: str) -> None:
 def test_inputs_are_not_changed() -> None:
     model, batch = families.model("qwen3_vl"), families.inputs("qwen3_vl", rows=ROWS)
     before = {k: v.clone() for k, v in batch.items()}
-    with vtprune.patch(model, "divprune", keep=0.5):
+    with patch(model, "divprune", keep=0.5):
         reference.greedy(model, batch, 3)
     assert all(torch.equal(v, before[k]) for k, v in batch.items())
 
@@ -444,11 +447,11 @@ def test_context_manager_unpatch_and_add() -> None:
     model, batch = families.model("llava"), families.inputs("llava")
     with torch.no_grad():
         dense = model(**batch).logits
-        with pytest.raises(RuntimeError, match="inside"), vtprune.patch(model, "uniform", keep=3):
+        with pytest.raises(RuntimeError, match="inside"), patch(model, "uniform", keep=3):
             raise RuntimeError("inside")
         assert torch.equal(model(**batch).logits, dense)
-        handle = vtprune.patch(model, "uniform", keep=0.8)
-        both = vtprune.patch(model, "fastv", keep=3, add=True)
+        handle = patch(model, "uniform", keep=0.8)
+        both = patch(model, "fastv", keep=3, add=True)
         assert [stage.where for stage in both.stages] == ["llm", 2]
         assert both.active
         assert not handle.active
@@ -465,11 +468,11 @@ def test_pipeline(tmp_path: Any) -> None:
     from transformers import pipeline
 
     model, processor = families.fresh("llava"), _tiny_processor()
-    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    pipe: Any = pipeline("image-text-to-text", model=model, processor=processor)
     pictures = [Image.new("RGB", (20, 20), color) for color in ("red", "navy")]
     asked = ["<image> w30 w31 w32", "<image> w33"]
     options = {"generate_kwargs": {"do_sample": False, "max_new_tokens": 4}}
-    with vtprune.patch(model, "divprune", keep=0.5) as handle:
+    with patch(model, "divprune", keep=0.5) as handle:
         single = [pipe(images=i, text=t, **options) for i, t in zip(pictures, asked, strict=True)]
         assert handle.last is not None
         together = pipe(images=pictures, text=asked, batch_size=2, **options)
