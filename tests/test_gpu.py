@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 METHODS = [cls.name for cls in vtprune.methods()]
-FAMILIES = ["llava", "llava_next", "llava_onevision", "qwen2_5_vl", "internvl", "gemma3"]
+FAMILIES = ["llava", "llava_next", "llava_onevision", "qwen2_5_vl", "internvl", "mistral3"]
 
 
 def _pair(family: str):
