@@ -1,7 +1,28 @@
 """Tensor operations with one signature and several implementations; nothing of vtprune is imported here."""
 
-from .attention import attention_received, attention_rows
-from .checks import check_finite
-from .farthest_point import farthest_point
 
-__all__ = ["attention_received", "attention_rows", "check_finite", "farthest_point"]
+def _step_aside() -> bool:
+    """Put Hugging Face's `kernels` in our place, if it is installed and this folder was found under its name.
+
+    Started from the repository root, Python finds this folder first, and transformers imports that package.
+    """
+    import sys
+    from importlib.machinery import PathFinder
+    from importlib.util import module_from_spec
+    from pathlib import Path
+
+    root = Path(__file__).resolve().parent.parent
+    theirs = PathFinder.find_spec("kernels", [p for p in sys.path if Path(p).resolve() != root])
+    if theirs is None or theirs.loader is None:
+        return False
+    sys.modules["kernels"] = module_from_spec(theirs)
+    theirs.loader.exec_module(sys.modules["kernels"])
+    return True
+
+
+if __name__ != "kernels" or not _step_aside():
+    from .attention import attention_received, attention_rows
+    from .checks import check_finite
+    from .farthest_point import farthest_point
+
+    __all__ = ["attention_received", "attention_rows", "check_finite", "farthest_point"]

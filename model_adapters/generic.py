@@ -194,7 +194,7 @@ class Adapter:
         """What a feature call returned, entry by entry (an image, a tile or a video each)."""
         pooled = getattr(output, "pooler_output", output)
         sizes = [int(entry.reshape(-1, entry.shape[-1]).shape[0]) for entry in pooled]
-        pixels = call.get("pixel_values_videos")
+        pixels = call.get("pixel_values_videos", call.get("pixel_values"))
         if modality == "video" and torch.is_tensor(pixels) and pixels.dim() == 5:
             frames = len(sizes) // pixels.shape[0]  # one entry per frame: join them to videos
             sizes = [sum(sizes[i : i + frames]) for i in range(0, len(sizes), frames)]

@@ -23,7 +23,7 @@ def spans_of(
     if grid is not None and len(grid) == len(sizes):
         return [_grid(thw, n) for thw, n in zip(grid.tolist(), sizes)]
     if modality == "video":
-        pixels = call.get("pixel_values_videos")
+        pixels = call.get("pixel_values_videos", call.get("pixel_values"))  # the name in 5.17 is that of images
         frames = pixels.shape[1] if torch.is_tensor(pixels) and pixels.dim() == 5 else 0
         return [_frames(n, frames) for n in sizes]
     image_sizes = call.get("image_sizes")
