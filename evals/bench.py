@@ -329,17 +329,19 @@ def hooks(
 ) -> BenchReport:
     """Cost of the hooks while decoding: a patched model on its pruned cache against an unpatched one that has as many.
 
-    Both copies share their weights. The dense one is prefilled with text of the pruned length, so both attend to
-    equally many keys; steps alternate, and the order alternates too.
+    Both copies share their weights, and each layer of the plain cache is cut to as many keys as its pruned twin holds.
+    Steps alternate, and the order alternates too.
     """
     name, options = parse_method(method)
     twin = copy.deepcopy(what.model, {id(p): p for p in what.model.parameters()})
     device = what.model.device
     with vtprune.patch(what.model, vtprune.create(name, **options), keep=keep), torch.inference_mode():
         pruned = what.model(**what.inputs, use_cache=True, logits_to_keep=1).past_key_values
-        length = pruned.layers[-1].keys.shape[-2]
-        text = what.inputs["input_ids"][:, -1:].repeat(1, length)
+        lengths = [layer.keys.shape[-2] for layer in pruned.layers]
+        text = what.inputs["input_ids"][:, -1:].repeat(1, max(lengths))
         plain = twin(input_ids=text, use_cache=True, logits_to_keep=1).past_key_values
+        for layer, n in zip(plain.layers, lengths):
+            layer.keys, layer.values = layer.keys[:, :, :n].clone(), layer.values[:, :, :n].clone()
         token = what.inputs["input_ids"][:, -1:]
         sides: list[tuple[Any, Any, list[float]]] = [(what.model, pruned, []), (twin, plain, [])]
         for i in tqdm(range(steps + 10), unit="step", desc="decode", disable=not progress):
@@ -352,7 +354,7 @@ def hooks(
         {
             "method": method,
             "keep": keep,
-            "cached_tokens": length,
+            "cached_tokens": sum(lengths) / len(lengths),
             "steps": steps,
             "patched_ms": 1e3 * median(patched),
             "unpatched_ms": 1e3 * median(unpatched),
@@ -362,7 +364,7 @@ def hooks(
     dtype = str(what.model.dtype).removeprefix("torch.")
     env = environment(device.type, dtype, what.batch, geometry=what.name, shrunk=what.shrunk or None)
     env["layers"] = what.model.config.get_text_config().num_hidden_layers
-    title = f"Decode with hooks against without, {what.name}, {length} cached tokens each"
+    title = f"Decode with hooks against without, {what.name}, {sum(lengths) / len(lengths):g} cached tokens a layer"
     return HooksReport(title, rows, env, tuple(filter(None, (what.shrunk,))))
 
 

@@ -286,8 +286,13 @@ class Session:
         return output
 
     def _layer_pre(self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = self.adapter.bind(module, args, kwargs)
         frame = self.local.frame if self.local.frame is not None and self.local.frame.opened else None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if frame is None and hidden.shape[1] == 1 and kwargs.get("attention_mask") is None:
+            held = kv.state(kwargs.get("past_key_values"), i)
+            if held is None or held.valid is None:
+                return None  # decode without padding: every layer sees all it stores, so there is nothing to change
+        call = self.adapter.bind(module, args, kwargs)
         cache = call.get("past_key_values")
         reference = kv.reference_layer(cache) if cache is not None else 0
         layer = kv.state(cache, i) if cache is not None and i != reference else None
