@@ -215,9 +215,9 @@ def _idefics3() -> Any:
     return _config("idefics3", _text("llama"), _tower("idefics3_vision", 24), **_IMAGE, scale_factor=2)
 
 
-def _gemma3() -> Any:
+def _gemma3(window: int = 256) -> Any:
     kinds = ["sliding_attention", "full_attention"] * 2
-    text = _text("gemma3_text", layer_types=kinds, sliding_window=256, query_pre_attn_scalar=16)
+    text = _text("gemma3_text", layer_types=kinds, sliding_window=window, query_pre_attn_scalar=16)
     ids = {"image_token_index": IMAGE, "boi_token_index": START, "eoi_token_index": END}
     return _config(
         "gemma3",
@@ -226,6 +226,10 @@ def _gemma3() -> Any:
         **ids,
         mm_tokens_per_image=16,
     )
+
+
+def _gemma3_window() -> Any:
+    return _gemma3(window=12)
 
 
 def _paligemma() -> Any:
@@ -468,6 +472,10 @@ FAMILIES: dict[str, Family] = {
         "Idefics3ForConditionalGeneration", _idefics3, ((1, 2), (0, 0)), _split, _per_row, tile_units=True
     ),
     "gemma3": Family("Gemma3ForConditionalGeneration", _gemma3, (32,), _GEMMA_IMAGE, _stack, types="token_type_ids"),
+    # A window that ends inside the prompt.
+    "gemma3-window": Family(
+        "Gemma3ForConditionalGeneration", _gemma3_window, (32,), _GEMMA_IMAGE, _stack, types="token_type_ids"
+    ),
     "paligemma": Family(
         "PaliGemmaForConditionalGeneration",
         _paligemma,

@@ -132,6 +132,8 @@ def pruned_logits(model: Any, full: Dense, cuts: dict[Any, list[Cut]], compact: 
                 streams, alive = _apply(streams, alive, cuts[where])
                 slots = torch.arange(len(alive)) if compact else alive
         kwargs = _layer_kwargs(full.layers[i], alive, slots, full.hidden)
+        if getattr(layer.self_attn if hasattr(layer, "self_attn") else None, "is_sliding", False):
+            kwargs["attention_mask"] = _window(kwargs["attention_mask"], full, alive, model)
         if hasattr(layer, "linear_attn"):
             kwargs["attention_mask"] = None  # it knows padding only, and there is none
         out = layer(streams[0][None], **kwargs)
@@ -180,6 +182,15 @@ def _mask(mask: Tensor | None, alive: Tensor) -> Tensor:
         return torch.zeros(cut.shape).masked_fill(~cut, -torch.inf) if cut.dtype == torch.bool else cut
     n = len(alive)
     return torch.full((1, 1, n, n), -torch.inf).triu(1)
+
+
+def _window(mask: Tensor, full: Dense, alive: Tensor, model: Any) -> Tensor:
+    """A stock text model counts its sliding window in the tokens it gets, so dropped ones do not use it up."""
+    config = model.config.get_text_config()
+    whole = next(k for k, kind in zip(full.layers, config.layer_types, strict=True) if kind == "full_attention")
+    open_ = _mask(whole.get("attention_mask"), alive) == 0
+    near = torch.ones(len(alive), len(alive)).triu(1 - config.sliding_window) == 1
+    return mask.masked_fill(open_ & near.tril(), 0)
 
 
 def cuts_of_row(log: Sequence[Call], rows: Sequence[int], units: Sequence[Sequence[Sequence[int]]]):

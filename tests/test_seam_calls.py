@@ -22,7 +22,7 @@ patch: Any = vtprune.patch
 some_methods = pytest.mark.parametrize("method", ["divprune", "average_pool", "fastv"])
 some_families = pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl"])
 # Families whose text model counts positions 0, 1, 2, ... and reads causally.
-PLAIN = [n for n, f in families.FAMILIES.items() if not f.mrope and n not in ("gemma3", "paligemma")]
+PLAIN = [n for n, f in families.FAMILIES.items() if not f.mrope and f.types is None]
 ROWS = (2, 0, 1)
 
 

@@ -131,3 +131,23 @@ def causal_mask(valid: Tensor, queries: int, dtype: torch.dtype | None) -> Tenso
     if dtype is None:
         return allowed
     return torch.zeros(allowed.shape, dtype=dtype, device=valid.device).masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+def in_window(sliding: Tensor, full: Tensor | None, window: int) -> Tensor:
+    """A cut sliding-window mask [B, 1, Q, K] whose window counts kept tokens, as the cache does at decode.
+
+    sliding: cut from a window that counted dropped tokens too. full: the same without a window, of at least K columns
+    (ending with the same key); None if it is causal and no more.
+    """
+    queries, keys = sliding.shape[-2:]
+    ahead = (
+        torch.arange(keys, device=sliding.device)[None]
+        - torch.arange(keys - queries, keys, device=sliding.device)[:, None]
+    )
+    near = (ahead <= 0) & (ahead > -window)
+    if full is not None:
+        full = full[..., -keys:]
+        near = near & (full if full.dtype == torch.bool else full == 0)
+    if sliding.dtype == torch.bool:
+        return sliding | near
+    return sliding.masked_fill(near, 0)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import cache as kv
-from .compact import causal_mask, hide, tensor_mask
+from .compact import causal_mask, hide, in_window, tensor_mask
 from .frame import Frame, Last
 from .model_adapters.generic import MODALITIES, Adapter, Features
 from .types import Stage, UnsupportedCall, UnsupportedModel
@@ -419,7 +419,12 @@ class Session:
         new["position_ids"] = frame.positions(call)
         mask = call.get("attention_mask")
         if isinstance(mask, dict):
-            new["attention_mask"] = {k: frame.cut_mask(m) for k, m in mask.items()}
+            cut = {k: frame.cut_mask(m) for k, m in mask.items()}
+            window = getattr(self.adapter.text.config, "sliding_window", None)
+            sliding = cut.get("sliding_attention")
+            if window and sliding is not None:
+                cut["sliding_attention"] = in_window(sliding, cut.get("full_attention"), window)
+            new["attention_mask"] = cut
         else:
             new["attention_mask"] = frame.cut_mask(mask)
             if new["attention_mask"] is None:
