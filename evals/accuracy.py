@@ -55,7 +55,7 @@ class Exam:
     """
 
     def __init__(
-        self, model: Any, processor: Any, questions: Sequence[Question], batch: int = 64, memory: int = 2 << 30
+        self, model: Any, processor: Any, questions: Sequence[Question], batch: int = 16, memory: int = 2 << 30
     ) -> None:
         """memory: bytes of prepared inputs to hold; a larger exam prepares its batches anew in every pass."""
         if not questions:
@@ -228,7 +228,7 @@ def evaluate(
     keeps: Sequence[float | int] = KEEPS,
     *,
     seeds: int = 3,
-    batch: int = 64,
+    batch: int = 16,
     new_tokens: int = 4,
     title: str = "Accuracy",
     progress: bool = True,

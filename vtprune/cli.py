@@ -124,7 +124,7 @@ def evaluate(
     capability: Annotated[
         list[str] | None, typer.Option(help="Only this kind of question; repeat for several.")
     ] = None,
-    batch: Batch = 64,
+    batch: Batch = 16,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 4,
     device: Device = None,
     dtype: Dtype = None,
