@@ -323,6 +323,14 @@ class Frame:
             return None
         return c.cut_mask(tensor_mask(mask), self._past_columns(mask, 0, c.length))
 
+    def causal_mask(self, valid: Tensor | None = None) -> Tensor | None:
+        """The mask of a layer that was given none, where rows hold padding now: [B, n] for flash, else 4-D."""
+        assert self.compaction is not None
+        valid = self.compaction.valid if valid is None else valid
+        if valid is None or "flash" in self.adapter.attention():
+            return None if valid is None else valid.long()
+        return causal_mask(valid, valid.shape[1], self.dtype if self.adapter.attention() == "eager" else None)
+
     def _past_columns(self, mask: Tensor, layer: int, new: int) -> int:
         """Columns of a mask that stand before the `new` tokens of this call."""
         held = getattr(self.cache, "layers", ())
@@ -389,11 +397,7 @@ class Frame:
             past = self._past_columns(tensor_mask(mask), i, c.length)
             call["attention_mask"] = self._once(mask, lambda m: c.cut_mask(m, past))
         elif c.valid is not None:
-            flash = "flash" in self.adapter.attention()
-            dtype = self.dtype if self.adapter.attention() == "eager" else None
-            call["attention_mask"] = self._once(
-                c, lambda _: c.valid.long() if flash else causal_mask(c.valid, c.n, dtype)
-            )
+            call["attention_mask"] = self._once(c, lambda _: self.causal_mask(c.valid))
 
     def _once(self, value: Any, cut: Any) -> Any:
         """Layers share their arguments: cut each object once per stage (and keep it alive while its id is a key)."""

@@ -419,7 +419,7 @@ class Session:
         new["position_ids"] = frame.positions(call)
         mask = call.get("attention_mask")
         if isinstance(mask, dict):
-            cut = {k: frame.cut_mask(m) for k, m in mask.items()}
+            cut = {k: frame.causal_mask() if m is None else frame.cut_mask(m) for k, m in mask.items()}
             window = getattr(self.adapter.text.config, "sliding_window", None)
             sliding = cut.get("sliding_attention")
             if window and sliding is not None:

@@ -160,7 +160,8 @@ class Stage:
     method: the rule.
     keep: float in (0, 1] = share of a unit's visual tokens as the model sees them unpruned; int >= 1 = tokens per
         unit (more than there are keeps all); None = the method decides.
-    per: what one unit is: "image" (an image or a whole video), "frame", or "sample" (all visual tokens of a row).
+    per: what one unit is: "image" (an image or a whole video; SmolVLM and Idefics3: a tile, because text stands between
+        tiles), "frame", or "sample" (all visual tokens of a row).
     positions: "keep" leaves the original position ids (gaps), "compact" renumbers; None = the method's default.
     """
 

@@ -19,7 +19,8 @@ class FastV(Method):
     """Top-k of the last query's softmax row in the layer before `layer`, averaged over heads.
 
     This is what all official code computes; the paper's text speaks of the attention received from all tokens.
-    Position ids are kept. Ties go to the lower index.
+    Position ids are kept. Ties go to the lower index. The last token fed is the query: with prompt lookup that is a
+    guessed token, and with use_cache=False every step selects anew, so answers may differ from cached greedy decoding.
 
     layer: "K" of the paper; the first decoder layer that runs on the pruned sequence, >= 1.
     """
