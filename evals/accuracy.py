@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
-from vtprune.evals.report import Report, Row, environment
 
 import vtprune
+from vtprune.evals.report import Report, Row, environment
 from vtprune.types import Method
 
 if TYPE_CHECKING:

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+
+import vtprune
 from vtprune.evals import geometries
 from vtprune.evals.accuracy import parse_method, share
 from vtprune.evals.flops import FORMULA, Card, TextCost, card, counted, ideal_llm
 from vtprune.evals.report import Report, Row, environment, show
-
-import vtprune
 from vtprune.types import Method
 
 KEEPS = (0.33, 0.22, 0.11)

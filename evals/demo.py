@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from vtprune.evals.accuracy import AccuracyReport, evaluate
-
 import vtprune
+from vtprune.evals.accuracy import AccuracyReport, evaluate
 
 TOY = (
     "A toy: 2.3 million parameters, 64 x 64 pixels, 71 words. It shows how methods differ on a model that really "
@@ -20,7 +19,6 @@ def run(
 ) -> tuple[AccuracyReport, list[Path]]:
     """Answer `limit` questions a capability with every registered method; returns the report and the files written."""
     from vtprune.evals import tiny
-
     from vtprune.show import gallery
 
     model, processor = tiny.load("cpu")

@@ -1,8 +1,7 @@
 """One line prunes a model: a quarter of the visual tokens, the same generate call, and everything undone at the end."""
 
-from vtprune.evals import tiny
-
 import vtprune
+from vtprune.evals import tiny
 
 model, processor = tiny.load()
 question = tiny.questions(per_capability=1, capabilities=["color"])[0]

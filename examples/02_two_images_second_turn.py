@@ -1,9 +1,9 @@
 """Two images in one prompt, then a second turn that goes on from the returned cache of pruned tokens."""
 
 import torch
-from vtprune.evals import tiny
 
 import vtprune
+from vtprune.evals import tiny
 
 model, processor = tiny.load()
 first, second = tiny.questions(per_capability=2, capabilities=["shape"])

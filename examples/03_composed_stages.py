@@ -1,9 +1,8 @@
 """Stages add up: half of the tokens by diversity before the LLM, then a tenth by attention from decoder layer 2 on."""
 
-from vtprune.evals import tiny
-
 import vtprune
 from vtprune import Stage
+from vtprune.evals import tiny
 
 model, processor = tiny.load()
 question = tiny.questions(per_capability=1, capabilities=["ocr"])[0]

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from vtprune.evals import tiny
 
 import vtprune
 from vtprune import Assignment, Method, Visual
+from vtprune.evals import tiny
 
 
 @vtprune.register("norm", paper="https://example.org/your-paper", seam="pre_llm")

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+import vtprune
 from vtprune.evals import geometries
 from vtprune.evals.bench import Subject, bench, hooks, subject
 from vtprune.evals.flops import CARDS, TextCost, card, counted, ideal_llm
-
-import vtprune
 
 SIZES = {
     "hidden_size": 64,

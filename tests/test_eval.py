@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+import vtprune
 from vtprune.evals import tiny
 from vtprune.evals.accuracy import (
     CONTROLS,
@@ -24,8 +26,6 @@ from vtprune.evals.accuracy import (
     render,
     words_of,
 )
-
-import vtprune
 
 
 @pytest.fixture(scope="module")

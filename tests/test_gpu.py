@@ -7,10 +7,10 @@ import copy
 import families
 import pytest
 import torch
-from vtprune.evals import tiny
-from vtprune.evals.accuracy import Exam
 
 import vtprune
+from vtprune.evals import tiny
+from vtprune.evals.accuracy import Exam
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
 from vtprune.kernels import attention_received, attention_rows, farthest_point
 from vtprune.kernels.farthest_point import reference
 

@@ -10,6 +10,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
+
 from vtprune.evals import parity
 
 FAMILIES = ("divprune_", "fastv_kvcache", "fastv_prefill", "todre_spec_", "video_llava_pool")

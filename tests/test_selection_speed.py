@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+
 from vtprune.evals import bench_selection
 
 

@@ -6,9 +6,9 @@ import families
 import pytest
 import torch
 from PIL import Image
-from vtprune.evals import tiny
 
 import vtprune
+from vtprune.evals import tiny
 from vtprune.show import Kept, draw, gallery, overlay, panels, record, tile_grid
 from vtprune.types import Span
 

@@ -19,9 +19,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
 from vtprune.model_adapters import towers
 from vtprune.model_adapters.towers import TowerSignals, attention_modules, has_cls, tower_of
-
 from vtprune.tap import read
 from vtprune.types import Signal, UnsupportedModel
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
 from vtprune.evals import tiny
 from vtprune.evals.tiny import asks, fast, model, scenes
 from vtprune.evals.tiny.score import score

@@ -1,6 +1,6 @@
 """Prune the visual tokens of an unmodified Hugging Face vision-language model in one line.
 
-    handle = vtprune.patch(model, "divprune", keep=0.25)
+>>> handle = vtprune.patch(model, "divprune", keep=0.25)
 """
 
 from .handle import Handle, patch, unpatch
