@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from vtprune.evals.tiny.model import VOCABULARY
 from vtprune.evals.tiny.scenes import COLOR_NAMES, DIGIT_OWNER, GRID, PATCH, SHAPES, SIDE, Scene, place_words
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+
 from vtprune.evals.tiny import CAPABILITIES, Question, blind, load, questions
 
 
