@@ -182,7 +182,7 @@ def test_left_padded_batch_equals_singles(loaded, asked):
 
 def test_packed_questions_equal_single_ones(loaded, asked):
     """The training forward (packed, blocked attention, cut last layers) has the stock model's logits."""
-    from vtprune.evals.tiny.train import pack
+    from vtprune.evals.tiny.packing import pack
 
     net, processor = loaded
     q = next(q for q in asked if q.capability == "relation")
@@ -215,6 +215,7 @@ def test_training_runs_and_resumes(tmp_path: Path):
     for _ in range(5):
         stopped.step()
     stopped.save()
+    stopped.close()
     resumed = train(tmp_path / "stopped", scale=1e-3, progress=False)
     expected, got = load_file(whole / "model.safetensors"), load_file(resumed / "model.safetensors")
     assert all(torch.equal(expected[name], got[name]) for name in expected)

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,7 @@ def load(
     import torch
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-    model = LlavaForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=dtype or torch.float32)
+    model: Any = LlavaForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=dtype or torch.float32)
     return model.to(device).eval(), LlavaProcessor.from_pretrained(CHECKPOINT)
 
 
@@ -114,6 +114,7 @@ def blind(questions: Sequence[Question], mode: str = "zero", seed: int = 0) -> l
     of the same capability, never the question's own picture.
     """
     from PIL import Image
+
     from vtprune.evals.tiny.model import MEAN_RGB
 
     if mode == "zero":
@@ -156,6 +157,7 @@ def _quotas(shares: dict[str, int], total: int) -> dict[str, int]:
 def _drawn(count: int, seed: int, capabilities: Sequence[str]) -> dict[str, list[Question]]:
     """Questions about synthetic scenes: at most one per scene and capability."""
     from PIL import Image
+
     from vtprune.evals.tiny.asks import ASKERS, Balance
     from vtprune.evals.tiny.scenes import heldout_rng, make_scene
 

@@ -90,18 +90,18 @@ def ask_shape(scene: Scene, rng: random.Random) -> Iterator[Ask]:
 def ask_count(scene: Scene, rng: random.Random) -> Iterator[Ask]:
     n = len(scene.items)
     if 1 <= n <= MAX_COUNT:
-        yield Ask("how many shapes are there ?", str(n), "count", "count", "count", MAX_COUNT, 2.0)
+        yield Ask("how many shapes are there ?", str(n), "count", "count", "count", MAX_COUNT, 4.0)
 
 
 def ask_count_kind(scene: Scene, rng: random.Random) -> Iterator[Ask]:
     cap = "count-kind"
     for name, k in Counter(SHAPES[i.shape] for i in scene.items).items():
         if k <= MAX_COUNT:
-            yield Ask(f"how many {name}s are there ?", str(k), cap, "count SHAPEs", "count/shape", MAX_COUNT, 2.5)
+            yield Ask(f"how many {name}s are there ?", str(k), cap, "count SHAPEs", "count/shape", MAX_COUNT, 5.0)
     for name, k in Counter(COLOR_NAMES[i.color] for i in scene.items).items():
         if k <= MAX_COUNT:
             text = f"how many {name} shapes are there ?"
-            yield Ask(text, str(k), cap, "count COLOR shapes", "count/color", MAX_COUNT, 2.5)
+            yield Ask(text, str(k), cap, "count COLOR shapes", "count/color", MAX_COUNT, 5.0)
 
 
 def ask_position(scene: Scene, rng: random.Random) -> Iterator[Ask]:
@@ -195,12 +195,14 @@ def captions(scene: Scene, rng: random.Random) -> Iterator[Ask]:
         shape, color = rng.choice(attributes) if attributes else ("circle", "red")
         if rng.random() < 0.35:
             shape, color = rng.choice(SHAPES), rng.choice(COLOR_NAMES)
-        key = rng.choice((shape, color)) if i >= 5 else rng.choice((shape, color, f"{color} {shape}"))
+        # Eight colours are harder to look up than three shapes, so they are keyed twice as often.
+        kinds = (shape, color) if i >= 5 else (shape, color, color, f"{color} {shape}")
+        key = rng.choice(kinds)
         hits = [item for item in scene.items if key in (*words_for(item), " ".join(words_for(item)[::-1]))]
         if i >= 5:
             if len(hits) <= MAX_COUNT:
                 answer = str(len(hits)) if hits else "none"
-                yield Ask(f"number {key}", answer, "caption", "number", f"number/{key in COLORS}", 7, 1.0)
+                yield Ask(f"number {key}", answer, "caption", "number", f"number/{key in COLORS}", 7, 2.0)
             continue
         if len(hits) > 1:
             continue
@@ -231,8 +233,10 @@ def coordinates(scene: Scene, rng: random.Random) -> Iterator[Ask]:
                 yield Ask(f"{axis} {name_a} {name_b}", answer, "caption", f"{axis} pair", f"{axis} pair", 2, 0.7)
     if scene.number:
         i = rng.randrange(2)
-        text = f"what is the {('first', 'second')[i]} digit ?"
-        yield Ask(text, scene.number[i], "helper", "digit", "digit", 0, 3.0)
+        order = ("first", "second")[i]
+        yield Ask(f"what is the {order} digit ?", scene.number[i], "helper", "digit", "digit", 0, 3.0)
+        yield Ask(f"{order} digit", scene.number[i], "caption", "digit key", "digit", 0, 3.0)
+        yield Ask("written", " ".join(scene.number), "caption", "written", "written", 0, 3.0)
 
 
 def easy_ask(text: str, answer: str) -> Ask:
@@ -248,9 +252,11 @@ def easy_ask(text: str, answer: str) -> Ask:
 def training_asks(
     scene: Scene, rng: random.Random, balance: Balance, relations: tuple[str, ...], compare: bool
 ) -> list[Ask]:
-    """The admitted questions of one training scene. `compare` adds `coordinates` to the captions."""
+    """The admitted questions of one training scene. `compare` adds relations and `coordinates`."""
     kept: list[Ask] = []
     for capability, ask in ASKERS.items():
+        if capability == "relation" and not compare:
+            continue
         candidates = list(ask_relation(scene, rng, relations) if capability == "relation" else ask(scene, rng))
         rng.shuffle(candidates)
         room = _PER_SCENE[capability]

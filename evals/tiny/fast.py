@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
 from vtprune.evals.tiny.model import BOS, tower
 
 PREFIX = 257
@@ -143,9 +144,9 @@ def _rms_norm(x: Tensor, layer: Any) -> Tensor:
     return _RMSNorm.apply(x, layer.weight, layer.variance_epsilon)
 
 
-def tower_features(model: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+def tower_features(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Normalised pixels [B, 3, 64, 64] -> layer -2 patches [B, 256, d] and last-layer CLS output [B, d]."""
-    vit: Any = tower(model)  # type: ignore[arg-type]
+    vit = tower(model)
     embed = vit.embeddings
     kernel = embed.patch_embedding.weight
     size = kernel.shape[-1]

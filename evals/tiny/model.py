@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -18,6 +19,7 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
+
 from vtprune.evals.tiny.scenes import COLOR_NAMES, GRID, PATCH, SHAPES, SIDE
 
 VISUAL_TOKENS = GRID * GRID
@@ -104,9 +106,6 @@ def build_config() -> LlavaConfig:
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
     )
 
 
@@ -129,20 +128,15 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
     embeddings = tower(model).embeddings
     with torch.no_grad():
         embeddings.position_embedding.weight.copy_(_grid_waves(128))
-        for linear in (
-            model.model.multi_modal_projector.linear_1,
-            model.model.multi_modal_projector.linear_2,
-        ):
-            linear.weight.normal_(std=0.06)  # 0.02 would leave the visual tokens near zero for hundreds of steps
         # A query that starts equal to its key makes "find the patch that matches this word" the default.
         for layer in model.model.language_model.layers[:3]:
             layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
     return model.eval()
 
 
-def tower(model: LlavaForConditionalGeneration) -> torch.nn.Module:
+def tower(model: LlavaForConditionalGeneration) -> Any:
     """The CLIP transformer (embeddings, norms, encoder), wherever this version of transformers keeps it."""
-    vision = model.model.vision_tower
+    vision: Any = model.model.vision_tower
     return getattr(vision, "vision_model", vision)
 
 
@@ -150,7 +144,7 @@ def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
     """Write the checkpoint in the stock format, in bfloat16."""
     half = build_model()
     half.load_state_dict(model.state_dict())
-    half = half.to(torch.bfloat16)
+    half.bfloat16()
     half.generation_config = GenerationConfig(
         bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, max_new_tokens=4, do_sample=False
     )

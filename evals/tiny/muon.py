@@ -58,17 +58,16 @@ class Optimiser:
     def load(self, values: list[Tensor]) -> None:
         """Copy float32 values (`masters` or `average`) into the parameters."""
         with torch.no_grad():
-            torch._foreach_copy_(self.params, values)
+            torch._foreach_copy_(list[Tensor](self.params), values)
 
     @torch.no_grad()
     def step(self, muon: float, adam: float, slow_scale: float) -> None:
         """One update from the parameters' gradients, clipped to global norm 1, which are then cleared."""
-        live = [i for i, p in enumerate(self.params) if p.grad is not None]
-        grads = {i: self.params[i].grad.float() for i in live}
+        grads = {i: p.grad.float() for i, p in enumerate(self.params) if p.grad is not None}
         norm = torch.stack(torch._foreach_norm(list(grads.values()))).norm()
         torch._foreach_mul_(list(grads.values()), (1.0 / (norm + 1e-6)).clamp(max=1.0))
         shapes: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for i in live:
+        for i in grads:
             rate = (muon if self.matrix[i] else adam) * (slow_scale if self.slow[i] else 1.0)
             self.masters[i].mul_(1 - rate * self.decay)
             if self.matrix[i]:

@@ -12,26 +12,32 @@ import os
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
+
 from vtprune.evals.tiny import fast
 from vtprune.evals.tiny.asks import RELATIONS, Ask, Balance, easy_ask, training_asks
 from vtprune.evals.tiny.labels import Heads, alignment_loss, make_labels
-from vtprune.evals.tiny.model import EOS, MEAN_RGB, PAD, STD, build_model, encode, save
+from vtprune.evals.tiny.model import EOS, build_model, save
 from vtprune.evals.tiny.muon import Optimiser
-from vtprune.evals.tiny.scenes import heldout_rng, make_scene, training_rng
+from vtprune.evals.tiny.packing import Batch, normalise, pack
+from vtprune.evals.tiny.scenes import Scene, heldout_rng, make_scene, training_rng
 
 MONITOR_SEED = 990001
 CHECKPOINT_SECONDS = 120
 PROBE_STEPS = 150
 WARMUP = 20
+THREADS = 2
 TOWER_SCALE = 0.3  # the tower's share of the rates once it trains together with the language model
 
 
@@ -41,9 +47,10 @@ class Stage:
 
     `batch` images a step; `muon` peak rate of Muon (AdamW: 1e-3, same shape); `easy` (from, to) share of scenes
     with at most three shapes; `counted` share of scenes built from a wanted count; `frozen` share with a fixed
-    tower; `compare` adds place and comparison captions; `two_words` share that asks only "left of" and "above";
-    `weighted` turns the per-question token weights on; `shape` of the rate: "flat", "late" (0.6 flat, then down
-    to 0.3) or "cosine" (0.25 flat, then down to 0.02).
+    tower; `compare` adds relation questions and place captions; `two_words` share that asks only "left of" and
+    "above"; `mixed` share, including that one, in which the other two words stay rarer (all four at once undid what
+    the first two had taught); `weighted` turns the per-question token weights on; `shape` of the rate: "flat",
+    "late" (0.6 flat, then down to 0.3) or "cosine" (0.25 flat, then down to 0.02).
     """
 
     name: str
@@ -55,16 +62,27 @@ class Stage:
     frozen: float = 0.0
     compare: bool = True
     two_words: float = 0.0
+    mixed: float = 0.0
     weighted: bool = False
     shape: str = "flat"
 
 
 STAGES = (
     Stage("tower", 850, batch=32, muon=0.01, shape="late"),
-    Stage("look up", 680, easy=(0.85, 0.85), frozen=1.0, compare=False, two_words=1.0),
-    Stage("compare", 620, easy=(0.7, 0.55), frozen=0.65, two_words=1.0),
-    Stage("joint", 820, easy=(0.55, 0.15), two_words=0.33, weighted=True),
-    Stage("anneal", 1900, muon=0.01, easy=(0.15, 0.15), weighted=True, shape="cosine"),
+    Stage("look up", 430, easy=(0.85, 0.85), frozen=1.0, compare=False),
+    Stage("compare", 400, easy=(0.5, 0.3), frozen=0.75, two_words=1.0, mixed=1.0),
+    Stage("joint", 430, easy=(0.3, 0.15), two_words=0.33, mixed=0.33, weighted=True),
+    Stage(
+        "anneal",
+        1800,
+        muon=0.01,
+        easy=(0.15, 0.15),
+        counted=0.5,
+        two_words=0.08,
+        mixed=0.24,
+        weighted=True,
+        shape="cosine",
+    ),
 )
 
 
@@ -76,56 +94,6 @@ def rate(stage: Stage, t: float, step: int) -> float:
     if stage.shape == "cosine" and t > 0.25:
         return warm * (0.02 + 0.49 * (1 + math.cos(math.pi * (t - 0.25) / 0.75)))
     return warm
-
-
-@dataclass
-class Batch:
-    """Pixels [B, 3, 64, 64]; packed questions [B, Q]; labels [B, Q] are the next token or -100."""
-
-    pixels: Tensor
-    ids: Tensor
-    segments: Tensor
-    positions: Tensor
-    labels: Tensor
-    weights: Tensor
-    topics: Tensor
-    asks: list[list[Ask]]
-
-
-def normalise(pixels: list[np.ndarray]) -> Tensor:
-    """uint8 pictures [64, 64, 3] -> bfloat16 [B, 3, 64, 64], as the processor does it."""
-    images = torch.from_numpy(np.stack(pixels)).float()
-    return ((images - torch.tensor(MEAN_RGB)) / (255 * STD)).permute(0, 3, 1, 2).to(torch.bfloat16)
-
-
-def pack(pixels: list[np.ndarray], asks: list[list[Ask]], topics: dict[str, int], weighted: bool) -> Batch:
-    """Lay all questions of each image side by side; see `fast.question_hidden` for what makes that exact."""
-    rows: list[list[tuple[int, int, int, int, float, int]]] = []
-    for image_asks in asks:
-        row = []
-        for segment, ask in enumerate(image_asks):
-            prompt, answer = encode(ask.prompt), encode(ask.answer)
-            targets = [-100] * (len(prompt) - 1) + answer + [EOS]
-            weight = ask.weight if weighted or ask.capability == "caption" else 1.0
-            topic = topics.setdefault(ask.template if ask.capability == "caption" else ask.capability, len(topics))
-            for i, (token, target) in enumerate(zip(prompt + answer, targets, strict=True)):
-                w = weight * (0.2 if target == EOS else 1.0)
-                row.append((token, segment, fast.PREFIX + i, target, w, topic))
-        rows.append(row)
-    width = max(len(row) for row in rows)
-    filler = (PAD, -1, fast.PREFIX, -100, 0.0, 0)
-    table = torch.tensor([row + [filler] * (width - len(row)) for row in rows], dtype=torch.float64)
-    ids, segments, positions, labels, weights, kinds = table.unbind(-1)
-    return Batch(
-        normalise(pixels),
-        ids.long(),
-        segments.long(),
-        positions.long(),
-        labels.long(),
-        weights.float(),
-        kinds.long(),
-        asks,
-    )
 
 
 class EasyTrain:
@@ -154,17 +122,27 @@ class Trainer:
     def __init__(self, out: Path, seed: int, scale: float) -> None:
         self.out, self.seed = out, seed
         self.steps = [max(2, round(stage.steps * scale)) for stage in STAGES]
-        self.module = nn.ModuleDict({"model": build_model(seed), "heads": Heads(128)}).to(torch.bfloat16)
-        self.model, self.heads = self.module["model"], self.module["heads"]
+        self.model: Any = build_model(seed)
+        self.heads = Heads(128)
+        self.module = nn.ModuleDict({"model": self.model, "heads": self.heads}).to(torch.bfloat16)
         self.optimiser = Optimiser(self.module, slow="vision_tower")
-        self.tower = [p for n, p in self.module.named_parameters() if "vision_tower" in n or "heads" in n]
         self.balance, self.easy_balance = Balance(6), Balance(4)
         self.easy = EasyTrain()
         self.topics: dict[str, int] = {}
         self.means: dict[str, float] = {}
         self.history: list[dict[str, object]] = []
+        # Two threads with half a batch each beat one batch split inside every operation: nothing waits for the
+        # slower core several hundred times a step.
+        self.threads_before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        self.pool = ThreadPoolExecutor(THREADS, initializer=torch.set_num_threads, initargs=(1,))
         self.done = 0
         self.seconds = 0.0
+
+    def close(self) -> None:
+        """End the worker threads and give torch its threads back."""
+        self.pool.shutdown()
+        torch.set_num_threads(self.threads_before)
 
     def locate(self, step: int) -> tuple[int, int]:
         """(stage index, step within the stage) of a global step."""
@@ -174,38 +152,48 @@ class Trainer:
             step -= count
         raise ValueError(f"the schedule has {sum(self.steps)} steps")
 
-    def tower_step(self, stage: Stage, step: int) -> dict[str, Tensor]:
-        """Losses of the tower alone on a batch of scenes."""
-        rng = training_rng(self.seed, step)
+    def tower_work(self, stage: Stage) -> list[Callable[[], dict[str, Tensor]]]:
+        """The tower alone on a batch of scenes, as one job per thread."""
+        rng = training_rng(self.seed, self.done)
         scenes = [make_scene(rng, counted=stage.counted) for _ in range(stage.batch)]
-        images = normalise([s.pixels for s in scenes])
-        return self.heads.losses(*fast.tower_features(self.model, images), make_labels(scenes))
 
-    def answer_step(self, stage: Stage, step: int, t: float) -> dict[str, Tensor]:
-        """Losses of packed questions on scenes and one or two easy-VQA images."""
-        rng = training_rng(self.seed, step)
+        def job(part: list[Scene]) -> dict[str, Tensor]:
+            features, cls = fast.tower_features(self.model, normalise([s.pixels for s in part]))
+            return self.heads.losses(features, cls, make_labels(part))
+
+        return [partial(job, scenes[i::THREADS]) for i in range(THREADS)]
+
+    def answer_work(self, stage: Stage, t: float) -> list[Callable[[], dict[str, Tensor]]]:
+        """Packed questions on scenes and one or two easy-VQA images, as one job per thread."""
+        rng = training_rng(self.seed, self.done)
         easy_share = stage.easy[0] + (stage.easy[1] - stage.easy[0]) * t
-        relations = RELATIONS[:2] if t < stage.two_words else RELATIONS
+        relations = RELATIONS
+        if t < stage.mixed:
+            relations = RELATIONS[:2] if t < stage.two_words else RELATIONS[:2] * 2 + RELATIONS
         borrowed = 2 if rng.random() < 0.4 else 1
         scenes = [
             make_scene(rng, easy=rng.random() < easy_share, counted=stage.counted)
             for _ in range(stage.batch - borrowed)
         ]
-        pixels = [s.pixels for s in scenes]
         asks = [training_asks(s, rng, self.balance, relations, stage.compare) for s in scenes]
-        for _ in range(borrowed):
-            image, questions = self.easy.sample(rng, self.easy_balance)
-            pixels.append(image)
-            asks.append(questions)
-        batch = pack(pixels, asks, self.topics, stage.weighted)
-        frozen = t < stage.frozen
+        easy = [self.easy.sample(rng, self.easy_balance) for _ in range(borrowed)]
+        jobs: list[Callable[[], dict[str, Tensor]]] = []
+        for i in range(THREADS):
+            mine, others = scenes[i::THREADS], easy[THREADS - 1 - i :: THREADS]
+            pixels = [s.pixels for s in mine] + [image for image, _ in others]
+            batch = pack(pixels, asks[i::THREADS] + [a for _, a in others], self.topics, stage.weighted)
+            jobs.append(partial(self.answer_job, batch, mine, t < stage.frozen, stage.compare))
+        return jobs
+
+    def answer_job(self, batch: Batch, scenes: list[Scene], frozen: bool, compare: bool) -> dict[str, Tensor]:
+        """Losses of one thread's images; the first `len(scenes)` of them have dense labels."""
         with torch.set_grad_enabled(not frozen):
             features, cls = fast.tower_features(self.model, batch.pixels)
         visual = fast.project(self.model, features)
         losses = {"answer": self.answer_loss(visual, batch)}
         labels, n = make_labels(scenes), len(scenes)
         table = self.model.get_input_embeddings().weight
-        losses["align"] = 0.3 * alignment_loss(visual[:n], table, labels, digits=stage.compare)
+        losses["align"] = 0.3 * alignment_loss(visual[:n], table, labels, digits=compare)
         if not frozen:
             losses["tower"] = 0.3 * torch.stack(list(self.heads.losses(features[:n], cls[:n], labels).values())).sum()
         return losses
@@ -223,18 +211,28 @@ class Trainer:
                 self.means[name] = self.means.get(name, mine.mean().item()) * 0.97 + 0.03 * mine.mean().item()
         return (loss * weights).sum() / weights.sum()
 
+    def gradients(self, job: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, float], tuple[Tensor | None, ...]]:
+        """Run one job and differentiate its summed losses; runs in a worker thread."""
+        losses = job()
+        total = torch.stack(list(losses.values())).sum()
+        grads = torch.autograd.grad(total, self.optimiser.params, allow_unused=True)
+        return {name: loss.item() for name, loss in losses.items()}, grads
+
     def step(self) -> dict[str, float]:
-        """One optimiser step; returns the losses."""
+        """One optimiser step; returns the losses, averaged over the threads."""
         index, local = self.locate(self.done)
         stage, t = STAGES[index], local / self.steps[index]
         if local == 0 and self.done:
             self.optimiser.restart()
-        losses = self.tower_step(stage, self.done) if index == 0 else self.answer_step(stage, self.done, t)
-        torch.stack(list(losses.values())).sum().backward()
+        work = self.tower_work(stage) if index == 0 else self.answer_work(stage, t)
+        results = list(self.pool.map(self.gradients, work))
+        for p, *parts in zip(self.optimiser.params, *(grads for _, grads in results)):
+            known = [g for g in parts if g is not None]
+            p.grad = torch.stack(known).sum(0) / THREADS if known else None
         factor = rate(stage, t, local)
         self.optimiser.step(stage.muon * factor, 1e-3 * factor, 1.0 if index == 0 else TOWER_SCALE)
         self.done += 1
-        return {name: loss.item() for name, loss in losses.items()}
+        return {name: sum(losses[name] for losses, _ in results) / THREADS for name in results[0][0]}
 
     def save(self) -> None:
         """Write the resumable state and, in `out/checkpoint`, the averaged weights in the stock format."""
@@ -306,17 +304,8 @@ def _ticks(trainer: Trainer, progress: bool) -> Iterator[tqdm]:
             bar.update()
 
 
-def train(out: Path, *, resume: bool = True, seed: int = 0, scale: float = 1.0, progress: bool = True) -> Path:
-    """Train and return the folder of the finished checkpoint, `out/checkpoint`.
-
-    `resume` continues from `out/training.pt`, which is rewritten every two minutes and at the end. `scale`
-    multiplies the steps of every stage, for smoke tests. Needs the `easy-vqa` package.
-    """
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(out, seed, scale)
-    if resume:
-        trainer.resume()
+def _run(trainer: Trainer, progress: bool) -> None:
+    """Step to the end of the schedule, logging every 50 steps and saving every two minutes."""
     started = saved = time.monotonic()
     before = trainer.seconds
     for bar in _ticks(trainer, progress):
@@ -341,6 +330,23 @@ def train(out: Path, *, resume: bool = True, seed: int = 0, scale: float = 1.0, 
         if now - saved > CHECKPOINT_SECONDS or finished:
             trainer.save()
             saved = time.monotonic()
+
+
+def train(out: Path, *, resume: bool = True, seed: int = 0, scale: float = 1.0, progress: bool = True) -> Path:
+    """Train and return the folder of the finished checkpoint, `out/checkpoint`.
+
+    `resume` continues from `out/training.pt`, which is rewritten every two minutes and at the end. `scale`
+    multiplies the steps of every stage, for smoke tests. Needs the `easy-vqa` package.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(out, seed, scale)
+    try:
+        if resume:
+            trainer.resume()
+        _run(trainer, progress)
+    finally:
+        trainer.close()
     return out / "checkpoint"
 
 

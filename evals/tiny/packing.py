@@ -1,0 +1,63 @@
+"""Batches for training: normalised pictures and all questions of each image laid side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vtprune.evals.tiny import fast
+from vtprune.evals.tiny.asks import Ask
+from vtprune.evals.tiny.model import EOS, MEAN_RGB, PAD, STD, encode
+
+
+@dataclass
+class Batch:
+    """Pixels [B, 3, 64, 64]; packed questions [B, Q]; labels [B, Q] are the next token or -100."""
+
+    pixels: Tensor
+    ids: Tensor
+    segments: Tensor
+    positions: Tensor
+    labels: Tensor
+    weights: Tensor
+    topics: Tensor
+    asks: list[list[Ask]]
+
+
+def normalise(pixels: list[np.ndarray]) -> Tensor:
+    """uint8 pictures [64, 64, 3] -> bfloat16 [B, 3, 64, 64], as the processor does it."""
+    images = torch.from_numpy(np.stack(pixels)).float()
+    return ((images - torch.tensor(MEAN_RGB)) / (255 * STD)).permute(0, 3, 1, 2).to(torch.bfloat16)
+
+
+def pack(pixels: list[np.ndarray], asks: list[list[Ask]], topics: dict[str, int], weighted: bool) -> Batch:
+    """Lay all questions of each image side by side; see `fast.question_hidden` for what makes that exact."""
+    rows: list[list[tuple[int, int, int, int, float, int]]] = []
+    for image_asks in asks:
+        row = []
+        for segment, ask in enumerate(image_asks):
+            prompt, answer = encode(ask.prompt), encode(ask.answer)
+            targets = [-100] * (len(prompt) - 1) + answer + [EOS]
+            weight = ask.weight if weighted else 1.0
+            topic = topics.setdefault(ask.template if ask.capability == "caption" else ask.capability, len(topics))
+            for i, (token, target) in enumerate(zip(prompt + answer, targets, strict=True)):
+                w = weight * (0.2 if target == EOS else 1.0)
+                row.append((token, segment, fast.PREFIX + i, target, w, topic))
+        rows.append(row)
+    width = max(len(row) for row in rows)
+    filler = (PAD, -1, fast.PREFIX, -100, 0.0, 0)
+    table = torch.tensor([row + [filler] * (width - len(row)) for row in rows], dtype=torch.float64)
+    ids, segments, positions, labels, weights, kinds = table.unbind(-1)
+    return Batch(
+        normalise(pixels),
+        ids.long(),
+        segments.long(),
+        positions.long(),
+        labels.long(),
+        weights.float(),
+        kinds.long(),
+        asks,
+    )
