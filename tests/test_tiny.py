@@ -158,9 +158,9 @@ def test_score_tells_wrong_from_right(loaded, asked):
     colors = [q for q in asked if q.capability == "color"][:16]
     wrong = [replace(q, answer=next(c for c in scenes.COLOR_NAMES if c != q.answer)) for q in colors]
     assert score(*loaded, wrong)["color"].answer <= 0.1
-    unfinished = [replace(q, answer=q.answer.split()[0]) for q in asked if q.capability == "ocr"][:16]
-    seen = score(*loaded, unfinished)["ocr"]
-    assert seen.answer >= 0.9  # the first digit is right
+    unfinished = [replace(q, answer=q.answer.split()[0]) for q in asked if q.template == "where"][:16]
+    seen = score(*loaded, unfinished)["position"]
+    assert seen.answer >= 0.9  # "top" of "top left" is right
     assert seen.stopped <= 0.1  # and is not followed by the end token
 
 

@@ -1,6 +1,6 @@
 """Train the tiny LLaVA from scratch on two CPU cores: `python -m vtprune.evals.tiny.train OUT`.
 
-One process and one step-based schedule of five stages (`STAGES`); each stage continues from the averaged weights
+One process and one step-based schedule of six stages (`STAGES`); each stage continues from the averaged weights
 of the one before with a fresh optimiser. Stopping and starting again resumes bit by bit from `OUT/training.pt`.
 """
 
@@ -83,6 +83,7 @@ STAGES = (
         weighted=True,
         shape="cosine",
     ),
+    Stage("settle", 380, muon=0.006, easy=(0.1, 0.1), counted=0.5, weighted=True, shape="cosine"),
 )
 
 
