@@ -84,6 +84,7 @@ STAGES = (
         shape="cosine",
     ),
     Stage("settle", 380, muon=0.006, easy=(0.1, 0.1), counted=0.5, weighted=True, shape="cosine"),
+    Stage("polish", 600, muon=0.008, easy=(0.05, 0.05), counted=0.6, weighted=True, shape="cosine"),
 )
 
 
