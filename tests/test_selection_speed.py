@@ -13,7 +13,7 @@ from vtprune.evals import bench_selection
 def test_incremental_loop_against_the_slab_form() -> None:
     """N=2880, k=320, D=256: the loop alone 50 times faster; with the Gram product 8 times on a quiet machine.
 
-    The second is 8.1 to 8.6 when nothing else runs and was 6.2 once, so what is asserted here leaves room for neighbours.
+    The second is 8.1 to 8.6 when nothing else runs and was 6.2 once, so what is asserted leaves room for neighbours.
     """
     for attempt in range(6):  # a busy neighbour spoils a measurement, never the picks
         seen = bench_selection.measure(repeats=5)
