@@ -27,7 +27,7 @@ CLS_NAMES = ("class_embedding", "cls_token", "class_token")
 
 
 @dataclass(frozen=True)
-class Features:
+class TowerCall:
     """One call of `get_image_features` or `get_video_features`, and what its tower showed.
 
     base: the VLM's base model. call: the call's bound arguments. grid: name of its grid argument.
@@ -48,10 +48,10 @@ class Features:
 
 # Maps [T, N, C] (T tiles of N tower tokens; packed towers: T = 1 and all patches in a row) to [n, C] in the
 # order of the LLM's visual tokens, all entries one after the other.
-Pack = Callable[[Features, Tensor], Tensor]
+Pack = Callable[[TowerCall, Tensor], Tensor]
 
 
-def _patches(f: Features, x: Tensor) -> Tensor:
+def _patches(f: TowerCall, x: Tensor) -> Tensor:
     """[T, N, C] without the CLS token, if the LLM does not see it."""
     return x[:, 1:] if f.option("vision_feature_select_strategy") == "default" else x
 
@@ -62,15 +62,15 @@ def _pool(x: Tensor, kernel: int) -> Tensor:
     return F.avg_pool2d(x.mT.unflatten(2, (side, side)), kernel).flatten(2).mT
 
 
-def _plain(f: Features, x: Tensor) -> Tensor:
+def _plain(f: TowerCall, x: Tensor) -> Tensor:
     return _patches(f, x).flatten(0, 1)
 
 
-def _every_token(f: Features, x: Tensor) -> Tensor:
+def _every_token(f: TowerCall, x: Tensor) -> Tensor:
     return x.flatten(0, 1)
 
 
-def _tiles_of_images(f: Features, x: Tensor) -> list[Tensor]:
+def _tiles_of_images(f: TowerCall, x: Tensor) -> list[Tensor]:
     """Any-resolution input: the tiles of every image, the base view first."""
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
@@ -85,7 +85,7 @@ def _tiles_of_images(f: Features, x: Tensor) -> list[Tensor]:
     return list(_patches(f, x).split(counts))
 
 
-def _mosaic(f: Features, x: Tensor) -> Tensor:
+def _mosaic(f: TowerCall, x: Tensor) -> Tensor:
     strategy = f.option("vision_feature_select_strategy")
     newline = x.new_zeros(x.shape[-1])
     packed, _ = f.base.pack_image_features(
@@ -94,7 +94,7 @@ def _mosaic(f: Features, x: Tensor) -> Tensor:
     return torch.cat(packed)
 
 
-def _mosaic_onevision(f: Features, x: Tensor) -> Tensor:
+def _mosaic_onevision(f: TowerCall, x: Tensor) -> Tensor:
     packed, _ = f.base.pack_image_features(
         _tiles_of_images(f, x),
         f.call["image_sizes"],
@@ -104,34 +104,34 @@ def _mosaic_onevision(f: Features, x: Tensor) -> Tensor:
     return torch.cat(packed)
 
 
-def _frames_onevision(f: Features, x: Tensor) -> Tensor:
+def _frames_onevision(f: TowerCall, x: Tensor) -> Tensor:
     frames = f.base.apply_pooling(_patches(f, x))
     videos = frames.reshape(len(f.sizes), -1, x.shape[-1])
     return F.pad(videos, (0, 0, 0, 1)).flatten(0, 1)  # the newline that ends each video
 
 
-def _frames_next_video(f: Features, x: Tensor) -> Tensor:
+def _frames_next_video(f: TowerCall, x: Tensor) -> Tensor:
     return _pool(_patches(f, x), f.base.config.spatial_pool_stride).flatten(0, 1)
 
 
-def _shuffled_internvl(f: Features, x: Tensor) -> Tensor:
+def _shuffled_internvl(f: TowerCall, x: Tensor) -> Tensor:
     return _pool(_patches(f, x), round(1 / f.base.config.downsample_ratio)).flatten(0, 1)
 
 
-def _shuffled_idefics(f: Features, x: Tensor) -> Tensor:
+def _shuffled_idefics(f: TowerCall, x: Tensor) -> Tensor:
     return _pool(x, f.base.connector.scale_factor).flatten(0, 1)
 
 
-def _pooled_gemma(f: Features, x: Tensor) -> Tensor:
+def _pooled_gemma(f: TowerCall, x: Tensor) -> Tensor:
     return _pool(x, f.base.multi_modal_projector.kernel_size).flatten(0, 1)
 
 
-def _merged(f: Features, x: Tensor) -> Tensor:
+def _merged(f: TowerCall, x: Tensor) -> Tensor:
     """Consecutive patches form one token; the tower puts them in that order before its first block."""
     return x[0].unflatten(0, (-1, f.tower.spatial_merge_size**2)).mean(1)
 
 
-def _merged_windows(f: Features, x: Tensor) -> Tensor:
+def _merged_windows(f: TowerCall, x: Tensor) -> Tensor:
     """Qwen2.5-VL: the same, but its blocks see the tokens window by window."""
     from transformers.vision_utils import get_vision_window_index
 
@@ -145,7 +145,7 @@ def _merged_windows(f: Features, x: Tensor) -> Tensor:
     return _merged(f, x)[torch.argsort(index).to(x.device)]
 
 
-def _by_image_size(f: Features, x: Tensor) -> Tensor:
+def _by_image_size(f: TowerCall, x: Tensor) -> Tensor:
     """Pixtral: images of any size in one row, each a raster of its own."""
     merge = getattr(f.base.config, "spatial_merge_size", 1)
     grids = [(int(h) // f.tower.patch_size, int(w) // f.tower.patch_size) for h, w in f.call["image_sizes"]]
@@ -310,11 +310,11 @@ class TowerSignals:
         parts, self._local.parts = self._local.parts or {}, None
         # An entry is [n, D]; transformers 5.17 gives a video of LLaVA-NeXT-Video as [frames, n, D].
         sizes = [math.prod(entry.shape[:-1]) for entry in output.pooler_output]
-        f = Features(self.base, self.tower, call, f"{self.modality}_grid_thw", sizes)
+        f = TowerCall(self.base, self.tower, call, f"{self.modality}_grid_thw", sizes)
         columns = {signal: self._entries(f, signal, parts.get(signal, [])) for signal in self.needs}
         return [{signal: column[i] for signal, column in columns.items()} for i in range(len(sizes))]
 
-    def _entries(self, f: Features, signal: Signal, parts: list[Tensor]) -> list[Tensor]:
+    def _entries(self, f: TowerCall, signal: Signal, parts: list[Tensor]) -> list[Tensor]:
         family = f.base.config.model_type
         if not parts:
             raise UnsupportedModel(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vtprune import UnsupportedCall
-from vtprune.compact import Compaction, causal_mask, hide, tensor_mask
+from vtprune.compact import Compaction, causal_mask, hide, mask_for, tensor_mask
 
 ROWS = {
     "equal": [[1, 0, 1, 1, 0, 1], [0, 1, 1, 0, 1, 1]],
@@ -130,6 +130,13 @@ def test_causal_mask_and_hide() -> None:
     additive = causal_mask(valid, 2, torch.bfloat16)
     assert torch.equal(additive == 0, mask)
     assert hide(torch.ones(1, 4, dtype=torch.long), valid).tolist() == [[0, 1, 1, 1]]
+
+
+def test_mask_for_each_kind_of_attention() -> None:
+    valid = torch.tensor([[False, True, True]])
+    assert mask_for("flash_attention_2", valid, 1, torch.float32).tolist() == [[0, 1, 1]]
+    assert torch.equal(mask_for("sdpa", valid, 2, torch.float32), causal_mask(valid, 2, None))
+    assert torch.equal(mask_for("eager", valid, 2, torch.bfloat16), causal_mask(valid, 2, torch.bfloat16))
 
 
 def test_cuts_are_differentiable() -> None:

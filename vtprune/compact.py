@@ -133,6 +133,13 @@ def causal_mask(valid: Tensor, queries: int, dtype: torch.dtype | None) -> Tenso
     return torch.zeros(allowed.shape, dtype=dtype, device=valid.device).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
+def mask_for(attention: str, valid: Tensor, queries: int, dtype: torch.dtype) -> Tensor:
+    """What a layer is given over padded keys, valid [B, K]: flash kernels the padding, others a causal 4-D mask."""
+    if "flash" in attention:
+        return valid.long()
+    return causal_mask(valid, queries, dtype if attention == "eager" else None)
+
+
 def in_window(sliding: Tensor, full: Tensor | None, window: int) -> Tensor:
     """A cut sliding-window mask [B, 1, Q, K] whose window counts kept tokens, as the cache does at decode.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import cache as kv
-from .compact import Compaction, causal_mask, tensor_mask
+from .compact import Compaction, mask_for, tensor_mask
 from .kernels import attention_rows
 from .model_adapters.generic import MODALITIES, Adapter, Features, Unit
 from .types import Assignment, Signal, Span, Stage, UnsupportedCall, Visual, VtpruneError, Where
@@ -305,7 +305,7 @@ class Frame:
         if ids is None:
             ids = torch.arange(c.length, device=c.index.device)[None] + self.past
         cut = c.cut(ids, -1)
-        if any(s.where == "llm" and (s.positions or s.method.positions) == "compact" for s in self.stages):
+        if any(s.where == "llm" and s.compact for s in self.stages):
             rank = torch.arange(c.n, device=cut.device)[None]
             real = c.valid if c.valid is not None else torch.ones_like(c.index, dtype=torch.bool)
             pads = (~real).sum(1, keepdim=True)
@@ -327,9 +327,7 @@ class Frame:
         """The mask of a layer that was given none, where rows hold padding now: [B, n] for flash, else 4-D."""
         assert self.compaction is not None
         valid = self.compaction.valid if valid is None else valid
-        if valid is None or "flash" in self.adapter.attention():
-            return None if valid is None else valid.long()
-        return causal_mask(valid, valid.shape[1], self.dtype if self.adapter.attention() == "eager" else None)
+        return None if valid is None else mask_for(self.adapter.attention(), valid, valid.shape[1], self.dtype)
 
     def _past_columns(self, mask: Tensor, layer: int, new: int) -> int:
         """Columns of a mask that stand before the `new` tokens of this call."""

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from . import cache as kv
-from .compact import causal_mask, hide, in_window, tensor_mask
+from .compact import hide, in_window, mask_for, tensor_mask
 from .frame import Frame, Last
 from .model_adapters.generic import MODALITIES, Adapter, Features
-from .types import Stage, UnsupportedCall, UnsupportedModel
+from .types import Signal, Stage, UnsupportedCall, UnsupportedModel
 
 
 class Local(threading.local):
@@ -134,6 +134,11 @@ class Session:
         """The first decoder layer with a stage, or the number of layers."""
         return min((s.where for s in self.stages if isinstance(s.where, int)), default=len(self.adapter.layers))
 
+    @property
+    def tower_needs(self) -> set[Signal]:
+        """Signals that stages before the LLM read from the vision tower."""
+        return {n for s in self.stages if s.where == "llm" for n in s.method.needs}
+
     def _check(self) -> None:
         """Refuse stages this model cannot hold, by name."""
         a, depth = self.adapter, len(self.adapter.layers)
@@ -144,8 +149,8 @@ class Session:
             if isinstance(stage.where, str) and stage.where != "llm":
                 raise ValueError(f"where={stage.where!r}: choose 'llm' or a decoder layer 0..{depth - 1}")
             if isinstance(stage.where, int):
-                self._check_layer(name, stage.where, stage.positions)
-            elif stage.positions == "compact" and a.mrope:
+                self._check_layer(name, stage.where, stage.compact)
+            elif stage.compact and a.mrope:
                 raise UnsupportedModel(
                     f"{name}: positions='compact' is undefined for M-RoPE position ids ({a.model_type}); use 'keep'"
                 )
@@ -153,7 +158,7 @@ class Session:
         if inner != sorted(inner):
             raise ValueError(f"stages at layers {inner} must stand in increasing order")
 
-    def _check_layer(self, name: str, layer: int, positions: str | None) -> None:
+    def _check_layer(self, name: str, layer: int, compact: bool) -> None:
         a, depth = self.adapter, len(self.adapter.layers)
         if not 0 <= layer < depth:
             raise ValueError(f"{name} at layer {layer}: the model has layers 0..{depth - 1}")
@@ -169,7 +174,7 @@ class Session:
                 f"{name} at layer {layer}: {a.model_type} adds visual features after its first {len(deep)} layers; use "
                 f"layer {len(deep)} or later"
             )
-        if positions == "compact":
+        if compact:
             raise UnsupportedModel(
                 f"{name} at layer {layer}: positions='compact' works before the LLM only; use 'keep'"
             )
@@ -206,7 +211,7 @@ class Session:
 
     def _observe_towers(self) -> None:
         base = self.adapter.base
-        needs = {n for s in self.stages if s.where == "llm" for n in s.method.needs}
+        needs = self.tower_needs
         for modality in MODALITIES:
             name = f"get_{modality}_features"
             if modality not in self.adapter.token_ids or not hasattr(type(base), name):
@@ -355,7 +360,7 @@ class Session:
                 "gradient checkpointing re-runs decoder layers, which a stage inside the LLM cannot follow: use stages "
                 "before the LLM, or model.gradient_checkpointing_disable()"
             )
-        wanted = {n for s in self.stages if s.where == "llm" for n in s.method.needs}
+        wanted = self.tower_needs
         missing = [m for m in frame.modalities() if self.local.features.get(m) is None]
         if wanted and missing:
             kinds = ", ".join(sorted(f"{n.kind!r} of tower layer {n.layer}" for n in wanted))
@@ -399,8 +404,7 @@ class Session:
             stored = int(layer.get_seq_length()) - layer.dropped
             valid = hidden.new_ones(hidden.shape[0], stored + hidden.shape[1], dtype=torch.bool)
             valid[:, : layer.prefix] = layer.valid
-            dtype = hidden.dtype if self.adapter.attention() == "eager" else None
-            call["attention_mask"] = causal_mask(valid, hidden.shape[1], dtype)
+            call["attention_mask"] = mask_for(self.adapter.attention(), valid, hidden.shape[1], hidden.dtype)
 
     def _shift_positions(self, call: dict[str, Any], layer: kv.Pruned) -> dict[str, Any]:
         """positions="compact": a new token's id is its logical position less what its row dropped."""

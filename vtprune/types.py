@@ -183,6 +183,11 @@ class Stage:
                 "class registered with @vtprune.register"
             )
 
+    @property
+    def compact(self) -> bool:
+        """True if kept tokens are renumbered: as asked for, else as the method's default says."""
+        return (self.positions or self.method.positions) == "compact"
+
     def budget(self, n: int) -> int | None:
         """Tokens to keep of a unit that has n tokens unpruned: at least 1, at most n."""
         return None if self.keep is None else budget(self.keep, n)
