@@ -23,6 +23,7 @@ def _step_aside() -> bool:
 if __name__ != "kernels" or not _step_aside():
     from .attention import attention_received, attention_rows
     from .checks import check_finite
+    from .dispatch import recording, use
     from .farthest_point import farthest_point
 
-    __all__ = ["attention_received", "attention_rows", "check_finite", "farthest_point"]
+    __all__ = ["attention_received", "attention_rows", "check_finite", "farthest_point", "recording", "use"]

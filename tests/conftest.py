@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+    if not torch.cuda.is_available():  # Triton reads it when a kernel is first imported
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)
