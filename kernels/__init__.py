@@ -22,8 +22,21 @@ def _step_aside() -> bool:
 
 if __name__ != "kernels" or not _step_aside():
     from .attention import attention_received, attention_rows
-    from .checks import check_finite
+    from .checks import Verdict, check, check_finite, deferring
     from .dispatch import recording, use
     from .farthest_point import farthest_point
+    from .transfer import Arriving, to_device
 
-    __all__ = ["attention_received", "attention_rows", "check_finite", "farthest_point", "recording", "use"]
+    __all__ = [
+        "Arriving",
+        "Verdict",
+        "attention_received",
+        "attention_rows",
+        "check",
+        "check_finite",
+        "deferring",
+        "farthest_point",
+        "recording",
+        "to_device",
+        "use",
+    ]

@@ -1,22 +1,75 @@
-"""Input checks shared by the kernels and the methods."""
+"""Input checks shared by the kernels and the methods; inside `deferring` nobody waits for the device to make them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .transfer import Arriving
+
+
+@dataclass(frozen=True)
+class Check:
+    """A condition on the device (0-d bool) and the error to raise where it does not hold."""
+
+    holds: Tensor
+    error: Callable[[], Exception]
+
+
+_deferred: ContextVar[list[Check] | None] = ContextVar("vtprune_checks", default=None)
+
+
+@contextmanager
+def deferring() -> Iterator[list[Check]]:
+    """Collect the checks made in this block instead of reading them; hand the list to `Verdict`."""
+    checks: list[Check] = []
+    token = _deferred.set(checks)
+    try:
+        yield checks
+    finally:
+        _deferred.reset(token)
+
+
+class Verdict:
+    """Checks whose results are on their way to the host."""
+
+    def __init__(self, checks: Sequence[Check]) -> None:
+        self._checks = checks
+        self._flags = Arriving(torch.stack([check.holds for check in checks])) if checks else None
+
+    def settle(self) -> None:
+        """Raise the error of the first check that does not hold."""
+        if self._flags is None:
+            return
+        for check, holds in zip(self._checks, self._flags.read().tolist()):
+            if not holds:
+                raise check.error()
+
+
+def check(holds: Tensor, error: Callable[[], Exception]) -> None:
+    """Raise error() unless holds [] bool is True: now, or where an enclosing `deferring` block settles its checks."""
+    deferred = _deferred.get()
+    if deferred is None:
+        Verdict([Check(holds, error)]).settle()
+    else:
+        deferred.append(Check(holds, error))
+
 
 def check_finite(tensors: Sequence[Tensor], what: str = "features") -> None:
     """Raise ValueError if any element is NaN or Inf; one transfer to the host for the whole sequence."""
-    if not tensors or bool(torch.stack([t.isfinite().all() for t in tensors]).all()):
-        return
-    for unit, tensor in enumerate(tensors):
-        bad = ~tensor.isfinite()
-        if bad.any():
-            where = bad.nonzero()[0].tolist()
-            raise ValueError(
-                f"{what} of unit {unit} hold {int(bad.sum())} NaN or Inf (the first at {where}): scores "
-                "would be meaningless; check the pixels, or use bfloat16 if the tower overflows in float16"
-            )
+    if tensors:
+        check(torch.stack([t.isfinite().all() for t in tensors]).all(), lambda: _not_finite(tensors, what))
+
+
+def _not_finite(tensors: Sequence[Tensor], what: str) -> ValueError:
+    unit, bad = next((i, ~t.isfinite()) for i, t in enumerate(tensors) if not t.isfinite().all())
+    where = bad.nonzero()[0].tolist()
+    return ValueError(
+        f"{what} of unit {unit} hold {int(bad.sum())} NaN or Inf (the first at {where}): scores "
+        "would be meaningless; check the pixels, or use bfloat16 if the tower overflows in float16"
+    )

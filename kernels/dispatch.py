@@ -36,9 +36,9 @@ def use(backend: Backend) -> Iterator[None]:
 
 
 @contextmanager
-def recording() -> Iterator[dict[str, Backend]]:
-    """Collect which implementation each operation ran with: {"farthest_point": "triton", ...}."""
-    ran: dict[str, Backend] = {}
+def recording(into: dict[str, Backend] | None = None) -> Iterator[dict[str, Backend]]:
+    """Collect which implementation each operation ran with: {"farthest_point": "triton", ...}; into a dict if given."""
+    ran: dict[str, Backend] = {} if into is None else into
     token = _record.set(ran)
     try:
         yield ran
