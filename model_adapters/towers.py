@@ -19,10 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtprune.tap import attach, interface_of, read
-from vtprune.types import Signal, UnsupportedModel
+from vtprune.types import Signal, UnsupportedCall, UnsupportedModel
 
 Modality = Literal["image", "video"]
 Call = dict[str, Any]
+CLS_KINDS = ("cls", "cls_full")
+VECTORS = ("keys", "mean_keys", "values", "hidden")
 CLS_NAMES = ("class_embedding", "cls_token", "class_token")
 
 
@@ -226,6 +228,28 @@ def has_cls(tower: nn.Module) -> bool:
     return any(name.rsplit(".", 1)[-1] in CLS_NAMES for name, _ in tower.named_parameters())
 
 
+def feature_layer(base: Any) -> int | None:
+    """`vision_feature_layer`: which of the tower's hidden states the projector reads; None if the family has no choice.
+
+    0 is the embedding, so hidden state i >= 1 is the output of layer i - 1, and -2 that of the last layer but one.
+    Where a list of them is read side by side, its last entry.
+    """
+    layer = getattr(base.config, "vision_feature_layer", None)
+    return layer[-1] if isinstance(layer, list | tuple) else layer
+
+
+def layer_index(base: Any, tower: Any, depth: int, layer: int | float | None) -> int:
+    """The tower layer, 0-based, that `Signal.layer` names on this model; may lie outside 0..depth-1 for an int."""
+    if isinstance(layer, float):
+        wanted = max(1, round(layer * depth)) - 1
+        whole = getattr(tower, "fullatt_block_indexes", None) or range(depth)  # the other layers see a window each
+        return min((i for i in whole if i >= wanted), default=max(whole))
+    if layer is None:
+        state = feature_layer(base)
+        return depth - 1 if state is None else state - 1 if state >= 0 else depth + state
+    return layer if layer >= 0 else depth + layer
+
+
 class _Buffers(threading.local):
     """What one thread has collected during a features call; a copy starts empty."""
 
@@ -242,7 +266,7 @@ class TowerSignals:
     """Reads what methods need from the layers of one tower, and answers per image.
 
     base: the VLM's base model (`model.base_model`). modality: which `get_{modality}_features` is observed.
-    needs: signals by kind and tower layer. "cls" is left out on towers without a CLS token.
+    needs: signals by kind and tower layer. Those of a CLS token are left out on towers without one.
     Raises UnsupportedModel if the family's token layout is unknown or a layer does not exist.
 
         signals = TowerSignals(model.base_model, "image", method.needs)
@@ -258,24 +282,37 @@ class TowerSignals:
         self.tower = tower_of(base, modality)
         self.layers = attention_modules(self.tower)
         cls = has_cls(self.tower)
-        self.needs = tuple(dict.fromkeys(s for s in needs if cls or s.kind != "cls"))
-        for signal in self.needs:
-            self._check(signal)
+        self.needs = tuple(dict.fromkeys(s for s in needs if cls or s.kind not in CLS_KINDS))
+        self.index = {signal: self._index(signal) for signal in self.needs}
         self._local = _Buffers()
 
-    def _check(self, signal: Signal) -> None:
-        count = len(self.layers)
+    def _index(self, signal: Signal) -> int:
+        """The layer a signal is read at, 0-based."""
+        depth = len(self.layers)
         if signal.kind == "last_row":
             raise UnsupportedModel("signal 'last_row' is read inside the LLM; a vision tower has no last query")
-        if not -count <= signal.layer < count:
+        if signal.kind == "hidden" and signal.layer is not None:
+            raise ValueError(f"signal 'hidden' of layer {signal.layer}: it is what the projector reads, use layer=None")
+        index = layer_index(self.base, self.tower, depth, signal.layer)
+        if not 0 <= index < depth:
             raise UnsupportedModel(
-                f"tower layer {signal.layer} does not exist: {type(self.tower).__name__} has {count} layers "
-                f"with readable attention (valid: {-count}..{count - 1}); set the method's layer accordingly"
+                f"tower layer {index if signal.layer is None else signal.layer} does not exist: "
+                f"{type(self.tower).__name__} has {depth} layers with readable attention (valid: {-depth}..{depth - 1}"
+                "); set the method's layer accordingly"
             )
+        return index
 
     def install(self) -> list[Callable[[], None]]:
         """Tap the needed layers; the returned functions undo it."""
-        return [attach(self.layers[signal.layer], partial(self._sink, signal)) for signal in self.needs]
+        undo: list[Callable[[], None]] = []
+        for signal, index in self.index.items():
+            if signal.kind == "hidden":
+                # GLM-4V's own output is merged already; its last norm shows the patches.
+                source = self.tower.post_layernorm if hasattr(self.tower, "downsample") else self.tower
+                undo.append(source.register_forward_hook(partial(self._hidden, signal)).remove)
+            else:
+                undo.append(attach(self.layers[index], partial(self._sink, signal)))
+        return undo
 
     def start(self) -> None:
         """Begin to collect, in this thread, with empty buffers."""
@@ -294,20 +331,38 @@ class TowerSignals:
         if self._local.parts is None:  # outside a features call (recomputation in backward, say) nobody listens
             return
         x = read(signal.kind, q, k, v, mask, scaling).float()
-        if signal.kind == "cls":
+        if signal.kind in CLS_KINDS:
             x = F.pad(x, (1, 0))  # the CLS token has no score of its own
         if signal.kind == "received" and self.layout.packed:
             x = x * q.shape[2]  # sums: windows and images of different length become comparable
         self._local.parts[signal].append(x if x.dim() == 3 else x.unsqueeze(-1))
 
+    def _hidden(self, signal: Signal, module: nn.Module, args: Any, output: Any) -> None:
+        if self._local.parts is None:
+            return
+        states, layer = getattr(output, "hidden_states", None), feature_layer(self.base)
+        if states is not None and layer is not None:
+            x = states[layer]
+        else:
+            x = getattr(output, "last_hidden_state", output)
+        self._local.parts[signal].append(x.detach().float().reshape(-1, *x.shape[-2:]))
+
     def finish(self, call: Call, output: Any) -> list[dict[Signal, Tensor]]:
-        """One dict per entry of `output.pooler_output`: scores [n], keys and values [n, C], all float32.
+        """One dict per entry of `output.pooler_output`: scores [n], vectors [n, C], all float32.
 
         n: the entry's tokens as the LLM sees them, in that order; newlines get zeros. "received" is the mean
         over the queries of the tile, or of the whole image where the tower packs images, windowed or not.
-        call: bound arguments of the features call. Raises UnsupportedModel if a layer showed nothing.
+        call: bound arguments of the features call. Raises UnsupportedModel if a layer showed nothing, UnsupportedCall
+        if the call lets the projector read another layer than the config says.
         """
         parts, self._local.parts = self._local.parts or {}, None
+        asked = call.get("vision_feature_layer")
+        fixed = getattr(cast(Any, self.base).config, "vision_feature_layer", None)
+        if asked not in (None, fixed) and any(s.layer is None for s in self.needs):
+            raise UnsupportedCall(
+                f"this call asks for vision_feature_layer={asked}, but the signals were set up for {fixed}: set "
+                "model.config.vision_feature_layer, then vtprune.patch again"
+            )
         # An entry is [n, D]; transformers 5.17 gives a video of LLaVA-NeXT-Video as [frames, n, D].
         sizes = [math.prod(entry.shape[:-1]) for entry in output.pooler_output]
         f = TowerCall(self.base, self.tower, call, f"{self.modality}_grid_thw", sizes)
@@ -318,7 +373,7 @@ class TowerSignals:
         family = f.base.config.model_type
         if not parts:
             raise UnsupportedModel(
-                f"layer {signal.layer} of the {family} vision tower did not run or did not pass the "
+                f"layer {self.index[signal]} of the {family} vision tower did not run or did not pass the "
                 f"attention interface, so its {signal.kind!r} cannot be read; choose a method without signals"
             )
         x = torch.cat([part.flatten(0, 1) for part in parts])[None] if self.layout.packed else torch.cat(parts)
@@ -332,7 +387,7 @@ class TowerSignals:
                 f"({self.modality}); this version of transformers lays them out differently, please report "
                 "it with the model's config"
             )
-        if signal.kind in ("keys", "values"):
+        if signal.kind in VECTORS:
             return list(rows.split(sizes))
         scores = rows[:, 0].split(sizes)
         if signal.kind == "received" and self.layout.packed:

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from vtprune.model_adapters import towers
 from vtprune.model_adapters.towers import TowerSignals, attention_modules, has_cls, tower_of
 from vtprune.tap import read
-from vtprune.types import Signal, UnsupportedModel
+from vtprune.types import Signal, UnsupportedCall, UnsupportedModel
 
 WITH_CLS = {"llava", "llava_next", "llava_next_video", "video_llava", "internvl"}
 
@@ -43,8 +43,17 @@ def modality_of(name: str) -> str:
     return "video" if name.endswith("-video") else "image"
 
 
+KINDS = ("cls", "cls_full", "received", "keys", "mean_keys", "values")
+VECTORS = ("keys", "mean_keys", "values")
+
+
 def needs_of(layer: int) -> list[Signal]:
-    return [Signal(kind, layer) for kind in ("cls", "received", "keys", "values")]
+    return [Signal(kind, layer) for kind in KINDS]
+
+
+def first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The first argument of a call, however it was passed."""
+    return [*args, *kwargs.values()][0]
 
 
 def visual_inputs(name: str, rows: tuple[int, ...] = (2, 0, 1), seed: int = 0) -> families.Inputs:
@@ -94,6 +103,7 @@ class Spy(TorchFunctionMode):
         super().__init__()
         self.inside = False
         self.weights: list[Tensor] = []
+        self.queries: list[Tensor] = []
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.hooks = [
@@ -106,7 +116,11 @@ class Spy(TorchFunctionMode):
         if self.inside and func is nn.functional.softmax:
             self.weights.append(out.float())
         if self.inside and func is torch.matmul:
-            (self.keys if len(self.keys) == len(self.values) else self.values).append(args[1])
+            if len(self.keys) == len(self.values):
+                self.queries.append(args[0])
+                self.keys.append(args[1].mT)
+            else:
+                self.values.append(args[1])
         return out
 
     def __exit__(self, *exc: Any) -> None:
@@ -117,11 +131,19 @@ class Spy(TorchFunctionMode):
     def flat(self, kind: str) -> Tensor:
         """[tower tokens, C] in the order in which the tower holds them; scores have C = 1."""
         if kind == "keys":
-            parts = [k.mT for k in self.keys]
+            parts = self.keys
+        elif kind == "mean_keys":
+            parts = [k.mean(1, keepdim=True) for k in self.keys]
         elif kind == "values":
             parts = self.values
         elif kind == "cls":
             rows = [w.mean(1)[:, 0] for w in self.weights]
+            parts = [torch.cat((torch.zeros_like(r[:, :1]), r[:, 1:]), 1)[:, None, :, None] for r in rows]
+        elif kind == "cls_full":  # one head, all channels side by side
+            wide = [
+                (q.transpose(1, 2).flatten(2), k.transpose(1, 2).flatten(2)) for q, k in zip(self.queries, self.keys)
+            ]
+            rows = [(q.double() @ k.double().mT / q.shape[2] ** 0.5).softmax(2)[:, 0].float() for q, k in wide]
             parts = [torch.cat((torch.zeros_like(r[:, :1]), r[:, 1:]), 1)[:, None, :, None] for r in rows]
         else:
             parts = [w.mean(1).sum(1)[:, None, :, None] for w in self.weights]  # sums: the unit divides
@@ -129,7 +151,7 @@ class Spy(TorchFunctionMode):
 
 
 def feature_layer(base: Any) -> int:
-    """The tower layer whose output is projected."""
+    """The tower layer whose output is projected, counted from the end."""
     return getattr(base.config, "vision_feature_layer", -1)
 
 
@@ -178,18 +200,18 @@ def expected(name: str, inputs: dict[str, Any], layer: int) -> list[dict[str, Te
     tiles, _, _, length = spy.weights[0].shape
     shares = provenance(model, name, inputs)
     entries: list[dict[str, Tensor]] = [{} for _ in shares]
-    for kind in ("cls", "received", "keys", "values")[not with_cls(name) :]:
+    for kind in KINDS if with_cls(name) else KINDS[2:]:
         tokens = spy.flat(kind)
         for share, entry in zip(shares, entries):
             if not share.numel():
-                entry[kind] = tokens[:0] if kind in ("keys", "values") else tokens[:0, 0]
+                entry[kind] = tokens[:0] if kind in VECTORS else tokens[:0, 0]
                 continue
             # A projector that follows the removal of CLS has fewer inputs than the tower has tokens.
             seen = tokens if share.shape[1] == len(tokens) else tokens.unflatten(0, (tiles, -1))[:, 1:].flatten(0, 1)
             rows = share @ seen
             if kind == "received":
                 rows = rows / ((share > 0).any(0).sum() if family(name) in PACKED else length)
-            entry[kind] = rows if kind in ("keys", "values") else rows[:, 0]
+            entry[kind] = rows if kind in VECTORS else rows[:, 0]
     return entries
 
 
@@ -212,6 +234,43 @@ def test_signals_equal_the_oracles(name, layer):
             n = len(oracle[signal.kind])  # transformers 5.17 appends OneVision's video newline only later
             torch.testing.assert_close(value[:n], oracle[signal.kind], atol=2e-6, rtol=1e-5)
             assert (value[n:] == 0).all()
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_layer_none_is_the_layer_that_feeds_the_projector(name):
+    """Scores as of the layer named outright, and the very states that the projector got."""
+    model, inputs = families.model(name), visual_inputs(name)
+    base = model.base_model
+    outright = [Signal(kind, feature_layer(base)) for kind in KINDS]
+    needs = [Signal(kind, None) for kind in KINDS]
+    fed: list[Tensor] = []
+    if name.startswith("glm4v"):  # a convolution merges before the merger does
+        hook = base.visual.post_layernorm.register_forward_hook(lambda m, args, out: fed.append(out))
+    else:
+        known = (getattr(base, n, None) for n in ("multi_modal_projector", "connector"))
+        projector = next((p for p in known if p is not None), None) or base.visual.merger
+        hook = projector.register_forward_pre_hook(lambda m, args, kw: fed.append(first(args, kw)), with_kwargs=True)
+    with collected(model, name, [*needs, *outright, Signal("hidden", None)]) as answers, torch.no_grad():
+        model(**inputs)
+    hook.remove()
+    shares = provenance(families.model(name, "eager"), name, inputs)
+    (got,) = answers
+    assert len(got) == len(shares)
+    for entry in got:
+        for ours, theirs in zip(needs, outright, strict=True):
+            assert (ours in entry) is (theirs in entry)
+            assert ours not in entry or torch.equal(entry[ours], entry[theirs])
+        assert entry[Signal("hidden", None)].dtype == torch.float32
+    hidden = torch.cat([entry[Signal("hidden", None)] for entry in got])
+    torch.testing.assert_close(hidden, _carried(torch.cat([x.flatten(0, -2) for x in fed]), shares, len(hidden)))
+
+
+def _carried(fed: Tensor, shares: list[Tensor], n: int) -> Tensor:
+    """What the projector got, [rows, C], as the LLM's n tokens."""
+    if len(fed) == n:  # merged before: the channels of one token's patches stand side by side, or are pooled
+        return fed.unflatten(1, (-1, families.WIDTH)).mean(1)
+    rows = [share @ fed if share.numel() else fed[:0] for share in shares]
+    return torch.cat([*rows, fed.new_zeros(n - sum(map(len, rows)), fed.shape[1])])
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -383,6 +442,35 @@ def test_a_call_that_nobody_waits_for_is_not_read(monkeypatch):
     assert all(torch.equal(a[s], b[s]) for a, b in zip(first, second, strict=True) for s in a)
 
 
+@pytest.mark.parametrize(
+    ("depth", "whole", "share", "index"),
+    [
+        (24, None, 0.375, 8),  # the 9th of CLIP-L's 24
+        (32, (7, 15, 23, 31), 0.375, 15),  # the 12th of Qwen2.5-VL's 32 sees windows, the 16th is next to see all
+        (32, (7, 15, 23, 31), 0.5, 15),
+        (32, (7, 15, 23), 0.99, 23),
+        (27, None, 0.5, 13),
+        (6, None, 0.01, 0),
+        (6, None, 0.99, 5),
+    ],
+)
+def test_a_share_of_the_depth_is_a_layer_that_sees_the_whole_image(depth, whole, share, index):
+    tower = nn.Module()
+    if whole:
+        tower.fullatt_block_indexes = list(whole)
+    assert towers.layer_index(None, tower, depth, share) == index
+
+
+def test_vision_feature_layer_counts_hidden_states():
+    base = families.fresh("llava").base_model
+    for asked, index in ((-1, 2), (-2, 1), (1, 0), (3, 2), ([-1, -2], 1)):
+        base.config.vision_feature_layer = asked
+        assert TowerSignals(base, "image", [Signal("cls", None)]).index == {Signal("cls", None): index}
+    base.config.vision_feature_layer = 0
+    with pytest.raises(UnsupportedModel, match="tower layer -1 does not exist"):
+        TowerSignals(base, "image", [Signal("cls", None)])
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -400,6 +488,28 @@ def test_a_missing_layer_is_refused():
             TowerSignals(base, "image", [Signal("received", layer)])
     with pytest.raises(UnsupportedModel, match="last_row"):
         TowerSignals(base, "image", [Signal("last_row")])
+
+
+def test_layers_that_say_nothing_sensible_are_refused():
+    for layer in (0.0, 1.0, -0.5, float("nan")):
+        with pytest.raises(ValueError, match="share of the depth"):
+            Signal("received", layer)
+    with pytest.raises(ValueError, match="use layer=None"):
+        TowerSignals(families.model("llava").base_model, "image", [Signal("hidden", -1)])
+    with pytest.raises(ValueError, match="offset"):
+        Signal("last_row", None).offset  # noqa: B018
+
+
+def test_another_feature_layer_in_the_call_is_refused():
+    base = families.model("llava").base_model
+    signals = TowerSignals(base, "image", [Signal("cls", None)])
+    undo = signals.install()
+    call = {"pixel_values": visual_inputs("llava")["pixel_values"], "vision_feature_layer": -1}
+    signals.start()
+    with torch.no_grad(), pytest.raises(UnsupportedCall, match="vision_feature_layer=-1"):
+        signals.finish(call, base.get_image_features(**call))
+    for back in undo:
+        back()
 
 
 def test_a_silent_layer_is_refused():

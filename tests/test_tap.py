@@ -114,6 +114,31 @@ def test_keys_and_values_are_the_projections_with_heads_side_by_side():
         torch.testing.assert_close(values[0], attention.v_proj(entering[0]))
 
 
+def test_the_wide_cls_row_and_mean_keys_equal_the_projections():
+    """One head of 32 channels in place of two of 16; the scale follows."""
+    model = clip()
+    attention = tower_attention(model)[2]
+    wide, mean, entering = Collected("cls_full"), Collected("mean_keys"), []
+    attach(attention, wide)
+    attach(attention, mean)
+    attention.register_forward_pre_hook(lambda m, a, k: entering.append(k.get("hidden_states", *a)), with_kwargs=True)
+    with torch.no_grad():
+        model(pixels())
+        q, k = attention.q_proj(entering[0]).double(), attention.k_proj(entering[0]).double()
+    expected = torch.stack([torch.softmax(k[b] @ q[b, 0] / 32**0.5, 0)[1:] for b in range(2)]).float()
+    torch.testing.assert_close(wide[0], expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(mean[0], ((k[..., :16] + k[..., 16:]) / 2).float(), atol=1e-6, rtol=0)
+
+
+def test_the_wide_cls_row_keeps_to_the_mask():
+    q, k, v = torch.randn(3, 2, 2, 6, 4, generator=torch.Generator().manual_seed(0)).unbind(0)
+    seen = torch.arange(6) < torch.tensor([[6], [4]])
+    row = read("cls_full", q, k, v, seen[:, None, None], 0.5)
+    short = read("cls_full", q[1:, :, :4], k[1:, :, :4], v, None, 0.5)
+    torch.testing.assert_close(row[1:, :3], short)
+    assert (row[1, 3:] == 0).all()
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_last_row_equals_the_eager_matrix_with_grouped_heads_and_left_padding(implementation):
     matrix = llama("eager")(**prompt(), output_attentions=True).attentions[1]

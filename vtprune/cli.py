@@ -74,7 +74,7 @@ def methods(as_json: Json = False) -> None:
         {
             "name": cls.name,
             "seam": cls.seam,
-            "needs": [f"{s.kind} (layer {s.layer})" for s in vtprune.create(cls.name).needs],
+            "needs": [str(s) for s in vtprune.create(cls.name).needs],
             "paper": cls.paper,
         }
         for cls in vtprune.methods()

@@ -227,7 +227,7 @@ class Frame:
         signals: dict[Signal, Tensor] = {}
         for need in stage.method.needs:
             if isinstance(stage.where, int):
-                signals[need] = torch.cat([self.rows[stage.where + need.layer][row][s] for s in slots])
+                signals[need] = torch.cat([self.rows[stage.where + need.offset][row][s] for s in slots])
             elif all(need in a.unit.signals for a in group):
                 signals[need] = torch.cat([a.unit.signals[need].to(device)[a.origin] for a in group])
         return Visual(

@@ -200,10 +200,10 @@ class Session:
 
         for stage in self.stages:
             for need in stage.method.needs if isinstance(stage.where, int) else ():
-                layer = stage.where + need.layer  # type: ignore[operator]
+                layer = stage.where + need.offset  # type: ignore[operator]
                 if layer < 0:
                     raise ValueError(
-                        f"{stage.method.name} at layer {stage.where} reads layer {layer}: use layer {-need.layer} or "
+                        f"{stage.method.name} at layer {stage.where} reads layer {layer}: use layer {-need.offset} or "
                         "later"
                     )
                 attention = attention_of(self.adapter.layers[layer])
@@ -363,10 +363,10 @@ class Session:
         wanted = self.tower_needs
         missing = [m for m in frame.modalities() if self.local.features.get(m) is None]
         if wanted and missing:
-            kinds = ", ".join(sorted(f"{n.kind!r} of tower layer {n.layer}" for n in wanted))
+            kinds = ", ".join(sorted(map(str, wanted)))
             raise UnsupportedCall(
-                f"the method needs {kinds}, but the {missing[0]} features came pre-encoded from elsewhere: pass "
-                "pixel_values, or encode through the patched model's own get_image_features"
+                f"the method needs {kinds} of the vision tower, but the {missing[0]} features came pre-encoded from "
+                "elsewhere: pass pixel_values, or encode through the patched model's own get_image_features"
             )
 
     def _past_mask_2d(self, call: dict[str, Any], cache: Any) -> dict[str, Any]:

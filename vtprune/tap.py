@@ -19,6 +19,7 @@ from .kernels import attention_received, attention_rows
 from .types import UnsupportedCall, UnsupportedModel
 
 Sink = Callable[[nn.Module, Tensor, Tensor, Tensor, "Tensor | None", float], None]
+KINDS = ("cls", "cls_full", "received", "keys", "mean_keys", "values", "last_row")
 # Arguments by which some attention functions change the logits beyond scaling and mask.
 LOGIT_CHANGES = ("softcap", "s_aux", "position_bias")
 
@@ -185,22 +186,31 @@ def read(
     """One quantity of an attention product, as a sink sees it.
 
     "cls": softmax row of query 0, mean over heads, without the CLS column: [B, N - 1] float32.
+    "cls_full": the same of one head as wide as all heads side by side, scaled by its width ** -0.5.
     "last_row": softmax row of the last query over all keys, mean over heads: [B, N] float32.
     "received": mean softmax weight each key receives, over heads and queries, [B, N] float32, for attention
         without causality. Padding neither gives nor receives: the mean is over the real queries only.
     "keys", "values": heads concatenated, [B, N, G * d], in the model's dtype.
+    "mean_keys": mean over heads, [B, N, d] float32; after rotary embedding, which the product has seen already.
     block: queries handled at a time for "received"; None chooses by memory.
     Raises ValueError on another kind.
     """
     if kind == "cls":
         return attention_rows(q[:, :, :1], k, _mask_rows(mask, 0), scaling).mean(1)[:, 0, 1:]
+    if kind == "cls_full":
+        query, keys = q[:, :, :1].transpose(1, 2).flatten(2), k.transpose(1, 2).flatten(2)
+        row = _mask_rows(mask, 0)
+        row = row[:, :1] if row is not None and row.dim() == 4 else row
+        return attention_rows(query[:, None], keys[:, None], row, query.shape[-1] ** -0.5)[:, 0, 0, 1:]
     if kind == "last_row":
         return attention_rows(q[:, :, -1:], k, _mask_rows(mask, -1), scaling).mean(1)[:, 0]
     if kind == "received":
         return _received(q, k, mask, scaling, block)
     if kind in ("keys", "values"):
         return (k if kind == "keys" else v).transpose(1, 2).flatten(2)
-    raise ValueError(f"signal kind {kind!r}: choose 'cls', 'received', 'keys', 'values' or 'last_row'")
+    if kind == "mean_keys":
+        return k.float().mean(1)
+    raise ValueError(f"signal kind {kind!r}: choose one of {', '.join(map(repr, KINDS))}")
 
 
 def _mask_rows(mask: Tensor | None, query: int) -> Tensor | None:

@@ -33,15 +33,43 @@ class Signal:
     """One quantity read from an attention module while the model runs, without changing what it computes.
 
     kind: "cls" (the CLS token's softmax row, mean over heads, [N]; absent on towers without CLS),
+        "cls_full" (the same row of one head as wide as the tower: softmax of q.k / sqrt(C), [N]; absent likewise),
         "received" (mean softmax weight each token receives from all queries, mean over heads, [N]),
-        "keys" / "values" (heads concatenated, [N, C]),
+        "keys" / "values" (heads concatenated, [N, C]), "mean_keys" (mean over heads, [N, d]); all as the attention
+        product sees them, that is after rotary embedding and norms where the tower has any,
+        "hidden" (the tower's states that the projector reads, before it, [N, C]; layer None only),
         "last_row" (the softmax row of the prompt's last query restricted to the unit's tokens, mean over heads, [N]).
-    layer: for seam "llm" the tower layer, counted as in Python (-1 is the last). For a stage at decoder layer k it
-        is the offset from k (-1 is the layer that ran just before).
+    layer: for seam "llm" the tower layer: an int counts as in Python (-1 is the last); None is the layer whose output
+        feeds the projector; a float in (0, 1) is a share of the depth L: layer round(layer * L) counted from 1, or
+        where the tower attends within windows the next one that attends to the whole image. For a stage at decoder
+        layer k it is the offset from k (an int; -1 is the layer that ran just before).
+
+    Raises ValueError on a float outside (0, 1).
     """
 
-    kind: Literal["cls", "received", "keys", "values", "last_row"]
-    layer: int = -1
+    kind: Literal["cls", "cls_full", "received", "keys", "mean_keys", "values", "hidden", "last_row"]
+    layer: int | float | None = -1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layer, float) and not 0.0 < self.layer < 1.0:
+            raise ValueError(
+                f"layer={self.layer} is no share of the depth: use a float in (0, 1), an int, or None for the layer "
+                "that feeds the projector"
+            )
+
+    @property
+    def offset(self) -> int:
+        """`layer` for a stage inside the LLM, where only an int has a meaning; ValueError otherwise."""
+        if not isinstance(self.layer, int):
+            raise ValueError(f"{self}: inside the LLM a signal's layer is an int, the offset from the stage's layer")
+        return self.layer
+
+    def __str__(self) -> str:
+        """For people: "cls (layer -1)"."""
+        if self.layer is None:
+            return f"{self.kind} (layer that feeds the projector)"
+        share = "at {:g} of the depth" if isinstance(self.layer, float) else "{}"
+        return f"{self.kind} (layer {share.format(self.layer)})"
 
 
 @dataclass(frozen=True)
