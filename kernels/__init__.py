@@ -25,6 +25,7 @@ if __name__ != "kernels" or not _step_aside():
     from .checks import Verdict, check, check_finite, deferring
     from .dispatch import recording, use
     from .farthest_point import farthest_point
+    from .merge import merge
     from .transfer import Arriving, to_device
 
     __all__ = [
@@ -36,6 +37,7 @@ if __name__ != "kernels" or not _step_aside():
         "check_finite",
         "deferring",
         "farthest_point",
+        "merge",
         "recording",
         "to_device",
         "use",

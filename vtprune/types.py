@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from .kernels import merge
+
 Positions = Literal["keep", "compact"]
 Per = Literal["image", "frame", "sample"]
 Where = str | int | tuple[str, int]
@@ -141,10 +143,7 @@ class Assignment:
         """x [N, ...] -> [K, ...]; merges accumulate in float32 and return in x's dtype."""
         if self.src is None or self.dst is None or self.w is None:
             return x.index_select(0, self.idx)
-        weight = self.w.to(torch.float32).view(-1, *[1] * (x.dim() - 1))
-        out = torch.zeros(self.idx.shape[0], *x.shape[1:], dtype=torch.float32, device=x.device)
-        out.index_add_(0, self.dst, x.index_select(0, self.src).float() * weight)
-        return out.to(x.dtype)
+        return merge(x, self.src, self.dst, self.w, self.idx.shape[0])
 
 
 class Method(ABC):

@@ -1,0 +1,113 @@
+"""What `merge` and `compact` cost beside the plain way: `python -m vtprune.evals.bench_kernels [--device cuda]`.
+
+Both forms take turns in one process on the same data and must give the same result; a row whose results differ
+carries no speed-up. On the CPU everything runs on one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import merge, use
+
+
+def kernels(device: str = "cpu") -> list[dict[str, Any]]:
+    """One row per comparison this device allows; seconds are medians. RuntimeError if "cuda" is not there."""
+    if device == "cpu":
+        return [merge_against_loop()]
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"device={device!r}: no CUDA device is visible to torch; use 'cpu'")
+    return [merge_against_index_add(device)]
+
+
+def merge_against_loop(n: int = 6272, d: int = 896, k: int = 627, repeats: int = 5) -> dict[str, Any]:
+    """One CPU core: an image's n features merged into k, against a Python loop over its tokens."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        x, src, dst, w = _clusters(n, d, k)
+        pairs = list(zip(src.tolist(), dst.tolist(), w.tolist()))
+
+        def loop() -> Tensor:
+            out = torch.zeros(k, d)
+            for s, t, weight in pairs:
+                out[t] += weight * x[s]
+            return out
+
+        same = torch.allclose(merge(x, src, dst, w, k), loop(), rtol=1e-5, atol=1e-5)
+        ours, theirs = _race(lambda: merge(x, src, dst, w, k), loop, repeats, _host_seconds)
+    finally:
+        torch.set_num_threads(threads)
+    return _row("merge", "Python loop over tokens", same, ours, theirs, n=n, d=d, k=k, device="cpu", threads=1)
+
+
+def merge_against_index_add(device: str, n: int = 6272, d: int = 896, k: int = 627) -> dict[str, Any]:
+    """The Triton kernel against weighted rows and `index_add_`, whose atomics give other bits on every run."""
+    x, src, dst, w = (t.to(device) for t in _clusters(n, d, k))
+    x = x.bfloat16()
+
+    def plain() -> Tensor:
+        return x.new_zeros(k, d, dtype=torch.float32).index_add_(0, dst, x[src] * w[:, None]).to(x.dtype)
+
+    with use("triton"):
+        same = torch.allclose(merge(x, src, dst, w, k).float(), plain().float(), rtol=2e-2, atol=2e-2)
+        ours, theirs = _race(lambda: merge(x, src, dst, w, k), plain, 50, _device_seconds)
+    return _row("merge", "index_add_", same, ours, theirs, n=n, d=d, k=k, dtype="bfloat16", device=device)
+
+
+def _clusters(n: int, d: int, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, src, dst, w: every token flows into one of k rows, each row the mean of its tokens."""
+    g = torch.Generator().manual_seed(0)
+    x, dst = torch.randn(n, d, generator=g), torch.randint(k, (n,), generator=g)
+    return x, torch.arange(n), dst, 1 / dst.bincount(minlength=k)[dst].float()
+
+
+def _race(
+    ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int, seconds: Callable[[Callable[[], Any]], float]
+) -> tuple[float, float]:
+    """Median seconds of both, taken in turns after a first run that nobody counts."""
+    ours(), theirs()
+    laps = [(seconds(ours), seconds(theirs)) for _ in range(repeats)]
+    return statistics.median(a for a, _ in laps), statistics.median(b for _, b in laps)
+
+
+def _host_seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _device_seconds(run: Callable[[], Any]) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3
+
+
+def _row(kernel: str, rival: str, same: bool, ours: float, theirs: float, **shape: Any) -> dict[str, Any]:
+    speedup = theirs / ours if same else None
+    return {"kernel": kernel, "rival": rival, **shape, "seconds": ours, "rival_seconds": theirs, "same": same} | {
+        "speedup": speedup
+    }
+
+
+def main() -> None:
+    """Print one JSON object a line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for row in kernels(parser.parse_args().device):
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
