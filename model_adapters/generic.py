@@ -169,14 +169,14 @@ class Adapter:
         ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
         if ids is None and embeds is None:
             return None
-        code = torch.ones((ids if ids is not None else embeds[..., 0]).shape, dtype=torch.int8)  # type: ignore[index]
-        code = code.to((ids if ids is not None else embeds).device)  # type: ignore[union-attr]
+        like = ids if ids is not None else embeds[..., 0]  # type: ignore[index]
+        code = torch.ones_like(like, dtype=torch.int8)
         for modality, token in self.token_ids.items():
             if ids is not None:
                 hit = ids == token
             else:
                 table = self.base.get_input_embeddings()  # type: ignore[operator]
-                hit = (embeds == table(torch.tensor(token, device=code.device))).all(-1)
+                hit = (embeds == table(torch.full((), token, device=code.device))).all(-1)
             code = code.masked_fill(hit, 2 + MODALITIES.index(modality))
         return code
 
@@ -208,7 +208,7 @@ class Adapter:
         found: list[Unit] = []
         for modality in self.token_ids:
             mark = 2 + MODALITIES.index(modality)
-            rows = [_runs(row == mark) for row in code]
+            rows = [runs_of(row == mark) for row in code]
             if not any(rows):
                 continue
             found += self._assign(modality, rows, features.get(modality))
@@ -243,8 +243,8 @@ class Adapter:
                         units.append(unit)
                     entry += 1
         if self.model_type in ("smolvlm", "idefics3"):
-            return _split_runs(units)
-        return _join_runs(units) if self.model_type == "internvl" and modality == "image" else units
+            return _splitruns_of(units)
+        return _joinruns_of(units) if self.model_type == "internvl" and modality == "image" else units
 
 
 def _with_newline(features: Features) -> Features:
@@ -265,7 +265,7 @@ def _take(runs: list[tuple[int, int]], size: int) -> list[tuple[int, int]]:
     return taken
 
 
-def _split_runs(units: list[Unit]) -> list[Unit]:
+def _splitruns_of(units: list[Unit]) -> list[Unit]:
     """One unit per run: where text stands between tiles, each tile is pruned by itself."""
     out: list[Unit] = []
     for u in units:
@@ -278,7 +278,7 @@ def _split_runs(units: list[Unit]) -> list[Unit]:
     return out
 
 
-def _join_runs(units: list[Unit]) -> list[Unit]:
+def _joinruns_of(units: list[Unit]) -> list[Unit]:
     """One unit per run: tiles that stand side by side are one image."""
     out: list[Unit] = []
     for u in units:
@@ -293,7 +293,7 @@ def _join_runs(units: list[Unit]) -> list[Unit]:
     return out
 
 
-def _runs(hit: Tensor) -> list[tuple[int, int]]:
+def runs_of(hit: Tensor) -> list[tuple[int, int]]:
     """(start, length) of every run of True in a host vector."""
     edges = torch.diff(torch.nn.functional.pad(hit.to(torch.int8), (1, 1))).nonzero().flatten().tolist()
     return [(a, b - a) for a, b in zip(edges[::2], edges[1::2])]

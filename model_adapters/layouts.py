@@ -76,27 +76,37 @@ def _frames(n: int, frames: int) -> tuple[Span, ...]:
 def _mosaic(base: Any, n: int, size: tuple[int, int]) -> tuple[Span, ...]:
     """Any-resolution images: the overview, then a mosaic whose rows end with a newline token.
 
-    The model's own packing tells where the newlines fall: it packs zeros and gets newlines of one.
+    The model's own packing tells what falls where: it packs the number of each crop, and -1 for newlines.
     """
     vision = base.config.vision_config
     side = vision.image_size // vision.patch_size
     if n == side * side + 1:  # overview and one newline
         return (Span(0, (1, side, side)),)
-    tiles = _tile_count(base, size)
-    packing = {"vision_feature_select_strategy": "default", "image_newline": torch.ones(1)}
+    crops = torch.arange(_tile_count(base, size) + 1, dtype=torch.float32)
+    packing = {"vision_feature_select_strategy": "default", "image_newline": -torch.ones(1)}
     known = inspect.signature(base.pack_image_features).parameters
     flat, _ = base.pack_image_features(
-        [torch.zeros(tiles + 1, side * side, 1)],
+        [crops[:, None, None].expand(-1, side * side, 1)],
         torch.tensor([size]),
         **{name: value for name, value in packing.items() if name in known},
     )
-    marks = flat[0][:, 0].nonzero().flatten().tolist()
-    start = side * side
-    if flat[0].shape[0] != n or not marks:
+    packed, start = flat[0][:, 0], side * side
+    marks = (packed == -1).nonzero().flatten().tolist()
+    if packed.shape[0] != n or not marks:
         return _square(n)
     width = marks[0] - start
-    height = (n - start) // (width + 1)
-    return (Span(0, (1, side, side)), Span(start, (1, height, width), newline=True))
+    mosaic = packed[start:].view(-1, width + 1)[:, :width]
+    return (Span(0, (1, side, side)), Span(start, (1, len(mosaic), width), newline=True, tiles=_tiles(mosaic)))
+
+
+def _tiles(mosaic: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | tuple[()]:
+    """Heights and widths of the tiles of a mosaic [h, w] of crop numbers; none if it was resized after stitching."""
+    heights = mosaic[:, 0].unique_consecutive(return_counts=True)[1]
+    widths = mosaic[0].unique_consecutive(return_counts=True)[1]
+    first = mosaic[heights.cumsum(0) - 1][:, widths.cumsum(0) - 1]
+    if not torch.equal(first.repeat_interleave(heights, 0).repeat_interleave(widths, 1), mosaic):
+        return ()
+    return tuple(heights.tolist()), tuple(widths.tolist())
 
 
 def _tile_count(base: Any, size: tuple[int, int]) -> int:

@@ -206,9 +206,9 @@ def cuts_of_row(log: Sequence[Call], rows: Sequence[int], units: Sequence[Sequen
         for r, row in enumerate(alive):
             sizes = [len(u) for u in units[rows[r]]]
             groups = [list(range(len(row)))] if call.stage.per == "sample" and row else [[i] for i in range(len(row))]
-            for group in groups:
+            budgets = call.stage.budgets([sum(sizes[i] for i in group) for group in groups])
+            for group, budget in zip(groups, budgets, strict=True):
                 tokens = torch.cat([row[i] for i in group])
-                budget = call.stage.budget(sum(sizes[i] for i in group))
                 if budget is not None and budget >= len(tokens):
                     continue  # nothing to drop: the method is not asked
                 seen, answer = next(answers)

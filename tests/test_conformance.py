@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import families
@@ -37,9 +38,13 @@ every_attention = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 
 @contextmanager
 def pruned(family: str, method: str, keep: float | int, attention: str = "sdpa") -> Iterator[Any]:
-    """(model, handle, log of the method's calls) of a tiny patched model."""
+    """(model, handle, log of the method's calls) of a tiny patched model.
+
+    Every method looks at whole images here; crops and separators are the business of test_crops.py.
+    """
     model = families.model(family, attention)
-    stages, log = reference.spy(vtprune.create(method).stages(keep))
+    stages = [replace(s, per="image", newlines="compete") for s in vtprune.create(method).stages(keep)]
+    stages, log = reference.spy(stages)
     if family in NO_LAYERS and any(isinstance(stage.where, int) for stage in stages):
         with pytest.raises(vtprune.UnsupportedModel, match=NO_LAYERS[family]):
             vtprune.patch(model, stages)
@@ -153,7 +158,7 @@ def test_exactly_the_budget_stays(family: str, method: str, keep: float | int) -
     for call in log:
         if call.stage.keep is None:
             continue
-        budgets = [call.stage.budget(n) for n in sizes]
+        budgets = [call.stage.budgets([n])[0] for n in sizes]
         assert [v.budget for v in call.units] == budgets
         assert [len(a.idx) for a in call.answers] == budgets
         for answer in call.answers:

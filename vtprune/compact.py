@@ -31,7 +31,7 @@ class Compaction:
         length, n = keep.shape[1], max(counts)
         # A stable sort by "stays" puts the kept positions last, in order; whatever stands before them is padding.
         index = torch.argsort(keep.to(torch.int8), dim=1, stable=True)[:, length - n :]
-        pads = torch.tensor([n - c for c in counts], device=keep.device)[:, None]
+        pads = n - keep.sum(1, keepdim=True)
         valid = None
         if min(counts) != n:
             valid = torch.arange(n, device=keep.device)[None] >= pads

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from . import cache as kv
 from .compact import Compaction, mask_for, tensor_mask
-from .kernels import attention_rows
-from .model_adapters.generic import MODALITIES, Adapter, Features, Unit
+from .kernels import Arriving, Verdict, attention_rows, check, deferring, recording, to_device
+from .kernels.dispatch import Backend
+from .model_adapters.generic import MODALITIES, Adapter, Features, runs_of
 from .types import Assignment, Signal, Span, Stage, UnsupportedCall, Visual, VtpruneError, Where
+from .units import Alive, arange_of, begin, groups, kept_by_crop
 
 # Arguments of text models that have the sequence length and no say in which tokens are visual.
 CUT_AS_IDS = ("token_type_ids", "mm_token_type_ids", "visual_pos_masks")
@@ -33,9 +36,12 @@ class UnitResult:
 
     positions: [K] int64, kept positions in the row as fed. idx: [K] the same counted inside the unit's n tokens as
     the stage found them. order: [K] pick order, or None. scores: [n] or None. spans, grid: rasters of the unit.
+    image: number of the image in the batch; part: number of the crop or frame in it, None for the whole.
     """
 
     row: int
+    image: int
+    part: int | None
     modality: str
     method: str
     where: Where
@@ -48,6 +54,11 @@ class UnitResult:
     grid: tuple[int, int, int] | None
     assignment: Assignment
 
+    @property
+    def kept_by_crop(self) -> list[int]:
+        """Kept tokens in each crop of the unit, newlines not counted; waits for the device."""
+        return kept_by_crop(self.spans, self.n, self.idx)
+
 
 @dataclass(frozen=True)
 class Last:
@@ -55,7 +66,8 @@ class Last:
 
     index: [B, n] int64 positions in the rows as fed, after all stages. valid: [B, n] bool or None (no padding).
     src: [B, L] int64, the slot that answers for each position fed. units: one `UnitResult` per unit and stage.
-    lengths: tokens each decoder layer ran on. notes: fallbacks that were used.
+    lengths: tokens each decoder layer ran on. notes: fallbacks that were used. policies: how each stage dealt out its
+    budget. kernels: which implementation of each kernel ran, "reference" or "triton".
     """
 
     index: Tensor
@@ -64,22 +76,14 @@ class Last:
     units: list[UnitResult]
     lengths: list[int]
     notes: list[str]
+    policies: list[str]
+    kernels: dict[str, Backend]
     clocks: list[_Clock] = field(default_factory=list, repr=False)
 
     @property
     def seconds(self) -> float:
         """Time spent in methods; on a GPU this waits for them."""
         return sum(clock.seconds() for clock in self.clocks)
-
-
-@dataclass
-class Alive:
-    """A unit while it shrinks: positions [m] in the row as fed, and which of its n original tokens they are [m]."""
-
-    unit: Unit
-    positions: Tensor
-    origin: Tensor
-    whole: bool = True
 
 
 @dataclass
@@ -106,32 +110,39 @@ class Frame:
     clocks: list[_Clock] = field(default_factory=list)
     merges: list[tuple[int, Tensor, Assignment]] = field(default_factory=list)
     inner: Compaction | None = None
+    kernels: dict[str, Backend] = field(default_factory=dict)
+    verdicts: list[Verdict] = field(default_factory=list)
 
     # -- setting up -------------------------------------------------------------------------------------------------
 
+    def foresee(self, call: dict[str, Any]) -> None:
+        """From the arguments of the base model: send what the host must know on its way while the tower runs."""
+        length = self.code.shape[1]
+        self.cache = call.get("past_key_values")
+        self.past = int(self.cache.get_seq_length()) if self.cache is not None else 0
+        real = self._real(call.get("attention_mask"), length)
+        if real is not None:
+            self.code = self.code * real[:, -length:]
+        past = () if real is None else (real[:, :-length].to(self.code),)
+        self._arriving = Arriving(torch.cat([self.code, *past], dim=1))
+
     def open(self, call: dict[str, Any], features: dict[str, Features | None]) -> None:
-        """Read masks and units; the one transfer from the device of a pruned prefill happens here."""
-        embeds, mask = call["inputs_embeds"], call.get("attention_mask")
+        """Make the units. Their indices are made on the device, so nothing here waits for it."""
+        embeds = call["inputs_embeds"]
         batch, length = embeds.shape[:2]
         if self.code.shape != (batch, length):
             raise UnsupportedCall(
                 f"the base model saw {tuple(self.code.shape)} tokens and hands {(batch, length)} to its text model: "
                 "this call shape is not supported"
             )
-        self.cache = call.get("past_key_values")
-        self.past = int(self.cache.get_seq_length()) if self.cache is not None else 0
-        real = self._real(mask, length)
-        code = self.code if real is None else self.code * real[:, -length:]
-        if real is not None and real.shape[1] > length:
-            code = torch.cat([code, real[:, :-length].to(code)], dim=1)
-        host = code.cpu()
+        host = self._arriving.read()
         self.host, self.holes = host[:, :length], bool((host == 0).any())
-        self.keep = (self.host != 0).to(embeds.device)
+        self.keep = (self.code != 0).to(embeds.device)
         self.units = self.adapter.units(self.host, features)
         if any(features.get(m) is None for m in self.modalities()):
             self._check_runs()
             self.notes.append("features were encoded elsewhere: image grids are unknown, every run of tokens is a unit")
-        self.alive = [self._start(u, embeds.device) for u in self.units]
+        self.alive = [begin(u, i, embeds.device) for i, u in enumerate(self.units)]
         self.counts = (self.host != 0).sum(1).tolist()
         self.lengths, self.valids = [length] * len(self.adapter.layers), [None] * len(self.adapter.layers)
         self.dtype, self.opened = embeds.dtype, True
@@ -159,10 +170,6 @@ class Frame:
                 "of it: set prefill_chunk_size=None"
             )
 
-    def _start(self, unit: Unit, device: torch.device) -> Alive:
-        positions = torch.cat([torch.arange(s, s + m) for s, m in unit.ranges]).to(device)
-        return Alive(unit, positions, torch.arange(unit.n, device=device))
-
     def modalities(self) -> list[str]:
         """Modalities that occur in this batch."""
         return [m for m in MODALITIES if any(u.modality == m for u in self.units)]
@@ -172,114 +179,130 @@ class Frame:
     def run_stages(self, where: Where, hidden: Tensor) -> bool:
         """Run the stages at `where` on hidden [B, n, D] (n = current slots). True if tokens were dropped."""
         self.hidden = hidden
-        before = sum(len(a.positions) for a in self.alive)
+        before = sum(self.counts)
         for number, stage in enumerate(self.stages):
             if stage.where == where:
                 self._run(number, stage)
-        if sum(len(a.positions) for a in self.alive) == before:
+        if sum(self.counts) == before:
             return False
         self._compact(where)
         return True
 
     def _run(self, number: int, stage: Stage) -> None:
-        groups = [g for g in self._groups(stage) if g]
+        self.alive, units = groups(self.alive, stage)
         todo, views = [], []
-        for group in groups:
-            total = sum(a.unit.n for a in group)
-            budget = stage.budget(total)
-            if budget is not None and budget >= sum(len(a.positions) for a in group):
-                continue
-            todo.append(group)
-            views.append(self._visual(number, stage, group, budget))
+        for group, budget in zip(units, self._budgets(stage, units)):
+            if budget is None or budget < sum(a.m for a in group):
+                todo.append(group)
+                views.append(self._visual(number, stage, group, budget))
         if not todo:
             return
         clock = _Clock(self.hidden.device)
-        answers = stage.method.batch(views)
+        with deferring() as checks, recording(self.kernels):
+            answers = stage.method.batch(views)
+            if len(answers) != len(todo):
+                raise VtpruneError(f"{stage.method.name}.batch answered {len(answers)} of {len(todo)} units")
+            _check(stage, views, answers)
         self.clocks.append(clock.stop())
-        if len(answers) != len(todo):
-            raise VtpruneError(f"{stage.method.name}.batch answered {len(answers)} of {len(todo)} units")
-        _check(stage, views, answers)
+        self.verdicts.append(Verdict(checks))
+        # On a GPU the methods of this package, which never answer out of range, are judged when the LLM is under way.
+        if not self.hidden.is_cuda or not type(stage.method).__module__.startswith("vtprune."):
+            self.settle()
         for group, view, answer in zip(todo, views, answers):
             self._take(stage, group, view, answer)
             note = view.state.get("note")
             if note and note not in self.notes:
                 self.notes.append(note)
+        if stage.newlines == "drop":
+            touched = {(a.row, a.image) for group in todo for a in group}
+            for a in self.alive:
+                if a.separator and (a.row, a.image) in touched:
+                    self._shrink(a, a.positions[:0])
 
-    def _groups(self, stage: Stage) -> list[list[Alive]]:
-        """Units of one stage: single ones, frames cut out of them, or all of a row."""
-        if stage.per == "image":
-            return [[a] for a in self.alive]
-        if stage.per == "sample":
-            rows = sorted({a.unit.row for a in self.alive})
-            return [[a for a in self.alive if a.unit.row == r] for r in rows]
-        self.alive = [frame for a in self.alive for frame in _frames(a)]
-        return [[a] for a in self.alive]
+    def settle(self) -> None:
+        """Raise what the checks of the stages found; the caller gets no answer that was computed from bad input."""
+        while self.verdicts:
+            self.verdicts.pop(0).settle()
+
+    def _budgets(self, stage: Stage, units: list[list[Alive]]) -> list[int | None]:
+        """Budgets of the units, row by row."""
+        budgets: list[int | None] = [None] * len(units)
+        for row in range(len(self.host)):
+            mine = [i for i, group in enumerate(units) if group[0].row == row]
+            dealt = stage.budgets([sum(a.n for a in units[i]) for i in mine]) if mine else []
+            for i, budget in zip(mine, dealt):
+                budgets[i] = budget
+        return budgets
 
     def _visual(self, number: int, stage: Stage, group: list[Alive], budget: int | None) -> Visual:
-        row, device = group[0].unit.row, self.hidden.device
-        one = group[0] if len(group) == 1 and group[0].whole else None
-        slots = [self._slots(a) for a in group]
-        if one and self.compaction is None and len(one.unit.ranges) == 1:
-            start, length = one.unit.ranges[0]
+        row = group[0].row
+        one = group[0] if len(group) == 1 else None
+        positions, order = _tokens(group)
+        slots = self._slots(row, positions)
+        if one and one.run and self.compaction is None:
+            start, length = one.run
             x = self.hidden[row, start : start + length]
         else:
-            x = self.hidden[row].index_select(0, torch.cat(slots).to(device))
+            x = self.hidden[row].index_select(0, slots.to(self.hidden.device))
         signals: dict[Signal, Tensor] = {}
         for need in stage.method.needs:
             if isinstance(stage.where, int):
-                signals[need] = torch.cat([self.rows[stage.where + need.offset][row][s] for s in slots])
+                signals[need] = self.rows[stage.where + need.offset][row].index_select(0, slots)
             elif all(need in a.unit.signals for a in group):
-                signals[need] = torch.cat([a.unit.signals[need].to(device)[a.origin] for a in group])
+                joined = torch.cat([a.unit.signals[need].to(a.origin.device).index_select(0, a.origin) for a in group])
+                signals[need] = joined if order is None else joined.index_select(0, order)
         return Visual(
             x=x,
             budget=budget,
-            grid=one.unit.grid if one else None,
-            spans=one.unit.spans if one else _joined_spans(group),
+            grid=one.grid if one else None,
+            spans=one.spans if one else _joined_spans(group),
             signals=signals,
             text=self._text(row, stage.where),
             state=self.state.setdefault(number, {}),
         )
 
-    def _slots(self, a: Alive) -> Tensor:
-        """Where the tokens of a unit stand in the current hidden states."""
-        if self.compaction is None:
-            return a.positions
-        return self.compaction.src[a.unit.row].index_select(0, a.positions)
+    def _slots(self, row: int, positions: Tensor) -> Tensor:
+        """Where tokens stand in the current hidden states."""
+        return positions if self.compaction is None else self.compaction.src[row].index_select(0, positions)
 
     def _text(self, row: int, place: Where) -> Tensor:
         key = ("text", row, place)
         if key not in self.memo:
-            where = (self.host[row] == 1).nonzero().flatten().to(self.hidden.device)
-            slots = where if self.compaction is None else self.compaction.src[row][where]
-            self.memo[key] = self.hidden[row].index_select(0, slots)
+            where = arange_of(runs_of(self.host[row] == 1), self.hidden.device)
+            self.memo[key] = self.hidden[row].index_select(0, self._slots(row, where))
         return self.memo[key]
 
     def _take(self, stage: Stage, group: list[Alive], view: Visual, answer: Assignment) -> None:
-        row = group[0].unit.row
-        slots = torch.cat([self._slots(a) for a in group])
-        positions = torch.cat([a.positions for a in group])
+        row, (positions, order) = group[0].row, _tokens(group)
         if answer.merges:
-            merged = answer.apply(view.x)
-            self.hidden = self.hidden.index_put(
-                (torch.full_like(answer.idx, row), slots[answer.idx].to(self.hidden.device)), merged
-            )
+            with recording(self.kernels):
+                merged = answer.apply(view.x)
+            slots = self._slots(row, positions).index_select(0, answer.idx).to(self.hidden.device)
+            self.hidden = self.hidden.index_put((torch.full_like(slots, row), slots), merged)
             self.merges.append((row, positions, answer))
-        unit = group[0].unit
+        first = group[0]
         self.results.append(
             UnitResult(
-                row, unit.modality, stage.method.name, stage.where, view.n, positions[answer.idx], answer.idx,
-                answer.order, answer.scores, view.spans, view.grid, answer,
+                row, first.image, first.part, first.unit.modality, stage.method.name, stage.where, view.n,
+                positions.index_select(0, answer.idx), answer.idx, answer.order, answer.scores, view.spans, view.grid,
+                answer,
             )
         )  # fmt: skip
-        self.counts[row] += answer.idx.shape[0] - view.n
-        self.keep[row, positions] = False
-        self.keep[row, positions[answer.idx]] = True
-        bounds = [0]
-        for a in group:
-            bounds.append(bounds[-1] + len(a.positions))
-        for a, start, stop in zip(group, bounds, bounds[1:]):
-            idx = answer.idx if len(group) == 1 else answer.idx[(answer.idx >= start) & (answer.idx < stop)] - start
-            a.positions, a.origin, a.whole = a.positions[idx], a.origin[idx], False
+        if len(group) == 1:
+            self._shrink(first, answer.idx)
+            return
+        chosen = answer.idx if order is None else order.index_select(0, answer.idx).sort().values
+        for a, start in zip(group, list(accumulate((a.m for a in group), initial=0))):
+            # How many tokens each member keeps is known to the device alone.
+            self._shrink(a, chosen[(chosen >= start) & (chosen < start + a.m)] - start)
+
+    def _shrink(self, a: Alive, idx: Tensor) -> None:
+        """Cut one member of a unit down to its tokens idx [K]."""
+        self.counts[a.row] += idx.shape[0] - a.m
+        keep = self.keep[a.row]
+        keep.index_fill_(0, a.positions, False)
+        a.keep(idx)
+        keep.index_fill_(0, a.positions, True)
 
     def _compact(self, where: Where) -> None:
         """One cut from the rows as fed to what is alive now; `self.cut_now` is the cut of the current slots."""
@@ -408,7 +431,7 @@ class Frame:
         """Softmax row of each sample's last real token over the slots of this call, mean over heads: [B, n]."""
         batch, n = q.shape[0], q.shape[2]
         past = self.past - getattr(kv.state(self.cache, layer), "dropped", 0) if self.cache is not None else 0
-        last = self._last_slot(n).to(q.device)
+        last = to_device(self._last_slot(n), q.device)
         rows = q.gather(2, last[:, None, None, None].expand(batch, q.shape[1], 1, q.shape[3]))
         k = k[:, :, : past + n]
         if mask is not None and mask.shape[-2] == n:
@@ -419,7 +442,8 @@ class Frame:
             if mask is not None:
                 seen = seen & mask.reshape(batch, -1)[:, : past + n].bool()
             bias = seen[:, None, None, :]
-        self.rows[layer] = attention_rows(rows, k, bias, scaling).mean(1)[:, 0, past:]
+        with recording(self.kernels):
+            self.rows[layer] = attention_rows(rows, k, bias, scaling).mean(1)[:, 0, past:]
 
     def _last_slot(self, n: int) -> Tensor:
         if self.compaction is not None:  # pads were dropped: rows end with a real token
@@ -446,7 +470,10 @@ class Frame:
         if c is None:
             index = torch.arange(length, device=self.code.device).expand(batch, -1)
             c = Compaction(index, None, index)
-        return Last(c.index, c.valid, c.src, self.results, self.lengths, self.notes, self.clocks)
+        policies = [f"{s.method.name} at {s.where!r}: {s.policy}" for s in self.stages]
+        return Last(
+            c.index, c.valid, c.src, self.results, self.lengths, self.notes, policies, self.kernels, self.clocks
+        )
 
 
 class _Clock:
@@ -472,7 +499,7 @@ class _Clock:
 
 
 def _check(stage: Stage, views: list[Visual], answers: list[Assignment]) -> None:
-    """Raise unless every answer is a selection of its budget; one transfer to the host for all units."""
+    """Raise unless every answer is a selection of its budget; what only the device knows is one deferrable check."""
     name = stage.method.name or type(stage.method).__name__
     steps = []
     for view, answer in zip(views, answers):
@@ -482,12 +509,15 @@ def _check(stage: Stage, views: list[Visual], answers: list[Assignment]) -> None
         if view.budget is not None and count != view.budget:
             raise VtpruneError(f"{name} kept {count} tokens of {view.n}, but its budget is {view.budget}")
         steps.append(torch.cat([answer.idx[:1] + 1, answer.idx.diff(), view.n - answer.idx[-1:]]))
-    if steps and not bool((torch.cat(steps) > 0).all()):
+
+    def error() -> VtpruneError:
         i = next(i for i, step in enumerate(steps) if not bool((step > 0).all()))
-        raise VtpruneError(
+        return VtpruneError(
             f"{name} answered idx={answers[i].idx.tolist()!r:.80} for a unit of {views[i].n} tokens: kept positions "
             f"must be distinct, ascending and within 0..{views[i].n - 1}; sort them (Assignment.order holds pick order)"
         )
+
+    check((torch.cat(steps) > 0).all(), error)
 
 
 def _cut_any(value: Any, c: Compaction) -> Any:
@@ -501,29 +531,23 @@ def _cut_any(value: Any, c: Compaction) -> Any:
     return c.cut(value, -2 if value.is_floating_point() else -1)
 
 
+def _tokens(group: list[Alive]) -> tuple[Tensor, Tensor | None]:
+    """Positions in the row of all tokens of a unit; for parts of an image also the order that makes them ascend."""
+    if len(group) == 1:
+        return group[0].positions, None
+    positions = torch.cat([a.positions for a in group])
+    if not any(a.part is not None or a.separator for a in group):
+        return positions, None
+    order = positions.argsort()
+    return positions.index_select(0, order), order
+
+
 def _joined_spans(group: list[Alive]) -> tuple[Span, ...]:
-    """Spans of several whole units side by side; none once a unit was cut."""
-    if not all(a.whole for a in group):
+    """Spans of several whole images side by side; none once one was cut or divided."""
+    if not all(a.whole and a.n == a.unit.n for a in group):
         return ()
     spans, start = [], 0
     for a in group:
-        spans += [Span(s.start + start, s.grid, s.newline) for s in a.unit.spans]
-        start += a.unit.n
+        spans += [replace(span, start=span.start + start) for span in a.spans]
+        start += a.n
     return tuple(spans)
-
-
-def _frames(a: Alive) -> list[Alive]:
-    """The frames of a video as units of their own (an image is its own single frame)."""
-    grid = a.unit.grid or (a.unit.spans[0].grid if len(a.unit.spans) == 1 and not a.unit.spans[0].newline else None)
-    if not a.whole or grid is None or grid[0] <= 1:
-        return [a]
-    t, h, w = grid
-    each, flat = h * w, torch.cat([torch.arange(s, s + m) for s, m in a.unit.ranges])
-    frames = []
-    for start in range(0, t * each, each):
-        part = flat[start : start + each]
-        signals = {k: v[start : start + each] for k, v in a.unit.signals.items()}
-        runs = [(int(part[0]), each)] if int(part[-1]) - int(part[0]) == each - 1 else [(int(p), 1) for p in part]
-        unit = Unit(a.unit.row, a.unit.modality, runs, (Span(0, (1, h, w)),), signals)
-        frames.append(Alive(unit, part.to(a.positions.device), torch.arange(each, device=a.positions.device)))
-    return frames

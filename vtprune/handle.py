@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .hooks import Session
 
 _KEY = "_vtprune"
-_STAGE_OPTIONS = ("per", "positions")
+_STAGE_OPTIONS = ("keep_total", "per", "newlines", "positions")
 
 
 class Handle:
@@ -75,7 +75,9 @@ def patch(
     keep: float in (0, 1] = share of a unit's visual tokens, int >= 1 = tokens per unit (more than there are keeps
         all). 1.0 computes exactly what the unpatched model computes. Required with a name or a `Method`.
     add: add the stages to those of an earlier patch of this model, instead of refusing to patch twice.
-    options: of the method (with a name), and `per` = "image" | "frame" | "sample", `positions` = "keep" | "compact".
+    options: of the method (with a name), and those of its stages: `keep_total` in place of keep (one total for all
+        units of a row), `per` = "image" | "crop" | "frame" | "sample", `newlines` = "compete" | "keep" | "drop",
+        `positions` = "keep" | "compact"; see `Stage`.
 
     Returns a `Handle`; `handle.remove()` or leaving a `with` block undoes everything.
     Raises UnsupportedModel for a model that cannot be pruned exactly, ValueError or TypeError for bad options.
@@ -140,7 +142,7 @@ def _stages(method: Any, keep: float | int | None, options: dict[str, Any]) -> l
     else:
         names = ", ".join(m.name for m in registry.methods())
         raise TypeError(f"method={method!r}: pass a name ({names}), a Method, a Stage or a list of Stages")
-    if keep is None:
+    if keep is None and where.get("keep_total") is None:
         raise TypeError(f"{made.name}: keep is missing; use a float in (0, 1] (share) or an int >= 1 (tokens)")
     check_keep(keep)
     import dataclasses

@@ -244,7 +244,8 @@ class Session:
                 encoded = encoded if isinstance(encoded, dict) else {}
                 # Pixels are encoded during this very call; encoded features must be recognised, not taken for the last.
                 self.local.features = {m: self.seen.find(v) for m, v in encoded.items() if v is not None}
-                self.local.frame = Frame(self.adapter, self.stages, code)
+                frame = self.local.frame = Frame(self.adapter, self.stages, code)
+                frame.foresee(call)
         if self.adapter.masks_in_base:
             call = self._past_mask_2d(call, call.get("past_key_values"))
         return None if call is kwargs else ((), call)
@@ -277,6 +278,7 @@ class Session:
         frame = self.local.frame
         if frame is None or not frame.opened:
             return None
+        frame.settle()
         if frame.compaction is not None:
             cache = getattr(output, "past_key_values", None)
             cache = cache if cache is not None else frame.cache

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from torch import Tensor
 from .kernels import merge
 
 Positions = Literal["keep", "compact"]
-Per = Literal["image", "frame", "sample"]
+Per = Literal["image", "crop", "frame", "sample"]
+Newlines = Literal["compete", "keep", "drop"]
 Where = str | int | tuple[str, int]
 
 
@@ -79,11 +80,13 @@ class Span:
     """A run of a unit's tokens in raster order: t frames of h rows of w tokens, starting at token `start`.
 
     newline: one extra token ends every row (any-resolution mosaics of LLaVA-NeXT); it belongs to the span.
+    tiles: heights and widths, in tokens, of the crops that a mosaic was put together from; () for a single crop.
     """
 
     start: int
     grid: tuple[int, int, int]
     newline: bool = False
+    tiles: tuple[tuple[int, ...], tuple[int, ...]] | tuple[()] = ()
 
     def __len__(self) -> int:
         t, h, w = self.grid
@@ -149,12 +152,15 @@ class Assignment:
 class Method(ABC):
     """A pruning rule: a frozen dataclass of options and one call, `Visual -> Assignment`.
 
-    Class attributes `paper` (URL) and `seam` ("pre_llm" or "in_llm") are set by `vtprune.register`.
+    Class attributes `paper` (URL) and `seam` ("pre_llm" or "in_llm") are set by `vtprune.register`; `per`, `newlines`
+    and `positions` are the method's own policy, which a `Stage` may override.
     """
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     seam: ClassVar[str] = "pre_llm"
+    per: ClassVar[Per] = "image"
+    newlines: ClassVar[Newlines] = "compete"
     positions: ClassVar[Positions] = "keep"
 
     @property
@@ -187,51 +193,83 @@ class Stage:
     method: the rule.
     keep: float in (0, 1] = share of a unit's visual tokens as the model sees them unpruned; int >= 1 = tokens per
         unit (more than there are keeps all); None = the method decides.
+    keep_total: the same for all units of a row together, shared out in proportion to their size, each at least one.
     per: what one unit is: "image" (an image or a whole video; SmolVLM and Idefics3: a tile, because text stands between
-        tiles), "frame", or "sample" (all visual tokens of a row).
+        tiles), "crop" (overview and tiles of an any-resolution image), "frame", or "sample" (all visual tokens of a
+        row). None = the method's default.
+    newlines: tokens outside every raster, such as the ends of a mosaic's rows. "compete" makes them tokens like any
+        other (per="image" and "sample"; a tile of per="crop" brings those at its right edge), "keep" keeps them beside
+        the budget, "drop" drops them with the first token that goes. None = the method's default.
     positions: "keep" leaves the original position ids (gaps), "compact" renumbers; None = the method's default.
     """
 
     where: Where
     method: Method
     keep: float | int | None = None
-    per: Per = "image"
+    keep_total: float | int | None = None
+    per: Per = None  # type: ignore[assignment]
+    newlines: Newlines = None  # type: ignore[assignment]
     positions: Positions | None = None
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
-        if self.per not in ("image", "frame", "sample"):
-            raise ValueError(f"per={self.per!r}: choose 'image', 'frame' or 'sample'")
-        if self.positions not in (None, "keep", "compact"):
-            raise ValueError(f"positions={self.positions!r}: choose 'keep' or 'compact'")
         if not isinstance(self.method, Method):
             raise TypeError(
                 f"method={self.method!r} is not a vtprune Method: pass vtprune.create('divprune') or an instance of a "
                 "class registered with @vtprune.register"
             )
+        check_keep(self.keep)
+        check_keep(self.keep_total, "keep_total")
+        if self.keep is not None and self.keep_total is not None:
+            raise TypeError(f"keep={self.keep} and keep_total={self.keep_total}: give one of them")
+        for name, valid in (("per", get_args(Per)), ("newlines", get_args(Newlines))):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(self.method, name))
+            if getattr(self, name) not in valid:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose {' or '.join(map(repr, valid))}")
+        if self.positions not in (None, *get_args(Positions)):
+            raise ValueError(f"positions={self.positions!r}: choose 'keep' or 'compact'")
 
     @property
     def compact(self) -> bool:
         """True if kept tokens are renumbered: as asked for, else as the method's default says."""
         return (self.positions or self.method.positions) == "compact"
 
-    def budget(self, n: int) -> int | None:
-        """Tokens to keep of a unit that has n tokens unpruned: at least 1, at most n."""
-        return None if self.keep is None else budget(self.keep, n)
+    @property
+    def policy(self) -> str:
+        """How budgets are dealt out, in words: "per crop, newlines dropped, positions kept"."""
+        share = ", one total a row" if self.keep_total is not None else ""
+        newlines = {"compete": "compete", "keep": "kept", "drop": "dropped"}[self.newlines]
+        return f"per {self.per}{share}, newlines {newlines}, positions {'renumbered' if self.compact else 'kept'}"
+
+    def budgets(self, sizes: Sequence[int]) -> list[int | None]:
+        """Tokens to keep of the units of one row, which have sizes[i] tokens unpruned: 1..sizes[i] each.
+
+        Raises ValueError if keep_total is less than the number of units.
+        """
+        if self.keep_total is None:
+            return [None if self.keep is None else budget(self.keep, n) for n in sizes]
+        total = budget(self.keep_total, sum(sizes))
+        if total < len(sizes):
+            raise ValueError(
+                f"keep_total={self.keep_total} gives {total} tokens to {len(sizes)} units (per={self.per!r}): at least "
+                "one each is needed; raise it, or use per='sample'"
+            )
+        # Everybody gets one token first; what is left is shared in proportion to what each could still take.
+        return [1 + more for more in spread(total - len(sizes), [n - 1 for n in sizes])]
 
 
-def check_keep(keep: object) -> None:
+def check_keep(keep: object, name: str = "keep") -> None:
     """Raise unless keep is None, a float in (0, 1] or an int >= 1."""
     ways = "use a float in (0, 1] (share of the visual tokens) or an int >= 1 (tokens per unit)"
     if keep is None:
         return
     if isinstance(keep, bool) or not isinstance(keep, int | float):
-        raise TypeError(f"keep={keep!r} is a {type(keep).__name__}: {ways}")
+        raise TypeError(f"{name}={keep!r} is a {type(keep).__name__}: {ways}")
     if isinstance(keep, int):
         if keep < 1:
-            raise ValueError(f"keep={keep} keeps nothing: {ways}")
+            raise ValueError(f"{name}={keep} keeps nothing: {ways}")
     elif not (math.isfinite(keep) and 0.0 < keep <= 1.0):
-        raise ValueError(f"keep={keep} is outside the valid range: {ways}")
+        raise ValueError(f"{name}={keep} is outside the valid range: {ways}")
 
 
 def budget(keep: float | int, n: int) -> int:
@@ -242,7 +280,7 @@ def budget(keep: float | int, n: int) -> int:
 
 def spread(total: int, sizes: Sequence[int]) -> Iterator[int]:
     """Share `total` over blocks in proportion to `sizes` (largest remainder; ties to the lower index)."""
-    whole = sum(sizes)
+    whole = max(1, sum(sizes))
     exact = [total * s / whole for s in sizes]
     floor = [int(e) for e in exact]
     rest = sorted(range(len(sizes)), key=lambda i: (floor[i] - exact[i], i))
