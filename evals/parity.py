@@ -12,13 +12,15 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from vtprune.kernels import attention_received
 
 from ..registry import create
 from ..types import Assignment, Signal, Span, Visual
@@ -131,6 +133,146 @@ def todre(arrays: Arrays, folder: Path) -> str:
             same(f"{objective} order at {k}", _ordered(answer), arrays[f"order_{objective}_k{k}"])
             same(f"{objective} kept at {k}", answer.idx, arrays[f"keep_{objective}_k{k}"])
     return f"pivot, picks and order at {_list(arrays['budgets'].tolist())} of {n}, maxsum and kcenter"
+
+
+@case("hiprune_")
+def hiprune(arrays: Arrays, folder: Path) -> str:
+    """Scores from queries and keys; tokens kept by the official edges, each crop on its own share of the total."""
+    scores, grid, of_each = _hiprune_qwen(arrays) if "window_index" in arrays else _hiprune_llava(arrays)
+    worst = max(close(name, ours, arrays[name]) for name, ours in zip(("shallow_score", "deep_score"), scores))
+    crops, n = scores[0].view(-1, grid[1] * grid[2]).shape
+    fewer = []
+    for j, (budget, alpha) in enumerate(zip(of_each, arrays["alpha"].tolist())):
+        stored = arrays[f"keep_mask_{j}"] if f"keep_mask_{j}" in arrays else _mask(arrays[f"kept_{j}"], n)
+        for crop, mask in enumerate(stored.reshape(crops, n)):
+            for exact in (True, False):
+                method = create("hiprune", alpha=alpha, edges="clamp_flat", exact_budget=exact)
+                signals = {need: score.view(crops, n)[crop] for need, score in zip(method.needs, scores)}
+                ours = method(Visual(torch.zeros(n, 1), budget, grid=grid, signals=signals)).idx
+                if exact and len(ours) != budget:
+                    raise Mismatch(f"run {j}, crop {crop}: {len(ours)} tokens kept, not {budget}")
+                if exact and mask.sum() < budget:  # the official count falls short: ours holds all of those and more
+                    ours = ours[torch.from_numpy(mask)[ours]]
+                    fewer.append(f"{mask.sum()} of {budget}")
+                elif not exact and "window_index" not in arrays:
+                    continue
+                same(f"run {j}, crop {crop}, exact_budget={exact}", ours, np.flatnonzero(mask))
+    rule = f"; official short counts {', '.join(fewer)} repeated by exact_budget=False" if fewer else ""
+    return f"tokens at {_list(of_each)} of {n}, {crops} crop(s); scores within {worst:.1g}{rule}"
+
+
+def _hiprune_llava(arrays: Arrays) -> tuple[list[Tensor], tuple[int, int, int], list[int]]:
+    """Attention received in both layers [crops, N], the grid, and the tokens of one crop per run."""
+    q, k = (torch.from_numpy(arrays[name]) for name in "qk")
+    scores = [attention_received(q[i], k[i], None, q.shape[-1] ** -0.5)[:, 1:] for i in (0, 1)]
+    height, width = arrays["grid"].tolist()
+    return scores, (1, height, width), [total // q.shape[1] for total in arrays["retention"].tolist()]
+
+
+def _hiprune_qwen(arrays: Arrays) -> tuple[list[Tensor], tuple[int, int, int], list[int]]:
+    """Sums over queries per merged token [N] in raster order; the object layer may attend within windows."""
+    _, height, width = arrays["grid_thw"].tolist()
+    merge = int(arrays["spatial_merge_size"])
+    grid, order = (1, height // merge, width // merge), torch.from_numpy(arrays["window_index"])
+    side = int(arrays["window_size"]) // int(arrays["patch_size"]) // merge
+    lengths = [
+        min(side, grid[1] - top) * min(side, grid[2] - left) * merge**2
+        for top in range(0, grid[1], side)
+        for left in range(0, grid[2], side)
+    ]
+    scores = []
+    for layer, whole in enumerate((bool(arrays["shallow_full_attention"]), True)):
+        q, k = (torch.from_numpy(arrays[f"{name}_window_order"][layer])[None] for name in "qk")
+        cuts = [q.shape[2]] if whole else lengths
+        parts = zip(q.split(cuts, 2), k.split(cuts, 2))
+        sums = [attention_received(a, b, None, q.shape[-1] ** -0.5)[0] * a.shape[2] for a, b in parts]
+        scores.append(torch.cat(sums).view(-1, merge**2).mean(1)[order.argsort()])
+    return scores, grid, [round(len(order) * share) for share in arrays["retain_ratio"].tolist()]
+
+
+def _mask(kept: np.ndarray, n: int) -> np.ndarray:
+    mask = np.zeros(n, dtype=bool)
+    mask[kept] = True
+    return mask
+
+
+@case("visionzip_")
+def visionzip(arrays: Arrays, folder: Path) -> str:
+    """Dominant tokens in pick order, contextual places and merged features, CLS kept and official order.
+
+    The positional order must hold the same rows at the places of their tokens.
+    """
+    hidden = torch.from_numpy(arrays["hidden"])
+    cls = torch.nn.functional.pad(torch.from_numpy(arrays["cls_attn"]).mean(1)[:, 1:], (1, 0))
+    keys = torch.from_numpy(arrays["key_metric"])
+    worst = []
+    for dominant, contextual, tag in _visionzip_budgets(arrays):
+        outputs, orders = [], []
+        for x, score, key in zip(hidden, cls, keys):
+            method = create("visionzip", contextual=contextual, order="official", cls="keep")
+            signals = dict(zip((method.needs[0], method.needs[-1]), (score, key)))
+            answer = method(Visual(x, dominant + contextual, signals=signals))
+            plain = replace(method, order="positional")(Visual(x, dominant + contextual, signals=signals))
+            shown = torch.cat([_ordered(answer)[:dominant].sort().values, _ordered(answer)[dominant:]])
+            same("positional tokens", plain.idx, shown.sort().values)
+            worst.append(close("positional order", plain.apply(x), answer.apply(x)[shown.argsort()]))
+            outputs.append(answer.apply(x))
+            orders.append(_ordered(answer))
+        features, order = torch.stack(outputs), torch.stack(orders)
+        stored = "per_crop_features" if "assembled" in arrays else f"features_{tag}"
+        worst.append(close(stored, features, arrays[stored]))
+        topk = "per_crop_topk" if "assembled" in arrays else f"topk_order_{tag}"
+        same("dominant tokens", order[:, :dominant], arrays[topk])
+        if "assembled" in arrays:
+            whole = _visionzip_mosaic(features, order[:, :dominant].sort(dim=1).values, arrays)
+            worst.append(close("assembled mosaic", whole, arrays["assembled"]))
+        else:
+            same("contextual places", order[:, dominant:], arrays[f"contextual_pos_{tag}"])
+    rule = ", mosaic of crops" if "assembled" in arrays else ""
+    budgets = _list([d + c for d, c, _ in _visionzip_budgets(arrays)])
+    return f"tokens and places at {budgets} of {hidden.shape[1]}{rule}; features within {max(worst):.1g}"
+
+
+def _visionzip_budgets(arrays: Arrays) -> list[tuple[int, int, str]]:
+    pairs = arrays["budgets"] if "budgets" in arrays else [(arrays["dominant"], arrays["contextual"])]
+    return [(int(d), int(c), f"{d}_{c}") for d, c in pairs]
+
+
+def _visionzip_mosaic(features: Tensor, dominant: Tensor, arrays: Arrays) -> Tensor:
+    """The base view, then all crops: patches in raster order of the mosaic, CLS tokens, contextual tokens.
+
+    features: [crops, tokens, C] in official order. dominant: [crops, D] ascending, CLS at 0.
+    """
+    columns, side = int(arrays["crops_w"]), round((arrays["hidden"].shape[1] - 1) ** 0.5)
+    tiles, places = features[1:], dominant[1:, 1:] - 1
+    crop = torch.arange(len(tiles))[:, None]
+    row, column = crop // columns * side + places // side, crop % columns * side + places % side
+    raster = (row * columns * side + column).flatten().argsort()
+    patches = tiles[:, 1 : dominant.shape[1]].flatten(0, 1)[raster]
+    return torch.cat([features[0], patches, tiles[:, 0], tiles[:, dominant.shape[1] :].flatten(0, 1)])
+
+
+@case("recoverable_")
+def recoverable(arrays: Arrays, folder: Path) -> str:
+    """The adaptive rule with all official quirks, fed with the stored text similarities; features in official order."""
+    q, k = (torch.from_numpy(arrays[name])[0] for name in ("q_proj_out", "k_proj_out"))
+    x, text = torch.from_numpy(arrays["hidden"])[0, 1:], torch.from_numpy(arrays["text_similarity"]).flatten()
+    row = (q[0] @ k.T / q.shape[1] ** 0.5).softmax(0)[1:]
+    method = create(
+        "recoverable",
+        faithful=True,
+        text_similarity=lambda _: text,
+        text_weight=float(arrays["text_weight"]),
+        neighbours=tuple(arrays["lof_neighbors"].tolist()),
+        nearest=int(arrays["knn_k"]),
+    )
+    answer = method(Visual(x, None, signals={Signal("cls_full", -1): row, Signal("keys", -1): k[1:]}))
+    order, main, centres = _ordered(answer), arrays["kept_main"], arrays["center_local_idx"]
+    rest = np.setdiff1d(np.arange(len(x)), main)
+    same("main tokens", order[: len(main)], main)
+    same("merge centres", order[len(main) : len(main) + len(centres)], rest[centres])
+    worst = close("features", answer.apply(x)[torch.searchsorted(answer.idx, order)], arrays["features"][0])
+    return f"{len(main)} main tokens, {len(centres)} centres and one of the rest; features within {worst:.1g}"
 
 
 @case("video_llava_pool")

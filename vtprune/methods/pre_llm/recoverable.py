@@ -1,0 +1,146 @@
+"""Recoverable Compression: keep what stands out, to the image or to the text, and merge the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vtprune.kernels import check_finite
+
+from ...registry import register
+from ...types import Assignment, Method, Newlines, Signal, Visual
+from .. import Fallback, best_first, budget_of, check_fallback, cls_attention, signal_of
+from ..absorb import absorb
+from ..lof import outliers
+from ..text import prompt_similarity
+
+CLS, KEYS = Signal("cls_full", -1), Signal("keys", -1)
+RECEIVED = Signal("received", -1, without_cls=True)
+
+
+class _Seen(NamedTuple):
+    """One unit, float32: scores [N], text similarities [N], keys [N, C]."""
+
+    scores: Tensor
+    text: Tensor
+    keys: Tensor
+
+
+@register("recoverable", paper="https://arxiv.org/abs/2409.01179", seam="pre_llm")
+@dataclass(frozen=True)
+class Recoverable(Method):
+    """Keep the tokens with outstanding CLS attention, recover those the text speaks of, merge the others.
+
+    Three counts come from the share of outliers (local outlier factor) among the CLS scores, the text similarities and
+    the CLS scores of the rest: the best tokens of the first two stay as they are; of the rest, the best become merge
+    centres, which take in the `nearest` tokens most like them, and one more token, at the place of the next best,
+    gathers all but the centres. Weights are the CLS scores, not normalised. Without keep the counts are the method's
+    (read by the host once per batch; at least one token stays). With keep they are scaled to the budget, centres
+    and gathered token taking an eighth of it at most. Merging happens behind the projector, officially before it.
+
+    faithful: as the official code: centres in proportion to the tower's width instead of the number of tokens, and
+        remaining token i is compared by the key of the image's token i.
+    text_similarity: unit -> [N], say from a paired CLIP text encoder (officially cosine / sqrt(768)); by default from
+        the LLM's text embeddings, which is ours.
+    text_weight: of the text similarity beside the cosine of keys when tokens look for their centre.
+    neighbours: of the three outlier factors.
+    fallback: as for `cls_attention`.
+    """
+
+    newlines: ClassVar[Newlines] = "drop"  # they have neither scores nor keys
+
+    faithful: bool = False
+    text_similarity: Callable[[Visual], Tensor] = prompt_similarity
+    text_weight: float = 50.0
+    neighbours: tuple[int, int, int] = (20, 20, 10)
+    nearest: int = 32
+    fallback: Fallback = "received"
+
+    def __post_init__(self) -> None:
+        check_fallback(self.fallback)
+        if self.nearest < 1 or min(self.neighbours) < 1:
+            raise ValueError(f"nearest={self.nearest}, neighbours={self.neighbours}: all must be at least 1")
+
+    @property
+    def needs(self) -> tuple[Signal, ...]:
+        return (CLS, KEYS) if self.fallback == "error" else (CLS, KEYS, RECEIVED)
+
+    def __call__(self, v: Visual) -> Assignment:
+        return self.batch([v])[0]
+
+    def batch(self, units: Sequence[Visual]) -> list[Assignment]:
+        seen = [self._see(v) for v in units]
+        for what, tensors in zip(("CLS attention rows", "text similarities", "keys"), zip(*seen)):
+            check_finite(tensors, what)
+        counts = [self._counts(s) for s in seen]
+        own = [c for v, c in zip(units, counts) if v.budget is None]
+        read = iter(torch.stack(own).tolist() if own else [])
+        answers = []
+        for v, s, count in zip(units, seen, counts):
+            if v.budget is None:
+                *main, seats = next(read)
+                answers.append(self._assign(s, count, sum(main) + seats, seats))
+            else:
+                budget = budget_of(v, self.name)
+                seats = max(1, budget // 8)
+                answers.append(self._assign(s, _scaled(count, budget, seats), budget, seats))
+        return answers
+
+    def _see(self, v: Visual) -> _Seen:
+        scores = v.signals[CLS].float() if CLS in v.signals else cls_attention(v, -1, self.fallback, self.name)
+        text = self.text_similarity(v).float()
+        if text.shape != scores.shape:
+            raise ValueError(
+                f"text_similarity answered {list(text.shape)}: it must give one value to each of {v.n} tokens"
+            )
+        return _Seen(scores, text, signal_of(v, KEYS, self.name))
+
+    def _counts(self, s: _Seen) -> Tensor:
+        """[3] int64 on the device: tokens kept for the image, for the text, and places for what is merged."""
+        n, (of_scores, of_text, of_rest) = len(s.scores), self.neighbours
+        vision = outliers(s.scores, of_scores).sum()
+        found = outliers(torch.where(_ranks(s.scores) < vision, s.text.min(), s.text), of_text).sum()
+        words = (n - vision) * found // n  # an integer, because int(n * (f / n)) may be f - 1
+        rest = _rest(s, vision, words)
+        odd, left = outliers(s.scores, of_rest, rest).sum(), rest.sum()
+        centres = s.keys.shape[1] * odd // left.clamp(min=1) if self.faithful else odd
+        places = torch.where(centres > 0, centres.minimum(left - 1) + 1, 0)
+        vision = torch.where(vision + words + places > 0, vision, 1)
+        return torch.stack([vision, words, places])
+
+    def _assign(self, s: _Seen, counts: Tensor, total: int, seats: int) -> Assignment:
+        """Keep `total` tokens; the counts sum to it, and the last of them is at most `seats`."""
+        vision, words, places = counts
+        n, rest = len(s.scores), _rest(s, vision, words)
+        later = n + _ranks(s.scores.masked_fill(~rest, -torch.inf))
+        order = torch.where(rest, later, torch.arange(n, device=rest.device)).argsort()[:total]
+        keys = F.normalize(s.keys, dim=1)
+        if self.faithful:
+            keys = keys[(rest.cumsum(0) - 1).clamp(min=0)]
+        seats = seats if total < n else 0
+        return absorb(order, rest, s.scores, keys, self.text_weight * s.text, places, seats, self.nearest)
+
+
+def _rest(s: _Seen, vision: Tensor, words: Tensor) -> Tensor:
+    """[N] bool: neither among the best `vision` scores nor among the best `words` text similarities of the others."""
+    picked = _ranks(s.scores) < vision
+    return ~picked & (_ranks(s.text.masked_fill(picked, -torch.inf)) >= words)
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """0 for the largest, the lower index first among equals."""
+    return best_first(scores).argsort()
+
+
+def _scaled(counts: Tensor, budget: int, seats: int) -> Tensor:
+    """Counts [3] in proportion, summing to the budget; the last at most `seats`, what it exceeds goes to the first."""
+    total = counts.sum()
+    edges = (2 * budget * counts.cumsum(0) + total) // (2 * total)
+    share = edges.diff(prepend=edges.new_zeros(1))
+    over = (share[2] - seats).clamp(min=0)
+    return share + torch.stack([over, torch.zeros_like(over), -over])
