@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from .kernels import merge
@@ -46,12 +45,14 @@ class Signal:
         feeds the projector; a float in (0, 1) is a share of the depth L: layer round(layer * L) counted from 1, or
         where the tower attends within windows the next one that attends to the whole image. For a stage at decoder
         layer k it is the offset from k (an int; -1 is the layer that ran just before).
+    without_cls: True asks only towers without a CLS token, as a fallback that costs nothing elsewhere.
 
     Raises ValueError on a float outside (0, 1).
     """
 
     kind: Literal["cls", "cls_full", "received", "keys", "mean_keys", "values", "hidden", "last_row"]
     layer: int | float | None = -1
+    without_cls: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.layer, float) and not 0.0 < self.layer < 1.0:
@@ -69,10 +70,9 @@ class Signal:
 
     def __str__(self) -> str:
         """For people: "cls (layer -1)"."""
-        if self.layer is None:
-            return f"{self.kind} (layer that feeds the projector)"
-        share = "at {:g} of the depth" if isinstance(self.layer, float) else "{}"
-        return f"{self.kind} (layer {share.format(self.layer)})"
+        where = "at {:g} of the depth" if isinstance(self.layer, float) else "{}"
+        layer = "that feeds the projector" if self.layer is None else where.format(self.layer)
+        return f"{self.kind} (layer {layer}{', without CLS' if self.without_cls else ''})"
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,11 @@ class Method(ABC):
     def needs(self) -> tuple[Signal, ...]:
         """Signals the method reads; may depend on its options."""
         return ()
+
+    @property
+    def exact(self) -> bool:
+        """False if an answer may hold fewer tokens than its budget, as a few official codes do; never more."""
+        return True
 
     @abstractmethod
     def __call__(self, v: Visual) -> Assignment:

@@ -16,11 +16,21 @@ from .types import Newlines, Per, Span, Stage
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of an image or a video: tokens [n] (int64, counted in the image, on the host) and their rasters."""
+    """A piece of an image or a video: tokens [n] (int64, counted in the image, on the host) and their rasters.
+
+    start: its first token if it is one run without gaps, else None.
+    """
 
     tokens: Tensor
+    start: int | None
     spans: tuple[Span, ...] = ()
     separator: bool = False
+
+    @classmethod
+    def of(cls, tokens: Tensor, spans: tuple[Span, ...] = (), separator: bool = False) -> Part:
+        """With `start` read from the tokens."""
+        first, last = int(tokens[0]), int(tokens[-1])
+        return cls(tokens, first if last - first == len(tokens) - 1 else None, spans, separator)
 
 
 @dataclass
@@ -110,9 +120,8 @@ def divide(a: Alive, stage: Stage) -> list[Alive]:
         idx = _on_device(a.spans, a.n, stage.per, stage.newlines, a.unit.modality == "video", device)[i]
         piece = replace(a, n=len(idx), spans=part.spans, run=None, separator=part.separator)
         piece.positions, piece.origin = a.positions.index_select(0, idx), a.origin.index_select(0, idx)
-        first = int(part.tokens[0])
-        if a.run and int(part.tokens[-1]) - first == len(idx) - 1:
-            piece.run = (a.run[0] + first, len(idx))
+        if a.run and part.start is not None:
+            piece.run = (a.run[0] + part.start, len(idx))
         if not part.separator and stage.per in ("crop", "frame"):
             piece.part, number = number, number + 1
         out.append(piece)
@@ -130,18 +139,18 @@ def parts_of(spans: tuple[Span, ...], n: int, per: Per, newlines: Newlines, vide
     rasters = [raster for span in spans for raster in _rasters(span, per, newlines, video)]
     whole = per in ("image", "sample")
     if not rasters or (whole and newlines == "compete"):
-        return (Part(torch.arange(n), spans),)
+        return (Part(torch.arange(n), 0, spans),)
     if whole:
         starts = accumulate((ids.numel() for ids, _ in rasters), initial=0)
         joined = tuple(replace(span, start=start) for (_, span), start in zip(rasters, starts))
-        parts = [Part(torch.cat([ids.flatten() for ids, _ in rasters]), joined)]
+        parts = [Part.of(torch.cat([ids.flatten() for ids, _ in rasters]), joined)]
     else:
-        parts = [Part(ids.flatten(), (span,)) for ids, span in rasters]
+        parts = [Part.of(ids.flatten(), (span,)) for ids, span in rasters]
     rest = torch.ones(n, dtype=torch.bool)
     for part in parts:
         rest[part.tokens] = False
     left = rest.nonzero().flatten()
-    return (*parts, Part(left, separator=True)) if len(left) else tuple(parts)
+    return (*parts, Part.of(left, separator=True)) if len(left) else tuple(parts)
 
 
 @lru_cache(maxsize=256)

@@ -9,7 +9,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from vtprune.kernels import check_finite
+from vtprune.kernels import check_finite, to_device
 
 from ...registry import register
 from ...types import Assignment, Method, Visual, spread
@@ -50,8 +50,8 @@ class AveragePool(Method):
         first = torch.tensor([0, *(len(p.centre) for p in parts)]).cumsum(0)
         src, w = torch.cat([p.src for p in parts]), torch.cat([p.w for p in parts]).float()
         dst = rank[torch.cat([p.dst + start for p, start in zip(parts, first)])]
-        device = v.x.device
-        return Assignment(idx.to(device), src=src.to(device), dst=dst.to(device), w=w.to(device))
+        idx, src, dst, w = (to_device(t, v.x.device) for t in (idx, src, dst, w))
+        return Assignment(idx, src=src, dst=dst, w=w)
 
     def _to_stride(self, v: Visual, stride: int) -> list[tuple[Tensor, tuple[int, int]]]:
         plan = []

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vtprune.kernels import check_finite
+from vtprune.kernels import check_finite, to_device
 
 from ...registry import register
 from ...types import Assignment, Method, Visual
@@ -29,4 +29,4 @@ class Random(Method):
         check_finite([v.x])
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(v.n, generator=generator)[: budget_of(v, self.name)]
-        return select(order.to(v.x.device))
+        return select(to_device(order, v.x.device))

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from vtprune.kernels import check_finite
+from vtprune.kernels import check_finite, to_device
 
 from ...registry import register
 from ...types import Assignment, Method, Visual, spread
@@ -32,7 +32,7 @@ class Uniform(Method):
         rasters = blocks(v)
         shares = spread(budget_of(v, self.name), [raster.numel() for raster in rasters])
         picked = [raster.flatten()[_lattice(raster, share)] for raster, share in zip(rasters, shares) if share]
-        return Assignment(idx=torch.cat(picked).sort().values.to(v.x.device))
+        return Assignment(idx=to_device(torch.cat(picked).sort().values, v.x.device))
 
 
 def _lattice(raster: Tensor, count: int) -> Tensor:
