@@ -266,7 +266,8 @@ class TowerSignals:
     """Reads what methods need from the layers of one tower, and answers per image.
 
     base: the VLM's base model (`model.base_model`). modality: which `get_{modality}_features` is observed.
-    needs: signals by kind and tower layer. Those of a CLS token are left out on towers without one.
+    needs: signals by kind and tower layer. Those of a CLS token are left out on towers without one,
+        those `without_cls` on the others.
     Raises UnsupportedModel if the family's token layout is unknown or a layer does not exist.
 
         signals = TowerSignals(model.base_model, "image", method.needs)
@@ -282,7 +283,8 @@ class TowerSignals:
         self.tower = tower_of(base, modality)
         self.layers = attention_modules(self.tower)
         cls = has_cls(self.tower)
-        self.needs = tuple(dict.fromkeys(s for s in needs if cls or s.kind not in CLS_KINDS))
+        readable = (s for s in needs if not (s.without_cls if cls else s.kind in CLS_KINDS))
+        self.needs = tuple(dict.fromkeys(readable))
         self.index = {signal: self._index(signal) for signal in self.needs}
         self._local = _Buffers()
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
+from typing import Literal
 
 from torch import Tensor
 
 from .. import registry
-from ..types import Assignment, Method, Visual
+from ..types import Assignment, Method, Signal, UnsupportedModel, Visual
+
+Fallback = Literal["received", "error"]
 
 
 class _CallablePackage(ModuleType):
@@ -33,3 +36,46 @@ def budget_of(v: Visual, name: str) -> int:
 def select(order: Tensor, scores: Tensor | None = None) -> Assignment:
     """Keep the tokens of `order` [K], picked in that order, as they are."""
     return Assignment(idx=order.sort().values, order=order, scores=scores)
+
+
+def best_first(scores: Tensor) -> Tensor:
+    """Positions of scores [N] from the highest to the lowest; equal scores in positional order."""
+    return scores.sort(descending=True, stable=True).indices
+
+
+def signal_of(v: Visual, wanted: Signal, name: str) -> Tensor:
+    """A signal of the unit in float32; ValueError if the seam did not provide it."""
+    if wanted not in v.signals:
+        given = ", ".join(map(str, v.signals)) or "none"
+        raise ValueError(f"{name} needs the signal {wanted}, but the unit carries {given}: add it to Visual.signals")
+    return v.signals[wanted].float()
+
+
+def cls_needs(layer: int | float | None, fallback: Fallback) -> tuple[Signal, ...]:
+    """What `cls_attention` reads: the fallback costs nothing on towers with a CLS token."""
+    cls = Signal("cls", layer)
+    return (cls,) if fallback == "error" else (cls, Signal("received", layer, without_cls=True))
+
+
+def cls_attention(v: Visual, layer: int | float | None, fallback: Fallback, name: str) -> Tensor:
+    """[N] float32: the CLS row of a tower layer, or what stands in for it on towers without a CLS token.
+
+    fallback: "received" takes the mean attention that every token receives, noted in `Visual.state["note"]`;
+        "error" raises UnsupportedModel.
+    """
+    cls = Signal("cls", layer)
+    if cls in v.signals:
+        return v.signals[cls].float()
+    if fallback == "error":
+        raise UnsupportedModel(
+            f"{name} needs the attention of a CLS token, and this tower has none: pass fallback='received' to rank by "
+            "the attention every token receives"
+        )
+    v.state["note"] = f"{name}: the tower has no CLS token, the attention every token receives is used instead"
+    return signal_of(v, Signal("received", layer, without_cls=True), name)
+
+
+def check_fallback(fallback: str) -> None:
+    """Raise ValueError unless it is a fallback that `cls_attention` knows."""
+    if fallback not in ("received", "error"):
+        raise ValueError(f"fallback={fallback!r}: choose 'received' or 'error'")

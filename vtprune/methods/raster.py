@@ -34,6 +34,17 @@ def blocks(v: Visual) -> list[Tensor]:
     return [block for block in found if block.numel()]
 
 
+def views(v: Visual, x: Tensor) -> list[Tensor]:
+    """The raster of every span as a view [t, h, w, ...] into x [N, ...], newlines left out; [] if none is known."""
+    if not v.spans:
+        return [] if v.grid is None else [x.unflatten(0, v.grid)]
+    found = []
+    for span in v.spans:
+        t, h, w = span.grid
+        found.append(x[span.start : span.start + len(span)].unflatten(0, (t, h, w + span.newline))[:, :, :w])
+    return found
+
+
 def _row(start: int, stop: int) -> Tensor:
     return torch.arange(start, max(start, stop)).reshape(1, 1, -1)
 

@@ -1,0 +1,108 @@
+"""HiPrune: what a middle layer of the tower looks at, its neighbours, and what the last layer summarises into."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from vtprune.kernels import check_finite
+
+from ...registry import register
+from ...types import Assignment, Method, Signal, Visual
+from .. import best_first, budget_of, select, signal_of
+from ..raster import views
+
+Edges = Literal["grid", "clamp_flat"]
+DEEP = Signal("received", None)
+
+
+@register("hiprune", paper="https://arxiv.org/abs/2508.00553", seam="pre_llm")
+@dataclass(frozen=True)
+class HiPrune(Method):
+    """Anchors, buffers and registers by the attention that tokens receive in two layers of the tower.
+
+    Of a budget of n tokens, round(n * alpha / 5) are anchors: those that receive most attention in the object layer.
+    Buffers are the up to four neighbours of every anchor. Registers fill the budget: the tokens that receive most in
+    the layer that feeds the projector. No CLS token is needed. In a mosaic the neighbours cross tile borders;
+    newlines have none. A unit whose raster is unknown takes its neighbours along the sequence, noted in
+    `Visual.state["note"]`.
+
+    alpha: share of anchors and buffers in the budget, 0..1. Buffers that do not fit are left out, lowest score first.
+    object_layer: an int counts tower layers as Python does (the paper's layer 9 is 8), a float is a share of the
+        depth as in `Signal`; 0.375 is the paper's layer 9 of CLIP-L's 24 and 16 of Qwen2.5-VL's 32.
+    edges: "grid" has no neighbours outside the raster; "clamp_flat" takes them from the flat index as the official
+        code does: rows wrap around, and what lies outside becomes the first or the last token.
+    exact_budget: False repeats the official Qwen code, which pushes chosen tokens down by one mean score where it
+        should exclude them: one that still ranks as a register takes up its place twice, so fewer than n tokens
+        may stay. Needs one transfer to the host per unit.
+    """
+
+    alpha: float = 0.1
+    object_layer: int | float = 0.375
+    edges: Edges = "grid"
+    exact_budget: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.alpha <= 1.0:
+            raise ValueError(f"alpha={self.alpha}: choose a share in 0..1")
+        if self.edges not in get_args(Edges):
+            raise ValueError(f"edges={self.edges!r}: choose 'grid' or 'clamp_flat'")
+        if isinstance(self.object_layer, bool) or not isinstance(self.object_layer, int | float):
+            raise TypeError(f"object_layer={self.object_layer!r}: use an int (tower layer) or a float in (0, 1)")
+        Signal("received", self.object_layer)  # checks the share
+
+    @property
+    def needs(self) -> tuple[Signal, ...]:
+        return (Signal("received", self.object_layer), DEEP)
+
+    @property
+    def exact(self) -> bool:
+        return self.exact_budget
+
+    def __call__(self, v: Visual) -> Assignment:
+        return self.batch([v])[0]
+
+    def batch(self, units: Sequence[Visual]) -> list[Assignment]:
+        budgets = [budget_of(v, self.name) for v in units]
+        scores = [[signal_of(v, need, self.name) for need in self.needs] for v in units]
+        check_finite([score for pair in scores for score in pair], "attention maps")
+        return [self._pick(v, n, *pair) for v, n, pair in zip(units, budgets, scores)]
+
+    def _pick(self, v: Visual, n: int, shallow: Tensor, deep: Tensor) -> Assignment:
+        anchors = best_first(shallow)[: round(n * self.alpha / 5)]
+        is_anchor = torch.zeros_like(shallow, dtype=torch.bool).index_fill(0, anchors, True)
+        tier = torch.where(is_anchor, 2, self._around(v, is_anchor).long())
+        by_deep = best_first(deep)
+        order = by_deep.gather(0, best_first(tier.gather(0, by_deep)))[:n]
+        order = torch.cat([anchors, order[len(anchors) :]])
+        if self.exact_budget:
+            return select(order, deep)
+        first = torch.zeros_like(is_anchor).index_fill(0, order, True) & (tier > 0)
+        pushed = best_first(deep / deep.mean() - first.float())
+        free = torch.arange(v.n, device=deep.device) < n - first.sum()
+        return Assignment(first.scatter(0, pushed, first.gather(0, pushed) | free).nonzero()[:, 0], scores=deep)
+
+    def _around(self, v: Visual, anchors: Tensor) -> Tensor:
+        """[N] bool: the tokens beside, above and below the anchors."""
+        near = torch.zeros_like(anchors)
+        rasters = list(zip(views(v, anchors), views(v, near)))
+        if not rasters:
+            v.state["note"] = f"{self.name}: the raster is unknown, buffers are the neighbours along the sequence"
+            rasters = [(anchors.view(1, 1, -1), near.view(1, 1, -1))]
+        elif self.edges == "clamp_flat":
+            for step in (1, rasters[0][0].shape[2]):
+                near[:-step] |= anchors[step:]
+                near[step:] |= anchors[:-step]
+                near[0] |= anchors[:step].any()
+                near[-1] |= anchors[-step:].any()
+            return near
+        for there, here in rasters:
+            here[:, 1:] |= there[:, :-1]
+            here[:, :-1] |= there[:, 1:]
+            here[:, :, 1:] |= there[:, :, :-1]
+            here[:, :, :-1] |= there[:, :, 1:]
+        return near
