@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -27,51 +28,39 @@ def farthest_point(
     first: Sequence[int | Tensor] | None = None,
     memory: Memory = "auto",
 ) -> list[Tensor]:
-    """Pick budgets[i] rows of features[i] greedily, each as unlike the rows picked before as possible.
-
-    features: one [N_i, D_i] tensor per problem, any float dtype, all on one device. Rows are compared by
-        cosine similarity in float32; a zero row has similarity 0 to everything.
-    budgets: picks per problem, 1 <= budgets[i] <= N_i.
-    objective: "maxmin" takes the row whose nearest picked row is farthest (k-center; DivPrune,
-        https://arxiv.org/abs/2503.02175); "maxsum" the row with the smallest summed similarity to the picked
-        ones (ToDRE, https://arxiv.org/abs/2505.18757).
-    first: first pick per problem, an int or a 0-d tensor (never read on the host, so not checked either).
-        None: the row whose nearest neighbour is farthest.
-    memory: "fast" holds an N x N float32 Gram matrix per problem; "low" never does and computes one row per
-        pick; "auto" is "fast" up to 1 GiB per problem.
-    Returns one int64 tensor [budgets[i]] per problem: distinct indices in pick order. Ties go to the lower
-    index. A batch gives what its problems give one by one. The loop never waits for the device.
-    Raises ValueError for NaN or Inf features, and for budgets, first picks or options out of range.
-    """
-    _check(features, budgets, objective, first, memory)
-    rows = _unit_rows(features)
+    """As `vtprune.kernels.farthest_point`, in plain torch on any device; see there."""
+    check_arguments(features, budgets, objective, first, memory)
+    pairs = [unit_rows(x) for x in features]
+    check_finite([largest for _, largest in pairs], "feature rows")
+    rows = [unit for unit, _ in pairs]
     starts: list[Tensor | None] = [None] * len(rows)
     if first is not None:
-        starts = [torch.as_tensor(index, device=unit.device) for index, unit in zip(first, rows)]
+        starts = [first_pick(index, unit) for index, unit in zip(first, rows)]
     picks: dict[int, Tensor] = {}
     with_gram: list[int] = []
     for i, unit in enumerate(rows):
-        if memory == "low" or (memory == "auto" and 4 * unit.shape[0] ** 2 > GRAM_BYTES):
+        if without_gram(unit.shape[0], memory):
             picks[i] = _without_gram(unit, budgets[i], objective, starts[i])
         else:
             with_gram.append(i)
-    for group in _groups(with_gram, [unit.shape[0] for unit in rows]):
+    for group in groups(with_gram, [unit.shape[0] for unit in rows]):
         longest = max(budgets[i] for i in group)
         picked = _with_gram([rows[i] for i in group], longest, objective, [starts[i] for i in group])
         picks.update({i: order[: budgets[i]] for i, order in zip(group, picked)})
     return [picks[i] for i in range(len(rows))]
 
 
-def _check(
+def check_arguments(
     features: Sequence[Tensor],
     budgets: Sequence[int],
     objective: str,
     first: Sequence[int | Tensor] | None,
     memory: str,
 ) -> None:
-    if objective not in ("maxmin", "maxsum"):
+    """Raise ValueError for anything wrong that the host can see without waiting for the device."""
+    if objective not in get_args(Objective):
         raise ValueError(f"objective={objective!r}: choose 'maxmin' or 'maxsum'")
-    if memory not in ("auto", "fast", "low"):
+    if memory not in get_args(Memory):
         raise ValueError(f"memory={memory!r}: choose 'auto', 'fast' or 'low'")
     if len(budgets) != len(features) or (first is not None and len(first) != len(features)):
         raise ValueError(
@@ -81,6 +70,8 @@ def _check(
     for i, (unit, budget) in enumerate(zip(features, budgets)):
         if unit.dim() != 2 or not unit.is_floating_point():
             raise ValueError(f"features[{i}] is {unit.dtype} {tuple(unit.shape)}: expected a float tensor [N, D]")
+        if not unit.numel():
+            raise ValueError(f"features[{i}] is empty, {tuple(unit.shape)}: nothing to pick from; leave it out")
         if not 1 <= budget <= unit.shape[0]:
             raise ValueError(f"budgets[{i}]={budget}: choose 1..{unit.shape[0]}, the number of rows of features[{i}]")
         start = 0 if first is None else first[i]
@@ -88,26 +79,52 @@ def _check(
             raise ValueError(f"first[{i}]={start}: choose 0..{unit.shape[0] - 1}")
 
 
-def _unit_rows(features: Sequence[Tensor]) -> list[Tensor]:
-    """Float32 rows of length 1; zero rows stay zero."""
-    rows = [x.float() for x in features]
+def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(float32 rows of length 1, zero rows staying zero; largest entry of each row [N, 1])."""
+    x = x.float()
     # Dividing by the largest entry first keeps the squares of very large and very small rows in range.
-    largest = [x.abs().amax(dim=1, keepdim=True) for x in rows]
-    check_finite(largest, "feature rows")
+    largest = x.abs().amax(dim=1, keepdim=True)
     tiny = torch.finfo(torch.float32).tiny
-    return [torch.nn.functional.normalize(x / top.clamp_min(tiny), dim=1) for x, top in zip(rows, largest)]
+    return torch.nn.functional.normalize(x / largest.clamp_min(tiny), dim=1), largest
 
 
-def _groups(members: list[int], sizes: list[int]) -> list[list[int]]:
+def first_pick(index: int | Tensor, unit: Tensor) -> Tensor:
+    """A given first pick as a 0-d int64 tensor beside the unit; an int travels as the argument of a fill."""
+    if isinstance(index, int):
+        return torch.full((), index, dtype=torch.int64, device=unit.device)
+    return index.to(unit.device, torch.int64)
+
+
+def without_gram(n: int, memory: Memory) -> bool:
+    """Whether a problem of n rows is solved without its N x N matrix."""
+    return memory == "low" or (memory == "auto" and 4 * n**2 > GRAM_BYTES)
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Float32 products in float32 (no TF32, no bfloat16), whatever the process has set; put back afterwards."""
+    backend = (torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn).matmul
+    before = backend.fp32_precision
+    if before in ("ieee", "none"):  # "none": nobody asked for less
+        yield
+        return
+    backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
+
+
+def groups(members: list[int], sizes: list[int]) -> list[list[int]]:
     """Problems that share one loop: similar sizes together, padded Gram matrices within GRAM_BYTES."""
-    groups: list[list[int]] = []
+    found: list[list[int]] = []
     for i in sorted(members, key=lambda i: -sizes[i]):
-        widest = sizes[groups[-1][0]] if groups else 0
-        if groups and 4 * widest**2 * (len(groups[-1]) + 1) <= GRAM_BYTES:
-            groups[-1].append(i)
+        widest = sizes[found[-1][0]] if found else 0
+        if found and 4 * widest**2 * (len(found[-1]) + 1) <= GRAM_BYTES:
+            found[-1].append(i)
         else:
-            groups.append([i])
-    return groups
+            found.append([i])
+    return found
 
 
 def _with_gram(rows: Sequence[Tensor], budget: int, objective: Objective, starts: Sequence[Tensor | None]) -> Tensor:
@@ -133,10 +150,11 @@ def fill_gram(rows: Tensor, out: Tensor) -> Tensor:
     One problem at a time, because a batched product may round differently and so break ties differently.
     """
     n = rows.shape[0]
-    for start in range(0, n, GRAM_BLOCK):
-        stop = min(start + GRAM_BLOCK, n)
-        torch.mm(rows[start:stop], rows[start:].T, out=out[start:stop, start:])
-        out[stop:, start:stop] = out[start:stop, stop:].T
+    with full_precision(rows.device):
+        for start in range(0, n, GRAM_BLOCK):
+            stop = min(start + GRAM_BLOCK, n)
+            torch.mm(rows[start:stop], rows[start:].T, out=out[start:stop, start:])
+            out[stop:, start:stop] = out[start:stop, stop:].T
     return out
 
 
@@ -181,7 +199,8 @@ def most_isolated(rows: Tensor) -> Tensor:
     step = max(1, BLOCK_BYTES // (4 * n))
     nearest = []
     for start in range(0, n, step):
-        block = rows[start : start + step] @ rows.T
+        with full_precision(rows.device):
+            block = rows[start : start + step] @ rows.T
         block.diagonal(start).fill_(-torch.inf)
         nearest.append(block.amax(dim=1))
     return torch.cat(nearest).argmin()
