@@ -1,17 +1,15 @@
 """Speed and memory, dense against pruned, interleaved in one run, and the share of what is physically possible.
 
-Two limits stand beside every speed-up. Roofline: every kernel at the card's measured peak. Stack: this very software
-with an LLM prefill that costs no more than a forward pass of one token, which is what launches and Python leave.
+Two limits stand beside every speed-up. Roofline: every kernel at the measured peak of the processor. Stack: this very
+software with an LLM prefill that costs no more than a forward pass of one token, which is what launches and Python
+leave. What the numbers mean: speed.py.
 """
 
 from __future__ import annotations
 
-import copy
-import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from statistics import median
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,10 +17,13 @@ from tqdm import tqdm
 
 import vtprune
 from vtprune.evals import geometries
-from vtprune.evals.accuracy import parse_method, share
-from vtprune.evals.flops import FORMULA, Card, TextCost, card, counted, ideal_llm
-from vtprune.evals.report import Report, Row, environment, show
-from vtprune.types import Method
+from vtprune.evals.accuracy import parse_method
+from vtprune.evals.flops import TextCost, counted, peak
+from vtprune.evals.meter import Allocated, Phases, now, timed
+from vtprune.evals.prefill import MODES, Bucketed
+from vtprune.evals.report import environment
+from vtprune.evals.speed import BenchReport, Limits, Samples, Variant, notes_of, row_of
+from vtprune.types import VtpruneError
 
 KEEPS = (0.33, 0.22, 0.11)
 METHODS = ("divprune", "random", "fastv")
@@ -61,26 +62,10 @@ class Subject:
         with torch.inference_mode():
             return geometries.encode(self.model, pixels, self.modality)
 
-
-@dataclass
-class Samples:
-    """What was measured of one variant, a value a repeat; seconds unless named otherwise."""
-
-    ttft: list[float] = field(default_factory=list)
-    step: list[float] = field(default_factory=list)
-    selector: list[float] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    kv_bytes: int = 0
-    peak_bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to run the model: dense (no method), or a method at a keep."""
-
-    label: str
-    method: Method | None = None
-    keep: float | int | None = None
+    def one_token(self) -> Any:
+        """The forward pass of one token of text."""
+        with torch.inference_mode():
+            return self.model(input_ids=self.inputs["input_ids"][:, :1], use_cache=True)
 
 
 def subject(
@@ -119,87 +104,119 @@ def bench(
     methods: Iterable[str] = METHODS,
     keeps: Sequence[float | int] = KEEPS,
     *,
+    prefill: Sequence[str] = ("eager",),
+    bucket: int = 64,
     repeats: int = 7,
     new_tokens: int = 16,
+    skip: bool = False,
     progress: bool = True,
 ) -> BenchReport:
-    """Time dense and every method at every keep, interleaved; medians over `repeats` after one warm-up round."""
-    variants = [Variant("dense")]
-    for text in methods:
-        name, options = parse_method(text)
-        variants += [Variant(text, vtprune.create(name, **options), keep) for keep in keeps]
-    for variant in variants[1:]:  # a stage this model cannot take fails here, not in the middle of a run
-        vtprune.patch(what.model, variant.method, keep=variant.keep).remove()  # type: ignore[arg-type]
-    samples = {v: Samples() for v in variants}
-    with tqdm(total=(repeats + 1) * len(variants), unit="run", disable=not progress) as bar:
+    """Time dense and every method at every keep, interleaved; medians over `repeats` after one warm-up round.
+
+    prefill: ways to run the text model's prefill, of "eager", "graph" (CUDA graphs) and "compile"; the latter two at
+    lengths rounded up to `bucket`. A way that a method does not allow is left out and noted.
+    skip: leave out and note methods that this model cannot take, instead of raising.
+
+    Raises ValueError for an unknown way, UnsupportedModel or UnsupportedCall as `vtprune.patch` does.
+    """
+    variants = list(_variants(methods, keeps, prefill))
+    runners = {mode: Bucketed(what.model, mode, bucket) for mode in prefill if mode != "eager"}
+    samples: dict[Variant, Samples] = {}
+    left_out: list[str] = []
+    for variant in variants:  # what this model cannot take fails here, not in the middle of a run
+        try:
+            with _ready(what, variant, runners):
+                samples[variant] = Samples()
+        except (VtpruneError, ValueError) as error:
+            if variant.prefill == "eager" and not skip:
+                raise
+            left_out.append(f"Not run: {variant.label} at {variant.keep}, {variant.prefill}: {error}")
+    with tqdm(total=(repeats + 1) * len(samples), unit="run", disable=not progress) as bar:
         for repeat in range(repeats + 1):
-            for variant in variants:
-                bar.set_description(f"{what.name}: {variant.label}")
-                _once(what, variant, Samples() if repeat == 0 else samples[variant], new_tokens)
+            for variant, into in samples.items():
+                bar.set_description(f"{what.name}: {variant.label}, {variant.prefill}")
+                with _ready(what, variant, runners) as handle:
+                    if repeat == 0:
+                        _generate(what, Samples(), 1)
+                        _weigh(what, variant, into)
+                    else:
+                        _generate(what, into, new_tokens, handle)
                 bar.update()
-    return _report(what, samples, repeats)
+    return _report(what, samples, runners, repeats, left_out)
 
 
-def _once(what: Subject, variant: Variant, into: Samples, new_tokens: int) -> None:
+def _variants(methods: Iterable[str], keeps: Sequence[float | int], prefill: Sequence[str]) -> Iterator[Variant]:
+    named = [(text, *parse_method(text)) for text in methods]
+    rules = [(text, vtprune.create(name, **options)) for text, name, options in named]
+    for mode in prefill:
+        if mode not in MODES:
+            raise ValueError(f"prefill mode {mode!r}: choose one of {', '.join(MODES)}")
+        yield Variant("dense", prefill=mode)
+        for text, rule in rules:
+            yield from (Variant(text, rule, keep, mode) for keep in keeps)
+
+
+@contextmanager
+def _ready(what: Subject, variant: Variant, runners: dict[str, Bucketed]) -> Iterator[Any]:
+    """The model made to run as `variant` says; yields the handle, None if dense."""
+    rule, keep = variant.method, variant.keep
+    patched = vtprune.patch(what.model, rule, keep=keep) if rule is not None else nullcontext()
+    with patched as handle, runners.get(variant.prefill, nullcontext()):
+        yield handle
+
+
+def _generate(what: Subject, into: Samples, new_tokens: int, handle: Any = None) -> None:
     """One prefill and `new_tokens` decode steps, appended to `into`."""
     device = what.model.device
-    if variant.method is None:
-        _generate(what, into, new_tokens, device)
-        return
-    with vtprune.patch(what.model, variant.method, keep=variant.keep) as handle:
-        _generate(what, into, new_tokens, device)
-        if handle.last is not None:
-            into.selector.append(handle.last.seconds)
-
-
-def _generate(what: Subject, into: Samples, new_tokens: int, device: torch.device) -> None:
+    held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with torch.inference_mode():
-        start = _now(device)
-        out = what.model(**what.inputs, use_cache=True, logits_to_keep=1)
-        token = out.logits[:, -1:].argmax(-1)
-        into.ttft.append(_now(device) - start)
+        start = now(device)
+        with Phases(what.model.get_decoder(), device) as phases:
+            out = what.model(**what.inputs, use_cache=True, logits_to_keep=1)
+            token = out.logits[:, -1:].argmax(-1)
+            into.ttft.append(now(device) - start)
+        for times, seconds in zip((into.encode, into.cut, into.prefill), phases.seconds):
+            times.append(seconds)
+        if handle is not None and handle.last is not None:
+            into.selector.append(handle.last.seconds)
         cache = out.past_key_values
         stored = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
         into.lengths = [layer.keys.shape[-2] for layer in stored]
         into.kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in stored)
-        start = _now(device)
+        start = now(device)
         for _ in range(new_tokens):
             out = what.model(input_ids=token, past_key_values=cache, use_cache=True)
             token = out.logits[:, -1:].argmax(-1)
-        into.step.append((_now(device) - start) / max(1, new_tokens))
+        into.step.append((now(device) - start) / max(1, new_tokens))
     if device.type == "cuda":
-        into.peak_bytes = torch.cuda.max_memory_allocated(device)
+        into.peak_bytes = torch.cuda.max_memory_allocated(device) - held
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def _weigh(what: Subject, variant: Variant, into: Samples) -> None:
+    """What needs no clock: FLOPs of the vision side as this variant runs it, and on a CPU the peak of memory."""
+    into.vision_flops = counted(what.encode)
+    if what.model.device.type == "cpu" and variant.prefill == "eager":
+        with Allocated() as allocated:
+            _generate(what, Samples(), 1)
+        into.peak_bytes = allocated.peak
 
 
-def _timed(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    times = []
-    for _ in range(repeats + 1):
-        start = _now(device)
-        call()
-        times.append(_now(device) - start)
-    return median(times[1:])
-
-
-def _report(what: Subject, samples: dict[Variant, Samples], repeats: int) -> BenchReport:
+def _report(
+    what: Subject, samples: dict[Variant, Samples], runners: dict[str, Bucketed], repeats: int, left_out: list[str]
+) -> BenchReport:
     model, device = what.model, what.model.device
     text = TextCost.of(model.config.get_text_config(), width=torch.finfo(model.dtype).bits // 8)
-    one = what.inputs["input_ids"][:, :1]
-    with torch.inference_mode():
-        vision = _timed(what.encode, device, repeats)
-        floor = _timed(lambda: model(input_ids=one, use_cache=True), device, repeats)
-    vision_flops = counted(what.encode)
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    limits = Limits(card(gpu), text, vision_flops, vision + floor, what.batch)
-    dense = samples[Variant("dense")]
-    rows = [_row(what, variant, s, dense, limits) for variant, s in samples.items()]
+    floors = {}
+    for mode in ("eager", *runners):
+        with runners.get(mode, nullcontext()):
+            floors[mode] = timed(what.one_token, device, repeats)
+    vision_flops = next(iter(samples.values())).vision_flops
+    card = peak(device, model.dtype)
+    limits = Limits(card, text, vision_flops, timed(what.encode, device, repeats), floors, what.batch)
+    text_tokens = what.tokens - what.visual
+    rows = [row_of(v, s, samples[Variant("dense", prefill=v.prefill)], limits, text_tokens) for v, s in samples.items()]
     dtype = str(model.dtype).removeprefix("torch.")
     env = environment(
         device.type,
@@ -208,171 +225,12 @@ def _report(what: Subject, samples: dict[Variant, Samples], repeats: int) -> Ben
         geometry=what.name,
         shrunk=what.shrunk or None,
         parameters=model.num_parameters(),
+        weight_bytes=sum(p.nbytes for p in model.parameters()),
         attention=model.config._attn_implementation,
         tokens=what.tokens,
         visual_tokens=what.visual,
-        vision_ms=1e3 * vision,
-        one_token_forward_ms=1e3 * floor,
-        vision_tflop=vision_flops / 1e12,
         repeats=repeats,
-        formula=FORMULA,
+        limits=limits.to_json(),
     )
-    title = f"{what.name}, {what.visual} visual + {what.tokens - what.visual} text tokens, batch {what.batch}, {dtype}"
-    notes = tuple(filter(None, (what.shrunk, *NOTES, FORMULA)))
-    return BenchReport(title, rows, env, notes)
-
-
-NOTES = (
-    "TTFT: vision, selection and LLM prefill up to the first token on the host, median of interleaved repeats.",
-    "of roofline: speed-up / speed-up if every kernel ran at the card's measured peak. "
-    "of stack: speed-up / (dense TTFT / (vision + a forward pass of one token)).",
-)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the speed-up of a row is divided by; `stack` = seconds of vision plus a one-token forward pass."""
-
-    gpu: Card | None
-    text: TextCost
-    vision_flops: int
-    stack: float
-    batch: int
-
-    def ideal(self, lengths: Sequence[int]) -> float | None:
-        """Seconds to the first token at the card's peak, or None on an unknown card."""
-        if self.gpu is None:
-            return None
-        return self.vision_flops / self.gpu.flops + ideal_llm(self.gpu, self.text, lengths, self.batch)
-
-    def selection_budget(self, dense: Sequence[int], pruned: Sequence[int]) -> float | None:
-        """Seconds a selector may take: 2 % of the ideal dense prefill or 5 % of the ideal pruned TTFT."""
-        if self.gpu is None:
-            return None
-        return min(0.02 * ideal_llm(self.gpu, self.text, dense, self.batch), 0.05 * (self.ideal(pruned) or 0))
-
-
-def _row(what: Subject, variant: Variant, s: Samples, dense: Samples, limits: Limits) -> Row:
-    ttft, step = median(s.ttft), median(s.step)
-    speedup = median(dense.ttft) / ttft
-    ideal, ideal_dense = limits.ideal(s.lengths), limits.ideal(dense.lengths)
-    flops = limits.batch * limits.text.prefill(s.lengths) + limits.vision_flops
-    row: Row = {
-        "method": variant.label,
-        "keep": variant.keep if variant.keep is not None else 1.0,
-        "kept_by_layer": [n - (what.tokens - what.visual) for n in s.lengths],
-        "ttft_ms": 1e3 * ttft,
-        "ttft_ms_all": [1e3 * t for t in s.ttft],
-        "decode_ms_per_token": 1e3 * step,
-        "selector_ms": 1e3 * median(s.selector) if s.selector else None,
-        "kv_bytes": s.kv_bytes,
-        "peak_bytes": s.peak_bytes,
-        "flops": flops,
-        "ttft_speedup": speedup,
-        "decode_speedup": median(dense.step) / step,
-        "of_stack_limit": speedup / (median(dense.ttft) / limits.stack),
-        "ideal_ttft_ms": None,
-        "of_roofline_limit": None,
-        "selector_budget_ms": None,
-    }
-    if ideal is not None and ideal_dense is not None:
-        budget = limits.selection_budget(dense.lengths, s.lengths)
-        row["ideal_ttft_ms"] = 1e3 * ideal
-        row["of_roofline_limit"] = speedup / (ideal_dense / ideal)
-        row["selector_budget_ms"] = 1e3 * budget if budget is not None and variant.method is not None else None
-    return row
-
-
-class BenchReport(Report):
-    """Timings by method and keep."""
-
-    def cells(self) -> tuple[list[str], list[list[str]]]:
-        timed = ["TTFT ms", "speed-up", "of stack", "of roofline", "selector ms", "decode ms"]
-        header = ["method", "kept", *timed, "KV MiB", "TFLOP"]
-        return header, [self._line(row) for row in self.rows]
-
-    @staticmethod
-    def _line(row: Row) -> list[str]:
-        def times(name: str, unit: str = "") -> str:
-            return show(row[name]) + (unit if row[name] is not None else "")
-
-        def percent(name: str) -> str:
-            return "–" if row[name] is None else f"{100 * row[name]:.0f} %"
-
-        return [
-            row["method"],
-            share(row["keep"]),
-            times("ttft_ms"),
-            f"{row['ttft_speedup']:.2f}x",
-            percent("of_stack_limit"),
-            percent("of_roofline_limit"),
-            times("selector_ms"),
-            times("decode_ms_per_token"),
-            f"{row['kv_bytes'] / 2**20:.1f}",
-            f"{row['flops'] / 1e12:.3g}",
-        ]
-
-    def file_name(self) -> str:
-        """geometry_device_dtype_batch_time.json"""
-        env = self.environment
-        stamp = "".join(c for c in env["time"][:19] if c.isalnum())
-        shrunk = "_shrunk" if env.get("shrunk") else ""
-        return f"{env['geometry']}{shrunk}_{env['device']}_{env['dtype']}_b{env['batch']}_{stamp}.json"
-
-    def write(self, folder: str | Path) -> Path:
-        """Save under `folder`, one file a run."""
-        return self.save(Path(folder) / self.file_name())
-
-
-def hooks(
-    what: Subject, method: str = "divprune", keep: float | int = 0.25, steps: int = 200, progress: bool = True
-) -> BenchReport:
-    """Cost of the hooks while decoding: a patched model on its pruned cache against an unpatched one that has as many.
-
-    Both copies share their weights, and each layer of the plain cache is cut to as many keys as its pruned twin holds.
-    Steps alternate, and the order alternates too.
-    """
-    name, options = parse_method(method)
-    twin = copy.deepcopy(what.model, {id(p): p for p in what.model.parameters()})
-    device = what.model.device
-    with vtprune.patch(what.model, vtprune.create(name, **options), keep=keep), torch.inference_mode():
-        pruned = what.model(**what.inputs, use_cache=True, logits_to_keep=1).past_key_values
-        lengths = [layer.keys.shape[-2] for layer in pruned.layers]
-        text = what.inputs["input_ids"][:, -1:].repeat(1, max(lengths))
-        plain = twin(input_ids=text, use_cache=True, logits_to_keep=1).past_key_values
-        for layer, n in zip(plain.layers, lengths):
-            layer.keys, layer.values = layer.keys[:, :, :n].clone(), layer.values[:, :, :n].clone()
-        token = what.inputs["input_ids"][:, -1:]
-        sides: list[tuple[Any, Any, list[float]]] = [(what.model, pruned, []), (twin, plain, [])]
-        for i in tqdm(range(steps + 10), unit="step", desc="decode", disable=not progress):
-            for model, cache, times in sides if i % 2 else reversed(sides):
-                start = _now(device)
-                model(input_ids=token, past_key_values=cache, use_cache=True)
-                times.append(_now(device) - start)
-    patched, unpatched = (sorted(times[10:]) for _, _, times in sides)
-    rows: list[Row] = [
-        {
-            "method": method,
-            "keep": keep,
-            "cached_tokens": sum(lengths) / len(lengths),
-            "steps": steps,
-            "patched_ms": 1e3 * median(patched),
-            "unpatched_ms": 1e3 * median(unpatched),
-            "ratio": median(patched) / median(unpatched),
-        }
-    ]
-    dtype = str(what.model.dtype).removeprefix("torch.")
-    env = environment(device.type, dtype, what.batch, geometry=what.name, shrunk=what.shrunk or None)
-    env["layers"] = what.model.config.get_text_config().num_hidden_layers
-    title = f"Decode with hooks against without, {what.name}, {sum(lengths) / len(lengths):g} cached tokens a layer"
-    return HooksReport(title, rows, env, tuple(filter(None, (what.shrunk,))))
-
-
-class HooksReport(BenchReport):
-    """One row: medians with and without hooks, and their ratio."""
-
-    def cells(self) -> tuple[list[str], list[list[str]]]:
-        return Report.cells(self)
-
-    def file_name(self) -> str:
-        return f"hooks_{super().file_name()}"
+    title = f"{what.name}, {what.visual} visual + {text_tokens} text tokens, batch {what.batch}, {dtype}"
+    return BenchReport(title, rows, env, notes_of(what.shrunk, device.type, left_out))

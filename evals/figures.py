@@ -1,10 +1,14 @@
-"""Figures of the reports: accuracy against kept visual tokens."""
+"""Figures of the reports: accuracy and time to the first token against kept visual tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vtprune.evals.speed import Limits
 
 Row = dict[str, Any]
 # Okabe-Ito colours, which stay apart for colour-blind readers; the controls are grey.
@@ -55,6 +59,61 @@ def _curves(axis: Any, rows: Sequence[Row], capability: str, marks: float = 5) -
         axis.plot(x, y, style, color=color, marker="o", ms=marks, lw=1.4, label=method)
         axis.fill_between(x, [r["low"] for _, r in points], [r["high"] for _, r in points], color=color, alpha=0.1)
     _share_axis(axis, sorted({row["keep"] for row in pruned}))
+
+
+def ttft(saved: Sequence[tuple[Row, Limits]], path: str | Path) -> Path:
+    """Write a PNG, a panel for each benchmark: time to the first token against visual tokens kept, and both limits.
+
+    saved: what a benchmark wrote, and the limits it was measured against. Nothing can lie below the roofline; the
+    stack's floor is what this software reaches at best, vision and a forward pass of one token.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(len(saved), 2)
+    lines = -(-len(saved) // columns)
+    figure = Figure(figsize=(max(7.0, 6.2 * columns), 4.6 * lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(lines, columns, squeeze=False)
+    for axis, (one, limits) in zip(axes.flat, saved):
+        _ttft_panel(axis, one, limits)
+    for axis in axes.flat[len(saved) :]:
+        axis.set_axis_off()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _ttft_panel(axis: Any, one: Row, limits: Limits) -> None:
+    rows, env = one["rows"], one["environment"]
+    whole, text = env["visual_tokens"], env["tokens"] - env["visual_tokens"]
+    for mode, style in zip(dict.fromkeys(row["prefill"] for row in rows), ("-", "--", ":")):
+        of = "" if mode == "eager" else f", {mode}"
+        mine = [row for row in rows if row["prefill"] == mode]
+        dense = next(row for row in mine if row["method"] == "dense")
+        axis.plot(whole, dense["ttft_ms"], "D", color="black", ms=5, label=f"dense{of}", zorder=5)
+        for method, (color, _) in _styles([row for row in mine if row is not dense]).items():
+            points = sorted((mean(row["kept_by_layer"]), row["ttft_ms"]) for row in mine if row["method"] == method)
+            x, y = zip(*points, (whole, dense["ttft_ms"]))
+            axis.plot(x, y, style, color=color, marker="o", ms=4, lw=1.5, label=f"{method}{of}")
+        floor = 1e3 * limits.stack(mode)
+        dashes = (0, (6, 3)) if style == "-" else style
+        axis.axhline(floor, color="#555555", lw=1, ls=dashes, label=f"stack limit{of}: vision + one token")
+    some = [whole * i / 100 for i in range(101)]
+    ideal = [1e3 * limits.ideal(round(n) + text) for n in some]
+    axis.plot(some, ideal, color="black", lw=1.2, label="roofline limit")
+    axis.fill_between(some, ideal, color="black", alpha=0.07, lw=0)
+    axis.set(xlabel="visual tokens in the LLM, mean over its layers", ylabel="time to first token, ms")
+    axis.set_xlim(0, 1.02 * whole)
+    axis.set_ylim(0, 1.12 * max(row["ttft_ms"] for row in rows))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25, lw=0.5)
+    axis.legend(fontsize=8, frameon=False, loc="upper left")
+    machine = f"{env['geometry']}: {env['gpu'] or env['cpu']}, {env['dtype']}, batch {env['batch']}"
+    axis.set_title(machine, fontsize=10, loc="left", pad=20 if env["shrunk"] else 8)
+    if env["shrunk"]:
+        axis.text(0, 1.02, env["shrunk"], transform=axis.transAxes, fontsize=8, color="#b00000")
 
 
 def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:

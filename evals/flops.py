@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 FORMULA = (
@@ -80,19 +81,45 @@ def counted(call: Callable[[], Any]) -> int:
 
 @dataclass(frozen=True)
 class Card:
-    """What a card reaches in practice: dense bf16 FLOP/s and bytes/s."""
+    """What a processor reaches in practice, in one data type: dense FLOP/s and bytes/s."""
 
     flops: float
     bandwidth: float
 
 
-# Measured on such a card, not taken from its data sheet: a large bf16 product, and a copy.
+# Half precision. Measured on such a card, not taken from its data sheet: a large product, and a copy.
 CARDS = {"NVIDIA H200": Card(790e12, 4.3e12)}
 
 
 def card(name: str | None) -> Card | None:
-    """The figures of a GPU by its CUDA name; None for an unknown one (then no fraction of the roofline is given)."""
+    """The half-precision figures of a GPU by its CUDA name; None for an unknown one."""
     return next((figures for known, figures in CARDS.items() if name and name.startswith(known)), None)
+
+
+def peak(device: torch.device, dtype: torch.dtype) -> Card:
+    """What this processor reaches: from `CARDS` if it is known, else measured now in a second or two."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    known = card(name) if dtype.itemsize == 2 else None
+    return known or measured(device, dtype)
+
+
+def measured(device: torch.device, dtype: torch.dtype, side: int | None = None) -> Card:
+    """Best of five: a square product [side, side], and a copy that no cache holds (read and write counted)."""
+    side = side or (8192 if device.type == "cuda" else 2048)
+    a = torch.ones(side, side, device=device, dtype=dtype)
+    source = torch.zeros(2**30 if device.type == "cuda" else 2**27, device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    product = min(_seconds(lambda: a @ a, device) for _ in range(5))
+    copy = min(_seconds(lambda: target.copy_(source), device) for _ in range(5))
+    return Card(2 * side**3 / product, 2 * source.nbytes / copy)
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    from vtprune.evals.meter import now
+
+    start = now(device)
+    call()
+    return now(device) - start
 
 
 def ideal_llm(gpu: Card, text: TextCost, tokens: int | Sequence[int], batch: int = 1) -> float:

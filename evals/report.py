@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -97,6 +98,8 @@ def environment(device: str, dtype: str, batch: int, **more: Any) -> Row:
         "cpu": _cpu_name(),
         "cpu_threads": torch.get_num_threads(),
         "gpu": gpu,
+        "driver": driver() if gpu else None,
+        "cuda": torch.version.cuda if gpu else None,
         "device": device,
         "dtype": dtype,
         "batch": batch,
@@ -113,6 +116,13 @@ def one_line(env: Mapping[str, Any]) -> str:
     processor = env["gpu"] or f"{env['cpu']}, {env['cpu_threads']} thread(s)"
     versions = ", ".join(f"{name} {number}" for name, number in env["versions"].items() if number)
     return f"{processor}; {env['dtype']}, batch {env['batch']}; {versions}; commit {env['commit']}; {env['time']}"
+
+
+def driver() -> str | None:
+    """Version of NVIDIA's kernel driver; None where the kernel does not tell."""
+    told = Path("/proc/driver/nvidia/version")
+    found = re.search(r"\b\d{3,}\.\d[\d.]*", told.read_text()) if told.exists() else None
+    return found[0] if found else None
 
 
 def commit() -> str | None:

@@ -155,13 +155,27 @@ def evaluate(
 @app.command()
 @sentence
 def bench(
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="JSON of earlier runs, for --plot and --table.", show_default=False)
+    ] = None,
     geometry: Annotated[
         str | None, typer.Option(help="llava-1.5-7b, llava-next-7b, llava-onevision-7b-video, qwen2.5-vl-7b or tiny.")
     ] = None,
     model: Model = None,
     method: Methods = None,
+    all_methods: Annotated[bool, typer.Option("--all", help="Every registered method the model can take.")] = False,
     keep: Keep = None,
+    prefill: Annotated[
+        str, typer.Option(help="Ways to run the LLM's prefill, of eager, graph (CUDA graphs) and compile; commas.")
+    ] = "eager",
+    bucket: Annotated[int, typer.Option(min=1, help="graph and compile round lengths up to a multiple.")] = 64,
     hooks: Annotated[bool, typer.Option("--hooks", help="Measure only what the hooks cost while decoding.")] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Measure only the kernels, against the plain way.")
+    ] = False,
+    selection: Annotated[bool, typer.Option("--selection", help="Measure only farthest point selection.")] = False,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw FILES: TTFT against kept tokens and limits.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="Print FILES as the README's tables.")] = False,
     batch: Batch = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats; the median counts.")] = 7,
     new_tokens: Annotated[int, typer.Option(min=1, help="Decode steps per repeat.")] = 16,
@@ -173,34 +187,67 @@ def bench(
     out: Out = Path("benchmarks"),
     as_json: Json = False,
 ) -> None:
-    """Time TTFT, decode and selection, dense and pruned in one run, beside the limits of the card and the stack."""
+    """Time TTFT, prefill, decode and selection, dense and pruned in one run, beside the limits of card and stack."""
+    import vtprune
     from vtprune.evals import bench as benchmark
+    from vtprune.evals import speed
 
+    if plot or table:
+        _from_files(files or [], plot, table, out)
+        return
+    if files:
+        raise ValueError(f"{files[0]}: files are read by --plot and --table only")
     if geometry is not None and model is not None:
         raise ValueError("--geometry and --model exclude each other: the first has random weights, the second its own")
     keeps = parse_keeps(keep, benchmark.KEEPS)
-    names = method or list(benchmark.METHODS)
+    names = [cls.name for cls in vtprune.methods()] if all_methods else list(method or benchmark.METHODS)
     _quiet()
-    if model is not None:
-        from vtprune.evals import tiny
+    where, progress = _device(device), not as_json
+    report: speed.BenchReport
+    if kernels or selection:
+        from vtprune.evals.bench_parts import parts
 
-        loaded, processor = _load(model, device, dtype)
-        question = tiny.questions(per_capability=1, capabilities=["color"])[0]
-        what = benchmark.from_processor(model, loaded, processor, question.image, question.prompt, batch)
+        report = parts("kernels" if kernels else "selection", where)
     else:
-        where = _device(device)
-        what = benchmark.subject(geometry or "tiny", where, _dtype(dtype, where), batch, layers, scale)
-    progress = not as_json
-    report: benchmark.BenchReport
-    if hooks:
-        report = benchmark.hooks(what, names[0], keeps[0], progress=progress)
-    else:
-        report = benchmark.bench(what, names, keeps, repeats=repeats, new_tokens=new_tokens, progress=progress)
+        what: benchmark.Subject
+        if model is not None:
+            what = _subject(model, device, dtype, batch)
+        else:
+            what = benchmark.subject(geometry or "tiny", where, _dtype(dtype, where), batch, layers, scale)
+        if hooks:
+            from vtprune.evals.bench_hooks import hooks as measure_hooks
+
+            report = measure_hooks(what, names[0], keeps[0], progress=progress)
+        else:
+            report = benchmark.bench(
+                what, names, keeps, prefill=prefill.split(","), bucket=bucket, repeats=repeats,
+                new_tokens=new_tokens, skip=all_methods, progress=progress,
+            )  # fmt: skip
     report.environment["commit"] = report.environment["commit"] or commit or None
     path = report.write(out)
     _show(report, as_json)
     if not as_json:
         typer.echo(f"wrote {path}")
+
+
+def _subject(model: str, device: str | None, dtype: str | None, batch: int) -> Any:
+    from vtprune.evals import bench as benchmark
+    from vtprune.evals import tiny
+
+    loaded, processor = _load(model, device, dtype)
+    question = tiny.questions(per_capability=1, capabilities=["color"])[0]
+    return benchmark.from_processor(model, loaded, processor, question.image, question.prompt, batch)
+
+
+def _from_files(files: list[Path], plot: bool, table: bool, out: Path) -> None:
+    from vtprune.evals import speed
+
+    if not files:
+        raise ValueError("--plot and --table read what earlier runs wrote: name the files, as in benchmarks/*.json")
+    if table:
+        typer.echo(speed.table(files))
+    if plot:
+        typer.echo(f"wrote {speed.plot([speed.load(path) for path in files], out / 'ttft.png')}")
 
 
 @app.command()

@@ -1,0 +1,110 @@
+"""Clocks and scales of the benchmark: where the time to the first token goes, and what a call allocates."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def now(device: torch.device) -> float:
+    """Seconds on the host's clock, once everything queued on a GPU is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def timed(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Median seconds of a call after one that does not count."""
+    times = []
+    for _ in range(repeats + 1):
+        start = now(device)
+        call()
+        times.append(now(device) - start)
+    return median(times[1:])
+
+
+class Phases:
+    """Splits one prefill where it enters and leaves the text model; a context manager around the call.
+
+    Works by hooks on this one text model: the first to see the call, the last before it runs, the first after it.
+    Entered after `vtprune.patch`, so that what pruning does lies between the first two. On a GPU the marks are events
+    in the stream, which keep the host running ahead as it would without them.
+
+    encode: from the call of the model to the text model (tower, projector, embeddings, position ids). cut: what the
+    patch does at the text model's door (reading masks, selecting, gathering). prefill: the text model alone, stages
+    inside it included. All in seconds.
+    """
+
+    def __init__(self, text: nn.Module, device: torch.device) -> None:
+        self.text, self.cuda = text, device.type == "cuda"
+
+    def __enter__(self) -> Phases:
+        self.marks: list[Any] = []
+        self._undo = [
+            self.text.register_forward_pre_hook(self._mark, prepend=True),
+            self.text.register_forward_pre_hook(self._mark),
+            self.text.register_forward_hook(self._mark, prepend=True),
+        ]
+        self._mark()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for hook in self._undo:
+            hook.remove()
+
+    def _mark(self, *_: Any) -> None:
+        if self.cuda:
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+        else:
+            self.marks.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> tuple[float, float, float]:
+        """(encode, cut, prefill) of the one forward pass; read it after the GPU was waited for."""
+        start, seen, cut, done = self.marks
+        return self._between(start, seen), self._between(seen, cut), self._between(cut, done)
+
+    def _between(self, a: Any, b: Any) -> float:
+        return a.elapsed_time(b) / 1e3 if self.cuda else b - a
+
+
+class Allocated(TorchDispatchMode):
+    """Peak bytes of tensors made inside the block and alive at once; weights and inputs are not made inside.
+
+    Counts what the operators return, so it is exact and the same in every run; scratch space inside one operator is
+    not seen. For CPUs, where torch keeps no such count.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        out = func(*args, **kwargs)
+        for made in tree_leaves(out):
+            if isinstance(made, Tensor) and made.untyped_storage()._cdata not in known:
+                self._count(made.untyped_storage())
+                known.add(made.untyped_storage()._cdata)
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.live -= size

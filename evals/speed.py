@@ -1,0 +1,287 @@
+"""What the benchmark's numbers mean: limits, rows, tables, and the README's figures made from saved files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean, median
+
+from vtprune.evals.accuracy import share
+from vtprune.evals.flops import FORMULA, Card, TextCost, ideal_llm
+from vtprune.evals.report import Report, Row, one_line, show
+from vtprune.types import Method
+
+SELECTION_SHARE = 0.02  # of the dense prefill: what a selection may cost
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the model: dense (no method) or a method at a keep, and how the text model prefills."""
+
+    label: str
+    method: Method | None = None
+    keep: float | int | None = None
+    prefill: str = "eager"
+
+
+@dataclass
+class Samples:
+    """What was measured of one variant, a value a repeat; seconds unless named otherwise (see `meter.Phases`)."""
+
+    ttft: list[float] = field(default_factory=list)
+    encode: list[float] = field(default_factory=list)
+    cut: list[float] = field(default_factory=list)
+    prefill: list[float] = field(default_factory=list)
+    selector: list[float] = field(default_factory=list)
+    step: list[float] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    kv_bytes: int = 0
+    peak_bytes: int | None = None
+    vision_flops: int = 0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a speed-up is divided by.
+
+    vision: seconds of tower and projector. floors: seconds of a one-token forward pass, by way of prefill.
+    """
+
+    card: Card
+    text: TextCost
+    vision_flops: int
+    vision: float
+    floors: dict[str, float]
+    batch: int
+
+    def ideal(self, lengths: int | Sequence[int], vision_flops: int | None = None) -> float:
+        """Seconds to the first token at the card's peak; lengths as in `TextCost.prefill`, text tokens included."""
+        vision = self.vision_flops if vision_flops is None else vision_flops
+        return vision / self.card.flops + self.ideal_prefill(lengths)
+
+    def ideal_prefill(self, lengths: int | Sequence[int]) -> float:
+        """Seconds of the LLM's share of it."""
+        return ideal_llm(self.card, self.text, lengths, self.batch)
+
+    def step_bytes(self, lengths: int | Sequence[int]) -> int:
+        """Bytes that a decode step reads: the weights, and the keys and values of every row."""
+        return self.text.weight_bytes + self.batch * self.text.kv_bytes(lengths)
+
+    def selection_budget(self, dense: Sequence[int], pruned: Sequence[int]) -> float:
+        """Seconds a selector may take: 2 % of the ideal dense prefill or 5 % of the ideal pruned TTFT."""
+        return min(SELECTION_SHARE * self.ideal_prefill(dense), 0.05 * self.ideal(pruned))
+
+    def stack(self, prefill: str) -> float:
+        """Seconds to the first token if the LLM cost no more than the forward pass of one token."""
+        return self.vision + self.floors[prefill]
+
+    def to_json(self) -> Row:
+        """Everything, to draw the limits from a file."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, saved: Row) -> Limits:
+        """Read what `to_json` wrote."""
+        return cls(**{**saved, "card": Card(**saved["card"]), "text": TextCost(**saved["text"])})
+
+
+def row_of(variant: Variant, s: Samples, dense: Samples, limits: Limits, text_tokens: int) -> Row:
+    """One flat row. Every speed-up is against dense with the same prefill, and stands with its share of both limits."""
+    full = dense.lengths
+    budget = limits.selection_budget(full, s.lengths) if variant.method is not None else None
+    selector = median(s.selector) if s.selector else None
+    spent = selector / median(dense.prefill) if selector is not None else None
+    ideal, step_bytes = limits.ideal(s.lengths, s.vision_flops), limits.step_bytes
+    best = limits.ideal(full) / ideal, limits.ideal_prefill(full) / limits.ideal_prefill(s.lengths)
+    return {
+        "method": variant.label,
+        "prefill": variant.prefill,
+        "keep": variant.keep if variant.keep is not None else 1.0,
+        "kept_by_layer": [n - text_tokens for n in s.lengths],
+        "ttft_ms": 1e3 * median(s.ttft),
+        "ttft_ms_all": [1e3 * t for t in s.ttft],
+        "vision_ms": 1e3 * median(s.encode),
+        "cut_ms": 1e3 * median(s.cut),
+        "prefill_ms": 1e3 * median(s.prefill),
+        "selector_ms": _ms(selector),
+        "selector_of_prefill": spent,
+        "selector_affordable": spent <= SELECTION_SHARE if spent is not None else None,
+        "selector_budget_ms": _ms(budget),
+        "decode_ms_per_token": 1e3 * median(s.step),
+        "kv_bytes": s.kv_bytes,
+        "peak_bytes": s.peak_bytes,
+        "flops": limits.batch * limits.text.prefill(s.lengths) + s.vision_flops,
+        "ideal_ttft_ms": 1e3 * ideal,
+        **_gain("ttft", dense.ttft, s.ttft, best[0], limits.stack(variant.prefill)),
+        **_gain("prefill", dense.prefill, s.prefill, best[1], limits.floors[variant.prefill]),
+        **_gain("decode", dense.step, s.step, step_bytes(full) / step_bytes(s.lengths), limits.floors["eager"]),
+    }
+
+
+def _gain(name: str, dense: Sequence[float], pruned: Sequence[float], roofline: float, floor: float) -> Row:
+    """A speed-up and its share of the two limits; floor: the seconds that the stack cannot go below."""
+    speedup = median(dense) / median(pruned)
+    return {
+        f"{name}_speedup": speedup,
+        f"{name}_of_roofline": speedup / roofline,
+        f"{name}_of_stack": speedup / (median(dense) / floor),
+    }
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else 1e3 * seconds
+
+
+def notes_of(shrunk: str, device: str, left_out: Iterable[str]) -> tuple[str, ...]:
+    """The sentences under a table."""
+    memory = {
+        "cuda": "Peak: growth of what CUDA's allocator handed out, prefill and decode; weights and inputs not counted.",
+        "cpu": "Peak: tensors alive at once beside weights and inputs, counted operator by operator in a run of its "
+        "own; scratch inside an operator is not seen.",
+    }
+    return tuple(filter(None, (shrunk, *NOTES, memory[device], FORMULA, *left_out)))
+
+
+NOTES = (
+    "TTFT: vision, selection and LLM prefill up to the first token on the host, median of interleaved repeats. "
+    "prefill: the text model alone. selector: the method alone, and its share of the dense prefill (budget 2 %, ! is "
+    "above); signals it reads from a tower or a decoder layer count there.",
+    "Speed-ups are against dense with the same prefill, with their share of the roofline limit (every kernel at the "
+    "measured peak) and of the stack limit (TTFT: vision and a forward pass of one token; prefill and decode: that "
+    "pass alone).",
+)
+
+
+class BenchReport(Report):
+    """Timings by method and keep."""
+
+    def cells(self) -> tuple[list[str], list[list[str]]]:
+        gain = "faster (roof, stack)"
+        header = ["method", "kept", "TTFT ms", gain, "prefill ms", gain, "selector ms", "of prefill", "decode ms", gain]
+        header += ["KV MiB", "peak MiB", "TFLOP"]
+        return header, [_line(row) for row in self.rows]
+
+    def plot(self, path: str | Path) -> Path:
+        """TTFT against kept tokens, with both limits."""
+        return plot([json.loads(self.to_json())], path)
+
+    def file_name(self) -> str:
+        """geometry_device_dtype_batch_time.json"""
+        env = self.environment
+        stamp = "".join(c for c in env["time"][:19] if c.isalnum())
+        shrunk = "_shrunk" if env.get("shrunk") else ""
+        return f"{env['geometry']}{shrunk}_{env['device']}_{env['dtype']}_b{env['batch']}_{stamp}.json"
+
+    def write(self, folder: str | Path) -> Path:
+        """Save under `folder`, one file a run."""
+        return self.save(Path(folder) / self.file_name())
+
+
+def _line(row: Row) -> list[str]:
+    def gain(name: str) -> str:
+        return "{:.2f}x ({:.0f}, {:.0f} %)".format(
+            row[f"{name}_speedup"], 100 * row[f"{name}_of_roofline"], 100 * row[f"{name}_of_stack"]
+        )
+
+    return [
+        _name(row),
+        share(row["keep"]),
+        show(row["ttft_ms"]),
+        gain("ttft"),
+        show(row["prefill_ms"]),
+        gain("prefill"),
+        show(row["selector_ms"]),
+        _spent(row),
+        show(row["decode_ms_per_token"]),
+        gain("decode"),
+        _mebi(row["kv_bytes"]),
+        _mebi(row["peak_bytes"]),
+        f"{row['flops'] / 1e12:.3g}",
+    ]
+
+
+def _name(row: Row) -> str:
+    return row["method"] if row["prefill"] == "eager" else f"{row['method']}, {row['prefill']}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def _spent(row: Row) -> str:
+    spent = row["selector_of_prefill"]
+    return "–" if spent is None else f"{100 * spent:.1f} %" + ("" if row["selector_affordable"] else " !")
+
+
+def _mebi(value: int | None) -> str:
+    return "–" if value is None else f"{value / 2**20:.1f}"
+
+
+# -- from saved files -----------------------------------------------------------------------------------------------
+
+
+def load(path: str | Path) -> Row:
+    """A saved benchmark, with its path under "path"; ValueError for any other JSON."""
+    try:
+        read = json.loads(Path(path).read_text())
+        if "limits" in read["environment"] and read["rows"]:
+            return {**read, "path": str(path)}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no benchmark that vtprune bench wrote") from error
+    raise ValueError(f"{path} holds no timings of prefill: draw files that vtprune bench wrote without --hooks")
+
+
+def kept(row: Row) -> float:
+    """Visual tokens in the LLM, mean over its layers."""
+    return mean(row["kept_by_layer"])
+
+
+HEADER = ("method", "kept", "TTFT ms", "speed-up", "of roofline", "of stack", "selector ms", "of dense prefill",
+          "decode ms", "KV MiB", "peak MiB")  # fmt: skip
+
+
+def table(paths: Iterable[str | Path]) -> str:
+    """Markdown: one table a file, what was run above it, the machine below."""
+    parts = []
+    for saved in map(load, paths):
+        env, rows = saved["environment"], saved["rows"]
+        shrunk = f" **{env['shrunk']}.**" if env["shrunk"] else ""
+        lines = [HEADER, ["---"] + ["---:"] * (len(HEADER) - 1), *map(_cells, rows)]
+        parts.append(f"{saved['title']}.{shrunk}")
+        parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+        parts.append(f"{one_line(env)}; median of {env['repeats']} ([raw](benchmarks/{Path(saved['path']).name})).")
+    return "\n\n".join(parts)
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        _name(row),
+        f"{kept(row):.0f}",
+        show(row["ttft_ms"]),
+        f"{row['ttft_speedup']:.2f}x",
+        _percent(row["ttft_of_roofline"]),
+        _percent(row["ttft_of_stack"]),
+        show(row["selector_ms"]),
+        _spent(row).removesuffix(" !"),
+        show(row["decode_ms_per_token"]),
+        _mebi(row["kv_bytes"]),
+        _mebi(row["peak_bytes"]),
+    ]
+
+
+BLOCK = re.compile(r"(<!-- vtprune bench --table ([^>]+?) -->\n\n).*?(\n\n<!-- end of table -->)", re.DOTALL)
+
+
+def refreshed(text: str, root: Path) -> str:
+    """`text` with the table of every block made anew from the files its opening comment names, relative to root."""
+    return BLOCK.sub(lambda m: m[1] + table(root / name for name in m[2].split()) + m[3], text)
+
+
+def plot(saved: Sequence[Row], path: str | Path) -> Path:
+    """A PNG with a panel a benchmark; see figures.ttft."""
+    from vtprune.evals.figures import ttft
+
+    return ttft([(one, Limits.of(one["environment"]["limits"])) for one in saved], path)
