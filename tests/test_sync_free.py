@@ -1,4 +1,4 @@
-"""Between projector and LLM nothing waits for the device: seen on a pretended GPU here, on a real one in test_gpu.py."""
+"""Between projector and LLM nothing waits for the device: a pretended GPU here, a real one in test_gpu.py."""
 
 from __future__ import annotations
 

@@ -73,7 +73,8 @@ def patch(
 
     method: a name from `vtprune.methods()`, a `Method`, a `Stage`, or a list of `Stage`s.
     keep: float in (0, 1] = share of a unit's visual tokens, int >= 1 = tokens per unit (more than there are keeps
-        all). 1.0 computes exactly what the unpatched model computes. Required with a name or a `Method`.
+        all). 1.0 computes exactly what the unpatched model computes. Required with a name or a `Method`, unless the
+        method decides by itself (`Method.adaptive`) or `keep_total` is given.
     add: add the stages to those of an earlier patch of this model, instead of refusing to patch twice.
     options: of the method (with a name), and those of its stages: `keep_total` in place of keep (one total for all
         units of a row), `per` = "image" | "crop" | "frame" | "sample", `newlines` = "compete" | "keep" | "drop",
@@ -142,7 +143,7 @@ def _stages(method: Any, keep: float | int | None, options: dict[str, Any]) -> l
     else:
         names = ", ".join(m.name for m in registry.methods())
         raise TypeError(f"method={method!r}: pass a name ({names}), a Method, a Stage or a list of Stages")
-    if keep is None and where.get("keep_total") is None:
+    if keep is None and where.get("keep_total") is None and not made.adaptive:
         raise TypeError(f"{made.name}: keep is missing; use a float in (0, 1] (share) or an int >= 1 (tokens)")
     check_keep(keep)
     import dataclasses

@@ -164,6 +164,11 @@ class Method(ABC):
     positions: ClassVar[Positions] = "keep"
 
     @property
+    def adaptive(self) -> bool:
+        """True if the method decides how many tokens stay where no budget is given."""
+        return False
+
+    @property
     def needs(self) -> tuple[Signal, ...]:
         """Signals the method reads; may depend on its options."""
         return ()

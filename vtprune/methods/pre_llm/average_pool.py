@@ -41,6 +41,10 @@ class AveragePool(Method):
         if self.stride is not None and self.stride < 1:
             raise ValueError(f"stride={self.stride}: choose an int >= 1, or None to pool to a budget")
 
+    @property
+    def adaptive(self) -> bool:
+        return self.stride is not None
+
     def __call__(self, v: Visual) -> Assignment:
         check_finite([v.x])
         plan = _to_budget(v, budget_of(v, self.name)) if self.stride is None else self._to_stride(v, self.stride)
