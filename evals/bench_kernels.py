@@ -11,12 +11,14 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels import merge, use
+from ..compact import Compaction
+from ..kernels import Compacted, compact, merge, use
 
 
 def kernels(device: str = "cpu") -> list[dict[str, Any]]:
@@ -25,7 +27,10 @@ def kernels(device: str = "cpu") -> list[dict[str, Any]]:
         return [merge_against_loop()]
     if not torch.cuda.is_available():
         raise RuntimeError(f"device={device!r}: no CUDA device is visible to torch; use 'cpu'")
-    return [merge_against_index_add(device)]
+    rows = [merge_against_index_add(device)]
+    for batch in (1, 8):
+        rows += compact_against_gathers(device, batch)
+    return rows
 
 
 def merge_against_loop(n: int = 6272, d: int = 896, k: int = 627, repeats: int = 5) -> dict[str, Any]:
@@ -61,6 +66,75 @@ def merge_against_index_add(device: str, n: int = 6272, d: int = 896, k: int = 6
         same = torch.allclose(merge(x, src, dst, w, k).float(), plain().float(), rtol=2e-2, atol=2e-2)
         ours, theirs = _race(lambda: merge(x, src, dst, w, k), plain, 50, _device_seconds)
     return _row("merge", "index_add_", same, ours, theirs, n=n, d=d, k=k, dtype="bfloat16", device=device)
+
+
+def compact_against_gathers(
+    device: str, batch: int, length: int = 2940, d: int = 4096, keep: float = 0.11, layers: int = 3
+) -> list[dict[str, Any]]:
+    """The one launch against a gather per tensor: the plain torch form of `compact`, and the cuts of `Compaction`.
+
+    A prompt as LLaVA-NeXT makes it (60 tokens of text, the rest visual) with M-RoPE ids, mask and deepstack features.
+    """
+    visual = torch.ones(batch, length, dtype=torch.bool)
+    visual[:, :30] = visual[:, -30:] = False
+    g = torch.Generator().manual_seed(0)
+    kept = round(keep * (length - 60))
+    alive = ~visual
+    for row in alive:
+        row[30 + torch.randperm(length - 60, generator=g)[:kept]] = True
+    arguments: dict[str, Any] = {
+        "keep": alive.to(device),
+        "counts": [kept + 60] * batch,
+        "hidden": torch.randn(batch, length, d, device=device, dtype=torch.bfloat16),
+        "position_ids": torch.arange(length, device=device).expand(3, batch, length).contiguous(),
+        "mask": torch.ones(batch, length, dtype=torch.int64, device=device),
+        "visual": visual.to(device),
+        "deepstack": [
+            torch.randn(batch * (length - 60), d, device=device, dtype=torch.bfloat16) for _ in range(layers)
+        ],
+        "kept_visual": kept * batch,
+    }
+
+    def one_launch() -> Compacted:
+        with use("triton"):
+            return compact(**arguments)
+
+    def plain_torch() -> Compacted:
+        with use("reference"):
+            return compact(**arguments)
+
+    want, rows = one_launch(), []
+    rivals: dict[str, Callable[[], Compacted]] = {
+        "a gather per tensor": plain_torch,
+        "the cuts of Compaction": lambda: _separate_cuts(**arguments),
+    }
+    for name, rival in rivals.items():
+        ours, theirs = _race(one_launch, rival, 50, _device_seconds)
+        shape = {"batch": batch, "n": length, "k": kept + 60, "d": d, "dtype": "bfloat16", "deepstack": layers}
+        rows.append(_row("compact", name, _equal(want, rival()), ours, theirs, **shape, device=device))
+    return rows
+
+
+def _separate_cuts(
+    keep: Tensor, counts: list[int], hidden: Tensor, position_ids: Tensor, mask: Tensor, visual: Tensor,
+    deepstack: list[Tensor], kept_visual: int,
+) -> Compacted:  # fmt: skip
+    """What a text call goes through without the kernel; scattering deepstack features waits for the device."""
+    c = Compaction.of(keep, counts)
+    now, layers = c.cut(visual, 1), []
+    for layer in deepstack:
+        full = layer.new_zeros(*visual.shape, layer.shape[1])
+        full[visual] = layer
+        layers.append(c.cut(full, 1)[now])
+    sums = torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    ids = c.cut(position_ids, -1)
+    return Compacted(c.index, None, c.src, c.cut(hidden, 1), ids, c.cut_mask(mask, 0), now, layers, sums)
+
+
+def _equal(a: Compacted, b: Compacted) -> bool:
+    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(a) if f.name != "deepstack"]
+    pairs += list(zip(a.deepstack, b.deepstack))
+    return all(x is y if x is None or y is None else torch.equal(x, y) for x, y in pairs)
 
 
 def _clusters(n: int, d: int, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -23,6 +23,7 @@ def _step_aside() -> bool:
 if __name__ != "kernels" or not _step_aside():
     from .attention import attention_received, attention_rows
     from .checks import Verdict, check, check_finite, deferring
+    from .compact import Compacted, compact
     from .dispatch import recording, use
     from .farthest_point import farthest_point
     from .merge import merge
@@ -30,11 +31,13 @@ if __name__ != "kernels" or not _step_aside():
 
     __all__ = [
         "Arriving",
+        "Compacted",
         "Verdict",
         "attention_received",
         "attention_rows",
         "check",
         "check_finite",
+        "compact",
         "deferring",
         "farthest_point",
         "merge",
