@@ -178,7 +178,7 @@ def _rasters(span: Span, per: Per, newlines: Newlines, video: bool) -> Iterator[
                 edge = ends and number == len(widths) - 1
                 yield tile, Span(0, (t, band.shape[1], widths[number]), edge)
     else:
-        yield ids, Span(0, span.grid, ends)
+        yield ids, replace(span, start=0, newline=ends)
 
 
 def kept_by_crop(spans: tuple[Span, ...], n: int, idx: Tensor) -> list[int]:
