@@ -51,9 +51,11 @@ class HiPrune(Method):
             raise ValueError(f"alpha={self.alpha}: choose a share in 0..1")
         if self.edges not in get_args(Edges):
             raise ValueError(f"edges={self.edges!r}: choose 'grid' or 'clamp_flat'")
-        if isinstance(self.object_layer, bool) or not isinstance(self.object_layer, int | float):
-            raise TypeError(f"object_layer={self.object_layer!r}: use an int (tower layer) or a float in (0, 1)")
-        Signal("received", self.object_layer)  # checks the share
+        layer, ways = self.object_layer, "use an int (tower layer) or a float in (0, 1) (share of the depth)"
+        if isinstance(layer, bool) or not isinstance(layer, int | float):
+            raise TypeError(f"object_layer={layer!r}: {ways}")
+        if isinstance(layer, float) and not 0.0 < layer < 1.0:
+            raise ValueError(f"object_layer={layer}: {ways}")
 
     @property
     def needs(self) -> tuple[Signal, ...]:
