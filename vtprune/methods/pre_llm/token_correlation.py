@@ -28,8 +28,8 @@ class TokenCorrelation(Method):
     code exists, theta, m, gamma and n_min are not the paper's, and results are not the paper's results.
 
     A token is redundant if the keys (all heads side by side) of at least m others of its crop have a cosine above
-    theta with its own. Crops are the tiles of a mosaic, the overview and the frames of a video. Without keep, a crop of
-    n tokens of which u are not redundant keeps round(gamma * u), within n_min..n; the host reads their sum once a batch.
+    theta with its own. Crops are the tiles of a mosaic, the overview, the frames of a video. Without keep, a crop of n
+    tokens of which u are not redundant keeps round(gamma * u), within n_min..n; the host reads their sum once a batch.
     With keep, the crops share the budget in proportion to u (Webster's method, on the device), n_min each if it
     suffices. Newlines and separators belong to no crop: they stay only when nothing else is left to keep.
 
