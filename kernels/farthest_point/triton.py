@@ -266,7 +266,7 @@ def _prepare(members: list[int], features: Sequence[Tensor]) -> Run:
         # As the reference does it, so that rows which tie there tie here; one by one also in the product below.
         parts = [reference.unit_rows(unit) for unit in x]
         largest = torch.stack([top[:, 0] for _, top in parts])
-        rows = torch.stack([unit for unit, _ in parts]) if units > 1 else parts[0][0][None]
+        rows = torch.stack([unit for unit, _ in parts]) if units > 1 else parts[0][0][None].contiguous()
         return Run(members, rows, largest.isfinite().float(), largest)
     padded = triton.cdiv(n, ALIGN) * ALIGN
     rows, inverse = x.new_empty(units, padded, d), x.new_empty(units, padded, dtype=torch.float32)
