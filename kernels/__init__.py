@@ -27,6 +27,7 @@ if __name__ != "kernels" or not _step_aside():
     from .dispatch import recording, use
     from .farthest_point import farthest_point
     from .merge import merge
+    from .page_rank import page_rank
     from .transfer import Arriving, to_device
 
     __all__ = [
@@ -41,6 +42,7 @@ if __name__ != "kernels" or not _step_aside():
         "deferring",
         "farthest_point",
         "merge",
+        "page_rank",
         "recording",
         "to_device",
         "use",

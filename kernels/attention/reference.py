@@ -1,52 +1,107 @@
-"""Softmax rows of attention without the N x N matrix: O(R N d) for R query rows, in float32."""
+"""Softmax rows of attention and their column sums in plain torch, a cache-sized block of the map at a time."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 1 << 24  # 64 MiB of float32 scores at a time
+CACHE_ELEMENTS = 1 << 19  # 2 MiB of float32: a block is written and read again before it leaves the cache
+DEVICE_ELEMENTS = 1 << 24  # 64 MiB: elsewhere the launches count, not the cache
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows of the map: `at` is their place (batch, heads, queries), the tensors are what they are made of."""
+
+    at: tuple[slice, slice, slice]
+    q: Tensor
+    k: Tensor
+    mask: Tensor | None
 
 
 def attention_rows(q_rows: Tensor, k: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Attention weights of the given query rows over all keys.
+    """`kernels.attention_rows` for checked arguments."""
+    out = k.new_empty(*q_rows.shape[:3], k.shape[2], dtype=torch.float32)
+    for part in blocks(q_rows, k, mask):
+        weights, seen = _softmax(part, scaling)
+        out[part.at] = weights if seen is None else weights * seen
+    return out
 
-    q_rows: [B, H, R, d] queries as the attention product sees them (after RoPE and norms).
-    k: [B, G, N, d] keys; G divides H (grouped-query attention), head h reads group h // (H / G).
-    mask: None, or broadcastable to [B, H, R, N]; boolean (True = attend) or additive.
-    scaling: factor on q.k, usually d ** -0.5.
-    Returns [B, H, R, N] float32. A query that may attend to nothing gets a row of zeros, never NaN.
-    Raises ValueError if G does not divide H.
+
+def attention_received(
+    q: Tensor, k: Tensor, mask: Tensor | None, scaling: float, block: int | None, weights: Tensor | None
+) -> Tensor:
+    """`kernels.attention_received` for checked arguments."""
+    if weights is None:
+        weights = q.new_full((1, 1, 1), 1 / q.shape[2], dtype=torch.float32)
+    else:
+        weights = weights[:, None].float()
+    return columns(q, k, mask, scaling, weights.expand(*q.shape[:3]), block).mean(1)
+
+
+def columns(
+    q: Tensor, k: Tensor, mask: Tensor | None, scaling: float, weights: Tensor, block: int | None = None
+) -> Tensor:
+    """[B, H, N] float32: for each head the rows of its map, times their weights [B, H, M] float32, added up."""
+    out = k.new_zeros(*q.shape[:2], k.shape[2], dtype=torch.float32)
+    for part in blocks(q, k, mask, rows=block):
+        rows, seen = _softmax(part, scaling)
+        weight = weights[part.at][..., None, :]
+        if seen is not None:
+            weight = weight * seen.transpose(-1, -2)
+        out[part.at[:2]] += (weight @ rows)[..., 0, :]
+    return out
+
+
+def blocks(
+    q: Tensor, k: Tensor, mask: Tensor | None, *, rows: int | None = None, elements: int | None = None
+) -> Iterator[Block]:
+    """Cut the map into blocks of about `elements` (None: by device) entries, keys converted to float32 included.
+
+    rows: queries in a block; None picks them. Heads that share their keys stay together unless a block of them is too
+    large, so that the keys are read and converted once.
     """
-    heads, groups = q_rows.shape[1], k.shape[1]
-    if heads % groups:
-        raise ValueError(f"{heads} query heads cannot share {groups} key heads: pass keys whose head count divides it")
+    if elements is None:
+        elements = CACHE_ELEMENTS if q.device.type == "cpu" else DEVICE_ELEMENTS
+    (batch, heads, queries, d), (_, groups, n, _) = q.shape, k.shape
+    share = heads // groups
+    rows = min(rows or max(1, elements // (share * n)), queries)
+    scores = share * rows * n
+    copied = scores if k.dtype == torch.float32 else scores + n * d
+    together = share * min(max(1, elements // copied), groups) if scores <= elements else 1
+    # One sample's keys are usually a view of [tokens, heads, d]; several at once would have to be copied to multiply.
+    samples = max(1, elements // (groups * (scores + n * d))) if together == heads else 1
+    for b in range(0, batch, samples):
+        for h in range(0, heads, together):
+            shared = slice(h // share, (min(h + together, heads) - 1) // share + 1)
+            keys = k[b : b + samples, shared].float()
+            for r in range(0, queries, rows):
+                at = (slice(b, b + samples), slice(h, h + together), slice(r, r + rows))
+                yield Block(at, q[at].float(), keys, None if mask is None else _cut(mask, at))
+
+
+def _cut(mask: Tensor, at: tuple[slice, slice, slice]) -> Tensor:
+    return mask[tuple(slice(None) if size == 1 else part for size, part in zip(mask.shape, at))]
+
+
+def _softmax(part: Block, scaling: float) -> tuple[Tensor, Tensor | None]:
+    """A block's softmax [b, h, r, N] and which of its rows attend to anything, [.., r, 1] (None: all).
+
+    The rows that attend to nothing hold an arbitrary finite distribution.
+    """
+    q, k, mask = part.q, part.k, part.mask
     # Heads of one group are stacked along the rows: the keys are read once and never repeated.
-    stacked = q_rows.float().reshape(q_rows.shape[0], groups, -1, q_rows.shape[-1])
-    scores = (stacked @ k.float().transpose(-1, -2)).reshape(*q_rows.shape[:3], k.shape[2]) * scaling
+    stacked = (q * scaling).reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
+    scores = (stacked @ k.transpose(-1, -2)).reshape(*q.shape[:3], k.shape[2])
     if mask is None:
-        return scores.softmax(-1)
+        return scores.softmax(-1), None
     if mask.dtype == torch.bool:
         blocked = ~mask
     else:
         blocked = mask <= torch.finfo(mask.dtype).min
         scores = scores + mask.float()
     lowest = torch.finfo(torch.float32).min
-    return scores.masked_fill(blocked, lowest).softmax(-1).masked_fill(blocked, 0.0)
-
-
-def attention_received(q: Tensor, k: Tensor, mask: Tensor | None, scaling: float, block: int | None = None) -> Tensor:
-    """Mean attention weight each key receives, over all heads and queries.
-
-    q [B, H, M, d], k [B, G, N, d], mask as in `attention_rows` with M query rows (or one for all of them).
-    block: queries handled at a time; None picks it so that the scores take about 64 MiB.
-    Returns [B, N] float32; every row sums to 1 when no query is masked out entirely.
-    """
-    batch, heads, rows, _ = q.shape
-    step = block or max(1, BLOCK_ELEMENTS // max(1, batch * heads * k.shape[2]))
-    total = q.new_zeros(batch, k.shape[2], dtype=torch.float32)
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
-        cut = mask if mask is None or mask.dim() < 2 or mask.shape[-2] == 1 else mask[..., part, :]
-        total += attention_rows(q[:, :, part], k, cut, scaling).sum(dim=(1, 2))
-    return total / (heads * rows)
+    return scores.masked_fill(blocked, lowest).softmax(-1), ~blocked.all(-1, keepdim=True)
