@@ -301,6 +301,16 @@ def test_cls_is_recognised(name):
     assert has_cls(tower_of(families.model(name).base_model, modality_of(name))) is with_cls(name)
 
 
+@pytest.mark.parametrize(("name", "read"), [("llava", ["cls"]), ("llava_onevision", ["received"])])
+def test_a_fallback_is_read_only_where_there_is_no_cls_token(name, read):
+    needs = [Signal("cls", -1), Signal("received", -1, without_cls=True)]
+    signals = TowerSignals(families.model(name).base_model, "image", needs)
+    assert [s.kind for s in signals.needs] == read
+    undo = signals.install()
+    assert len(undo) == 1
+    undo[0]()
+
+
 def test_newlines_of_a_mosaic_score_zero():
     """A 22 x 13 image on 24 x 12 pixels: 3 x 3 base patches, then 6 rows of 3 patches, each with its newline."""
     model, signal = families.model("llava_next"), Signal("cls", -2)

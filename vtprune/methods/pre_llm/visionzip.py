@@ -87,14 +87,15 @@ class VisionZip(Method):
 
     def _ranked(self, v: Visual, scores: Tensor) -> tuple[Tensor, int]:
         """Positions best first, those outside the rasters last, and the number of the others."""
-        inside = views(v, torch.arange(v.n, device=scores.device))
+        inside = [raster.flatten() for raster in views(v, torch.arange(v.n, device=scores.device))]
         if inside:
-            masked = torch.full_like(scores, -1.0)
-            at = torch.cat([raster.flatten() for raster in inside])
-            scores = masked.scatter(0, at, scores.gather(0, at))
+            at = torch.cat(inside)
+            scores = torch.full_like(scores, -1.0).scatter(0, at, scores.gather(0, at))
+        count = sum(map(len, inside)) or v.n
         if self.cls == "keep":
             scores = torch.cat([torch.full_like(scores[:1], torch.inf), scores[1:]])
-        return best_first(scores), sum(raster.numel() for raster in inside) + (self.cls == "keep") if inside else v.n
+            count += bool(v.spans) and all(span.start > 0 for span in v.spans)
+        return best_first(scores), count
 
     def _assign(self, dominant: Tensor, targets: Tensor, others: Tensor, keys: Tensor, scores: Tensor) -> Assignment:
         order = torch.cat([dominant, targets])
