@@ -67,6 +67,10 @@ class Recoverable(Method):
             raise ValueError(f"nearest={self.nearest}, neighbours={self.neighbours}: all must be at least 1")
 
     @property
+    def adaptive(self) -> bool:
+        return True
+
+    @property
     def needs(self) -> tuple[Signal, ...]:
         return (CLS, KEYS) if self.fallback == "error" else (CLS, KEYS, RECEIVED)
 
@@ -95,9 +99,7 @@ class Recoverable(Method):
         scores = v.signals[CLS].float() if CLS in v.signals else cls_attention(v, -1, self.fallback, self.name)
         text = self.text_similarity(v).float()
         if text.shape != scores.shape:
-            raise ValueError(
-                f"text_similarity answered {list(text.shape)}: it must give one value to each of {v.n} tokens"
-            )
+            raise ValueError(f"text_similarity answered {list(text.shape)}: it owes one value to each of {v.n} tokens")
         return _Seen(scores, text, signal_of(v, KEYS, self.name))
 
     def _counts(self, s: _Seen) -> Tensor:

@@ -48,10 +48,15 @@ class TokenCorrelation(Method):
 
     def __post_init__(self) -> None:
         check_fallback(self.fallback)
+        Signal("keys", self.layer)  # checks a share
         if not 0.0 <= self.theta < 1.0:
             raise ValueError(f"theta={self.theta} is outside the valid range: use a cosine in [0, 1)")
         if self.m < 1 or self.n_min < 1 or not self.gamma > 0:
             raise ValueError(f"m={self.m}, n_min={self.n_min}, gamma={self.gamma}: use m >= 1, n_min >= 1, gamma > 0")
+
+    @property
+    def adaptive(self) -> bool:
+        return True
 
     @property
     def needs(self) -> tuple[Signal, ...]:
