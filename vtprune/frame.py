@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import cache as kv
 from .compact import Compaction, mask_for, tensor_mask
-from .kernels import Arriving, Verdict, attention_rows, check, deferring, recording, to_device
+from .kernels import Arriving, Verdict, attention_rows, check, compact, deferring, recording, to_device
 from .kernels.dispatch import Backend
 from .model_adapters.generic import MODALITIES, Adapter, Features, runs_of
 from .types import Assignment, Signal, Span, Stage, UnsupportedCall, Visual, VtpruneError, Where
@@ -186,7 +186,8 @@ class Frame:
                 self._run(number, stage)
         if sum(self.counts) == before:
             return False
-        self._compact(where)
+        if isinstance(where, int):  # before the LLM, one kernel cuts everything at once: `cut_call`
+            self._compact(where)
         return True
 
     def _run(self, number: int, stage: Stage) -> None:
@@ -305,7 +306,7 @@ class Frame:
         a.keep(idx)
         keep.index_fill_(0, a.positions, True)
 
-    def _compact(self, where: Where) -> None:
+    def _compact(self, where: int) -> None:
         """One cut from the rows as fed to what is alive now; `self.cut_now` is the cut of the current slots."""
         whole = Compaction.of(self.keep, self.counts)
         if self.compaction is None:
@@ -315,20 +316,56 @@ class Frame:
             now = self.keep.gather(1, old)
             now = now if self.compaction.valid is None else now & self.compaction.valid
             self.cut_now = Compaction.of(now, self.counts)
+        self._set(whole, where)
+
+    def _set(self, whole: Compaction, first: int) -> None:
         self.compaction = whole
-        first = where if isinstance(where, int) else 0
         for i in range(first, len(self.lengths)):
             self.lengths[i], self.valids[i] = whole.n, whole.valid
 
     # -- cutting arguments ------------------------------------------------------------------------------------------
 
-    def positions(self, call: dict[str, Any]) -> Tensor:
-        """Position ids of the kept tokens: the original ones, or renumbered (positions="compact")."""
-        c, ids = self.compaction, call.get("position_ids")
-        assert c is not None
+    def cut_call(self, call: dict[str, Any]) -> dict[str, Any]:
+        """Every argument of the text model that has the sequence length, cut; in one launch, but for 4-D masks."""
+        embeds, device = self.hidden, self.hidden.device
+        mask, ids = call.get("attention_mask"), call.get("position_ids")
+        flat = mask.to(device) if torch.is_tensor(mask) and mask.dim() == 2 else None
+        where, deepstack = call.get("visual_pos_masks"), call.get("deepstack_visual_embeds")
+        fused = where is not None and deepstack is not None and not self.merges
+        visual, layers = None, []
+        if fused:
+            visual = (where[..., 0] if where.dim() == 3 else where).to(device)  # type: ignore
+            layers = [layer.to(device) for layer in deepstack]  # type: ignore
         if ids is None:
-            ids = torch.arange(c.length, device=c.index.device)[None] + self.past
-        cut = c.cut(ids, -1)
+            ids = torch.arange(embeds.shape[1], device=device)[None] + self.past
+        with recording(self.kernels):
+            cut = compact(
+                self.keep, self.counts, embeds, ids.to(device), flat,
+                past=0 if flat is None else flat.shape[1] - embeds.shape[1],
+                visual=visual,
+                deepstack=layers,
+                kept_visual=sum(self.counts) - sum(length for row in self.text for _, length in row),
+            )  # fmt: skip
+        self._set(Compaction(cut.index, cut.valid, cut.src), 0)
+        assert cut.position_ids is not None
+        new = {**call, "inputs_embeds": cut.hidden, "position_ids": self.positions(cut.position_ids)}
+        if flat is not None:
+            new["attention_mask"] = cut.mask
+        elif isinstance(mask, dict):
+            new["attention_mask"] = {k: self.causal_mask() if m is None else self.cut_mask(m) for k, m in mask.items()}
+        else:
+            new["attention_mask"] = self.cut_mask(mask)
+        if fused:
+            new["deepstack_visual_embeds"], new["visual_pos_masks"] = cut.deepstack, cut.visual
+        else:
+            self.cut_deepstack(new)
+        self.cut_rest(new)
+        return new
+
+    def positions(self, cut: Tensor) -> Tensor:
+        """Position ids of the kept tokens: the original ones as cut, or renumbered (positions="compact")."""
+        c = self.compaction
+        assert c is not None
         if any(s.where == "llm" and s.compact for s in self.stages):
             rank = torch.arange(c.n, device=cut.device)[None]
             real = c.valid if c.valid is not None else torch.ones_like(c.index, dtype=torch.bool)
@@ -501,7 +538,7 @@ class _Clock:
 
 def _check(stage: Stage, views: list[Visual], answers: list[Assignment]) -> None:
     """Raise unless every answer is a selection of its budget; what only the device knows is one deferrable check."""
-    name = stage.method.name or type(stage.method).__name__
+    method, name = stage.method, stage.method.name or type(stage.method).__name__
     steps = []
     for view, answer in zip(views, answers):
         if not isinstance(answer, Assignment) or answer.idx.dim() != 1 or answer.idx.dtype != torch.int64:

@@ -418,28 +418,20 @@ class Session:
 
     def _cut_text_call(self, frame: Frame, call: dict[str, Any]) -> dict[str, Any]:
         """Every sequence-length argument of the text model, cut."""
-        c = frame.compaction
-        assert c is not None
-        new = dict(call)
-        new["inputs_embeds"] = c.cut(frame.hidden, 1)
-        new["position_ids"] = frame.positions(call)
-        mask = call.get("attention_mask")
+        new = frame.cut_call(call)
+        mask = new["attention_mask"]
         if isinstance(mask, dict):
-            cut = {k: frame.causal_mask() if m is None else frame.cut_mask(m) for k, m in mask.items()}
             window = getattr(self.adapter.text.config, "sliding_window", None)
-            sliding = cut.get("sliding_attention")
+            sliding = mask.get("sliding_attention")
             if window and sliding is not None:
-                cut["sliding_attention"] = in_window(sliding, cut.get("full_attention"), window)
-            new["attention_mask"] = cut
-        else:
-            new["attention_mask"] = frame.cut_mask(mask)
-            if new["attention_mask"] is None:
-                # Without a mask transformers takes gaps in the position ids for packed sequences.
-                real = torch.ones(c.index.shape, dtype=torch.long, device=c.index.device)
-                past = real.new_ones(real.shape[0], frame.past)
-                new["attention_mask"] = torch.cat([past, real if c.valid is None else hide(real, c.valid)], dim=1)
-        frame.cut_deepstack(new)
-        frame.cut_rest(new)
+                mask["sliding_attention"] = in_window(sliding, mask.get("full_attention"), window)
+        elif mask is None:
+            # Without a mask transformers takes gaps in the position ids for packed sequences.
+            c = frame.compaction
+            assert c is not None
+            real = torch.ones(c.index.shape, dtype=torch.long, device=c.index.device)
+            past = real.new_ones(real.shape[0], frame.past)
+            new["attention_mask"] = torch.cat([past, real if c.valid is None else hide(real, c.valid)], dim=1)
         return new
 
 
