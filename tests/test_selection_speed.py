@@ -24,6 +24,41 @@ def test_incremental_loop_against_the_slab_form() -> None:
     pytest.fail(f"loop {seen['loop_speedup']:.1f} times, whole {seen['whole_speedup']:.1f} times faster")
 
 
+def test_the_loop_costs_little_beside_the_gram_product() -> None:
+    """N=2880, k=320, D=1024: 15 % more than the product alone, and less than the plain product takes."""
+    for attempt in range(6):
+        seen = bench_selection.overhead(repeats=3)
+        if seen["share"] <= 1.15 and seen["whole_seconds"] < seen["gram_full_seconds"]:
+            return
+        print(f"attempt {attempt}: {seen}")
+    pytest.fail(f"{seen['share'] - 1:.1%} more than the Gram product alone")
+
+
+def test_many_small_problems_share_one_loop() -> None:
+    """32 frames of 196 tokens and 5 crops of 576: one call is not slower than a call each."""
+    for attempt in range(6):
+        rows = bench_selection.batches(repeats=3)
+        assert all(row["same_picks"] for row in rows)
+        if all(row["batch_speedup"] >= 0.9 for row in rows):
+            return
+        print(f"attempt {attempt}: {rows}")
+    pytest.fail(f"slower together: {rows}")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_figures_need_a_gpu() -> None:
+    with pytest.raises(RuntimeError, match="no CUDA device is visible"):
+        bench_selection.gpu()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_figures() -> None:
+    (row,) = bench_selection.gpu(repeats=3, cases=[(2, 100, 10, 64, None)])
+    assert row["same_picks"] > 0.5
+    assert all(row[name] > 0 for name in ("triton_ms", "triton_graph_ms", "torch_ms", "gram_ms"))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory from /proc")
 def test_low_memory_selection_of_a_long_video() -> None:
     """N=6272, k=627 within 2 GiB, and below one N x N float32 matrix."""

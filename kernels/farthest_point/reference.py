@@ -84,8 +84,9 @@ def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.float()
     # Dividing by the largest entry first keeps the squares of very large and very small rows in range.
     largest = x.abs().amax(dim=1, keepdim=True)
-    tiny = torch.finfo(torch.float32).tiny
-    return torch.nn.functional.normalize(x / largest.clamp_min(tiny), dim=1), largest
+    rows = x / largest.clamp_min(torch.finfo(torch.float32).tiny)
+    length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return rows.div_(length.clamp_min_(torch.finfo(torch.float32).tiny)), largest
 
 
 def first_pick(index: int | Tensor, unit: Tensor) -> Tensor:

@@ -381,6 +381,7 @@ def _without_gram(runs: Sequence[Run], budget: int, objective: Objective, starts
             ROWS=STEP_ROWS,
             COLS=STEP_COLS,
             PARTS=_block(parts),
+            num_warps=8,
         )
     return picks
 
