@@ -1,4 +1,4 @@
-# make demo | make test | make test-oldest | make gpu | make lint: each works in a fresh clone.
+# make demo | make test | make test-oldest | make gpu | make speed | make lint: each works in a fresh clone.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
@@ -6,7 +6,7 @@ COMMIT ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null)
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
 
-.PHONY: demo test test-oldest gpu lint clean
+.PHONY: demo test test-oldest gpu speed lint clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.evals
@@ -28,18 +28,43 @@ test-oldest: .venv-oldest/.ready
 		2>&1 | tee out/pytest-oldest.txt
 
 # A GPU machine brings its own torch: nothing is installed there, the checkout is put on the path as it is.
+# No speed without correctness: every benchmark waits for the stamp that the GPU tests leave for exactly this code, and
+# looks for it again before it starts (make -i would go on). Most wanted first; each target is sized for ten minutes.
 GPU := PYTHONPATH=$(CURDIR)/out/site $(PYTHON)
-BENCH := $(GPU) -m vtprune.cli bench --commit "$(COMMIT)" --out benchmarks
-gpu:
+STAMP := out/gpu-tests-$(shell cat $$(find vtprune kernels evals model_adapters tests -name '*.py' | LC_ALL=C sort) | sha1sum | cut -c1-12)
+BENCH := test -f $(STAMP) && $(GPU) -m vtprune.cli bench --device cuda --commit "$(COMMIT)" --out benchmarks
+GPU_PARTS := gpu-next gpu-kernels gpu-video gpu-batch gpu-small
+.PHONY: gpu-test $(GPU_PARTS)
+.NOTPARALLEL:
+
+gpu: $(GPU_PARTS)
+$(GPU_PARTS): $(STAMP)
+gpu-test: $(STAMP)
+
+$(STAMP):
 	@$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make gpu: torch sees no CUDA device here")'
 	mkdir -p out/site/vtprune
 	ln -sfn $(CURDIR)/vtprune/* $(CURDIR)/kernels $(CURDIR)/evals $(CURDIR)/model_adapters out/site/vtprune/
-	$(GPU) -m pytest -m gpu tests
-	$(BENCH) --geometry llava-1.5-7b
+	$(GPU) -m pytest -m gpu tests && touch $@
+
+gpu-next:
+	$(BENCH) --geometry llava-next-7b --prefill eager,graph
+
+gpu-kernels:
+	$(BENCH) --kernels
+	$(BENCH) --selection
+
+gpu-video:
+	$(BENCH) --geometry llava-onevision-7b-video --prefill eager,graph
+	$(BENCH) --geometry qwen2.5-vl-7b --prefill eager,graph
+
+gpu-batch:
+	$(BENCH) --geometry llava-next-7b --batch 8 --repeats 5
+	$(BENCH) --geometry llava-1.5-7b --batch 8 --repeats 5
+
+gpu-small:
+	$(BENCH) --geometry llava-1.5-7b --prefill eager,graph
 	$(BENCH) --geometry llava-1.5-7b --hooks
-	$(BENCH) --geometry llava-next-7b
-	$(BENCH) --geometry llava-onevision-7b-video
-	$(BENCH) --geometry qwen2.5-vl-7b
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -60,6 +85,10 @@ PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" \
 		> "$$($(OLDEST)/python $(PURELIB))/zz_shared.pth"
 	touch $@
+
+# The README's tables and picture of what it costs, from the files that its own comment names.
+speed: .venv/.evals
+	$(BIN)/python -m vtprune.evals.speed README.md
 
 clean:
 	rm -rf .venv .venv-oldest out build *.egg-info

@@ -1,36 +1,45 @@
-"""The parts on their own: every kernel against the plain way (`vtprune bench --kernels`), and farthest point selection
-against the published loop (`--selection`). What is measured lies in the module of each."""
+"""The parts on their own: kernels against the plain way (`vtprune bench --kernels`), farthest point selection against
+the published loop and its Gram product (`--selection`). What is measured, and how, lies in the module of each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib import import_module
-from typing import Any
-
-from vtprune.evals.report import Report, Row, environment
+from vtprune.evals.report import Row, environment, show
 from vtprune.evals.speed import BenchReport
-
-# Each function takes "cpu" or "cuda" and returns one flat row per comparison.
-PARTS = {
-    "kernels": ("bench_kernels:kernels", "bench_attention:kernels"),
-    "selection": ("bench_selection:rows",),
-}
 
 
 def parts(which: str, device: str) -> PartsReport:
-    """Run every comparison of `which`, "kernels" or "selection", on "cpu" or "cuda"."""
-    found: list[Callable[[str], list[Row]]] = []
-    for place in PARTS[which]:
-        module, name = place.split(":")
-        found.append(getattr(import_module(f"vtprune.evals.{module}"), name))
-    rows = [row for measure in found for row in measure(device)]
-    env = environment(device, "float32" if device == "cpu" else "bfloat16", 1, geometry=which)
+    """Every comparison of `which`, "kernels" or "selection", on "cpu" (one thread) or "cuda"."""
+    rows = {"kernels": _kernels, "selection": _selection}[which](device)
+    env = environment(device, "float32" if device == "cpu" else "bfloat16", 1, geometry=which, cpu_threads=1)
     return PartsReport(f"{which.capitalize()}, {device}", rows, env)
 
 
+def _kernels(device: str) -> list[Row]:
+    from vtprune.evals import bench_attention, bench_kernels
+
+    rows = bench_kernels.kernels(device)
+    return rows + bench_attention.attention(device) if device == "cuda" else rows
+
+
+def _selection(device: str) -> list[Row]:
+    from vtprune.evals import bench_selection as selection
+
+    if device == "cuda":
+        return selection.gpu()
+    named = {
+        "against the published loop": [selection.measure()],
+        "against its Gram product": [selection.overhead()],
+        "many problems in one call": selection.batches(),
+        "memory": [selection.memory(mode="low"), selection.memory(mode="fast")],
+    }
+    return [{"what": what, **row} for what, rows in named.items() for row in rows]
+
+
 class PartsReport(BenchReport):
-    """One row a comparison; columns are whatever the rows hold."""
+    """A line a comparison; what rows hold differs, so the line names it."""
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
-        names: dict[str, Any] = {name: None for row in self.rows for name in row}
-        return Report(self.title, [names | row for row in self.rows]).cells()
+        def told(row: Row) -> str:
+            return ", ".join(f"{name}={show(value)}" for name, value in row.items() if value is not None)
+
+        return ["no", "comparison"], [[str(i), told(row)] for i, row in enumerate(self.rows, 1)]

@@ -91,13 +91,12 @@ class Allocated(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        out = func(*args, **kwargs)
-        for made in tree_leaves(out):
-            if isinstance(made, Tensor) and made.untyped_storage()._cdata not in known:
-                self._count(made.untyped_storage())
-                known.add(made.untyped_storage()._cdata)
+        known = {storage._cdata for storage in _storages((args, kwargs))}
+        out = func(*args, **(kwargs or {}))
+        for storage in _storages(out):
+            if storage._cdata not in known:
+                known.add(storage._cdata)
+                self._count(storage)
         return out
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -108,3 +107,8 @@ class Allocated(TorchDispatchMode):
 
     def _free(self, size: int) -> None:
         self.live -= size
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    dense = (x for x in tree_leaves(tree) if isinstance(x, Tensor) and x.layout == torch.strided)
+    return [x.untyped_storage() for x in dense]

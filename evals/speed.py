@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -277,7 +278,7 @@ BLOCK = re.compile(r"(<!-- vtprune bench --table ([^>]+?) -->\n\n).*?(\n\n<!-- e
 
 def refreshed(text: str, root: Path) -> str:
     """`text` with the table of every block made anew from the files its opening comment names, relative to root."""
-    return BLOCK.sub(lambda m: m[1] + table(root / name for name in m[2].split()) + m[3], text)
+    return BLOCK.sub(lambda block: block[1] + table(root / name for name in block[2].split()) + block[3], text)
 
 
 def plot(saved: Sequence[Row], path: str | Path) -> Path:
@@ -285,3 +286,16 @@ def plot(saved: Sequence[Row], path: str | Path) -> Path:
     from vtprune.evals.figures import ttft
 
     return ttft([(one, Limits.of(one["environment"]["limits"])) for one in saved], path)
+
+
+def main() -> None:
+    """Rewrite the tables of a README in place, and the picture beside them from the same files."""
+    readme = Path(sys.argv[1])
+    text = readme.read_text()
+    readme.write_text(refreshed(text, readme.parent))
+    names = [name for block in BLOCK.finditer(text) for name in block[2].split()]
+    plot([load(readme.parent / name) for name in names], readme.parent / "examples" / "pictures" / "ttft.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -78,3 +78,42 @@ def test_clocks_measure_the_method() -> None:
     with vtprune.patch(model, "divprune", keep=0.25) as handle, torch.inference_mode():
         model(**inputs)
         assert 0 < handle.last.seconds < 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [(1,), (2, 1)], ids=["one row", "ragged rows"])
+def test_a_graph_of_a_bucket_answers_like_eager(rows: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Captured once, replayed for other tokens and another length; decode goes on from the cache it filled."""
+    from vtprune.evals.prefill import Bucketed
+
+    model, batch = families.model("llava"), families.inputs("llava", rows=rows)
+    twin = copy.deepcopy(model).cuda().to(dtype)
+    there = {k: v.cuda().to(dtype) if v.is_floating_point() else v.cuda() for k, v in batch.items()}
+    how = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    runner = Bucketed(twin, "graph", bucket=64)
+    close = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    with torch.inference_mode():
+        for keep in (0.5, 0.4, 0.5, 1.0):
+            with vtprune.patch(twin, "divprune", keep=keep):
+                eager = twin.generate(**there, **how)
+                with runner:
+                    graph = twin.generate(**there, **how)
+            assert torch.allclose(graph.logits[0], eager.logits[0], atol=close)
+            if dtype == torch.float32:
+                assert torch.equal(graph.sequences, eager.sequences)
+                assert torch.allclose(torch.stack(graph.logits), torch.stack(eager.logits), atol=close)
+    assert runner.runs
+
+
+def test_the_benchmark_measures_eager_and_graphs_side_by_side() -> None:
+    from vtprune.evals.bench import bench, subject
+
+    what = subject("llava-1.5-7b", "cuda", torch.bfloat16, layers=2, scale=0.1)
+    ways = ["eager", "graph"]
+    made = bench(what, ["divprune", "fastv:layer=1"], [0.25], prefill=ways, repeats=2, new_tokens=2, progress=False)
+    assert [(r["method"], r["prefill"]) for r in made.rows[-2:]] == [("dense", "graph"), ("divprune", "graph")]
+    for row in made.rows:
+        assert 0 < row["vision_ms"] + row["prefill_ms"] < 2 * row["ttft_ms"]
+        assert row["peak_bytes"] > 0
+    assert made.environment["gpu"]
+    assert made.environment["driver"]
