@@ -18,7 +18,7 @@ from ..dispatch import interpreted
 
 TILE = 64  # queries and keys of a tile; half of it where their channels would fill the chip
 TILE_BYTES = 256  # of one row of a full tile
-SPREAD = 1024  # columns one program of the second softmax pass writes
+SPREAD = (4, 512)  # rows and columns one program of the second softmax pass writes
 
 
 @triton.jit
@@ -152,20 +152,26 @@ def _rows_kernel(
 
 
 @triton.jit
-def _normalise_kernel(out_ptr, part_ptr, parts, N, PARTS: tl.constexpr, SPREAD: tl.constexpr):
-    """Scores to weights, in place, with the log-sum-exp of the whole row put together from its parts."""
+def _normalise_kernel(
+    out_ptr, part_ptr, count, parts, N, ROWS: tl.constexpr, PARTS: tl.constexpr, SPREAD: tl.constexpr
+):  # fmt: skip
+    """Scores to weights, in place, with the log-sum-exp of a whole row put together from its parts."""
     pid = tl.program_id(0).to(tl.int64)
     pieces = tl.cdiv(N, SPREAD)
-    row, piece = pid // pieces, pid % pieces
+    rows = pid // pieces * ROWS + tl.arange(0, ROWS)
+    cols = pid % pieces * SPREAD + tl.arange(0, SPREAD)
     part = tl.arange(0, PARTS)
-    lse = tl.load(part_ptr + row * parts + part, mask=part < parts, other=float("-inf"))
-    top = tl.max(lse, 0)
+    ok = (rows < count)[:, None]
+    inside = ok & (part < parts)[None, :]
+    lse = tl.load(part_ptr + rows[:, None] * parts + part[None, :], mask=inside, other=float("-inf"))
+    top = tl.max(lse, 1)
     shift = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp(lse - shift), 0)
+    total = tl.sum(tl.exp(lse - shift[:, None]), 1)
     whole = tl.where(total == 0, float("inf"), shift + tl.log(tl.where(total == 0, 1.0, total)))
-    cols = piece * SPREAD + tl.arange(0, SPREAD)
-    scores = tl.load(out_ptr + row * N + cols, mask=cols < N, other=float("-inf"))
-    tl.store(out_ptr + row * N + cols, tl.exp(scores - whole), mask=cols < N)
+    at = rows[:, None] * N + cols[None, :]
+    inside = ok & (cols < N)[None, :]
+    scores = tl.load(out_ptr + at, mask=inside, other=float("-inf"))
+    tl.store(out_ptr + at, tl.exp(scores - whole[:, None]), mask=inside)
 
 
 class _Call(NamedTuple):
@@ -210,8 +216,9 @@ def attention_rows(q_rows: Tensor, k: Tensor, mask: Tensor | None, scaling: floa
         _rows_kernel[(batch * groups * triton.cdiv(share * m, rows) * parts,)](
             *call.tensors, out, part, *call.strides, groups, share, *call.numbers, ROWS=rows, **call.constants
         )
-        _normalise_kernel[(batch * heads * m * triton.cdiv(n, SPREAD),)](
-            out, part, parts, n, PARTS=triton.next_power_of_2(parts), SPREAD=SPREAD
+        count = batch * heads * m
+        _normalise_kernel[(triton.cdiv(count, SPREAD[0]) * triton.cdiv(n, SPREAD[1]),)](
+            out, part, count, parts, n, ROWS=SPREAD[0], PARTS=triton.next_power_of_2(parts), SPREAD=SPREAD[1]
         )
     return out
 
