@@ -23,7 +23,7 @@ PROBLEMS = [
 
 
 def attention(device: str | torch.device, repeats: int = 20) -> list[dict[str, Any]]:
-    """One row a problem: median milliseconds and peak extra MiB of each way, and how far their results differ.
+    """One row a problem: median milliseconds (as called, and as a CUDA graph) and peak extra MiB of each way.
 
     Raises RuntimeError without a CUDA device, or if the ways disagree: a wrong kernel has no speed.
     """
@@ -64,10 +64,11 @@ def _row(
                 f"{op} on {name}: Triton and the reference differ by {error:.1e}, at most 1e-5 is rounding"
             )
         memory = {way: _peak(run, device) for way, run in ways.items()}
-        times = _milliseconds(ways, device, repeats)
+        replays = {f"{way}_graph": _captured(run, device) for way, run in ways.items()}
+        times = _milliseconds({**ways, **replays}, device, repeats)
     row: dict[str, Any] = {"op": op, "problem": name, "shape": [batch, heads, groups, m, n, d], "dtype": "bfloat16"}
-    for way in ways:
-        row |= {f"{way}_ms": times[way], f"{way}_peak_mib": memory[way]}
+    row |= {f"{way}_ms": value for way, value in times.items()}
+    row |= {f"{way}_peak_mib": value for way, value in memory.items()}
     # Two products of the map (log-sum-exp, then columns), or the keys read once.
     row["flops"] = (4 if op == "attention_received" else 2) * batch * heads * m * n * d
     row["bytes"] = q.element_size() * (q.numel() + k.numel())
@@ -83,7 +84,16 @@ def _peak(run: Callable[[], Tensor], device: Any) -> float:
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
-def _milliseconds(ways: dict[str, Callable[[], Tensor]], device: Any, repeats: int) -> dict[str, float]:
+def _captured(run: Callable[[], Tensor], device: Any) -> Callable[[], None]:
+    """The same work as a CUDA graph: the kernels without what Python and the launches cost."""
+    with torch.cuda.device(device):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        return graph.replay
+
+
+def _milliseconds(ways: dict[str, Callable[[], Any]], device: Any, repeats: int) -> dict[str, float]:
     taken: dict[str, list[float]] = {way: [] for way in ways}
     with torch.cuda.device(device):
         for _ in range(repeats):

@@ -175,6 +175,7 @@ def test_weights_leave_padded_queries_out(backend: str, device: str) -> None:
     assert (got[1, 23:] == 0).all()
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
 def test_nan_stays_in_its_row(backend: str, device: str) -> None:
     q, k = problem((2, 2, 1, 5, 70, 8), device)
     q[1, 0, 3, 2] = torch.nan
@@ -346,6 +347,20 @@ def test_on_a_gpu_nobody_waits_and_a_graph_replays_it() -> None:
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[1], want[1])
     close(got[1], oracle(q, k, mask, 0.125).mean(dim=(1, 2)))
+
+
+def test_the_benchmark_compares_like_with_like(device: str) -> None:
+    q, k = problem((2, 4, 2, 5, 9, 8), device)
+    close(bench_attention.eager("attention_rows", q, k, 0.3), oracle(q, k, None, 0.3))
+    close(bench_attention.eager("attention_received", q, k, 0.3), oracle(q, k, None, 0.3).mean(dim=(1, 2)))
+
+
+@pytest.mark.gpu
+@no_gpu
+def test_the_benchmark_gives_a_row_a_problem() -> None:
+    rows = bench_attention.attention("cuda", repeats=2)
+    assert len(rows) == len(bench_attention.PROBLEMS)
+    assert all(row["triton_graph_ms"] > 0 and row["triton_peak_mib"] >= 0 for row in rows)
 
 
 def test_the_benchmark_refuses_a_device_that_is_not_there() -> None:

@@ -82,13 +82,14 @@ def test_scores_are_float32_whatever_comes_in(dtype: torch.dtype, backend: str, 
 
 def test_start_and_damping(backend: str, device: str) -> None:
     """The CLS token may begin with more, heads may begin apart; what damping takes goes back to the start."""
-    q, k = problem((2, 4, 2, 20, 20, 8), device)
+    q, k = problem((2, 2, 1, 20, 20, 8), device)
     heavy = torch.ones(20, device=device)
     heavy[0] = 20**0.5
-    for start in (heavy / heavy.sum(), torch.rand(2, 1, 20).to(device), torch.rand(4, 20).to(device).double()):
-        for damping in (0.0, 0.15, 1.0):
-            got = page_rank(q, k, None, 1.0, 3, start, damping)
-            close(got, powers(q, k, None, 1.0, 3, start, damping))
+    for start in (heavy / heavy.sum(), torch.rand(2, 1, 20).to(device), torch.rand(2, 20).to(device).double()):
+        for damping in (0.0, 0.15):
+            got = page_rank(q, k, None, 1.0, 2, start, damping)
+            close(got, powers(q, k, None, 1.0, 2, start, damping))
+    close(page_rank(q, k, None, 1.0, 2, heavy, 1.0), heavy.double().cpu().expand(2, 2, 20))
     kept = heavy.clone()
     page_rank(q, k, None, 1.0, 0, heavy).zero_()
     assert torch.equal(heavy, kept)
@@ -170,10 +171,10 @@ def test_stored_scores_of_zero_tprune(shared: Path, name: str, backend: str, dev
     stored = np.load(shared / "golden" / f"zerotprune_spec_{name}.npz")
     q, k = (torch.from_numpy(stored[key]).to(device) for key in "qk")
     if backend == "triton" and device == "cpu":
-        q, k = q[:1, :3], k[:1, :3]
+        q, k = q[:1, 1:2], k[:1, 1:2]  # the interpreter pays by the tile
     for steps in (1, 2, 5) if backend == "triton" else (1, 2, 5, 10, 30, 50):
-        want = torch.from_numpy(stored[f"s_iter{steps}"])[: q.shape[0], : q.shape[1]].double()
-        close(page_rank(q, k, None, q.shape[-1] ** -0.5, steps), want)
+        want = torch.from_numpy(stored[f"s_iter{steps}"]).double()
+        close(page_rank(q, k, None, q.shape[-1] ** -0.5, steps), want[:1, 1:2] if q.shape[0] == 1 else want)
 
 
 def test_stored_importance_of_aim(shared: Path, backend: str, device: str) -> None:
@@ -181,7 +182,7 @@ def test_stored_importance_of_aim(shared: Path, backend: str, device: str) -> No
     prefill, layers = (np.load(shared / "golden" / f"{f}.npz") for f in ("aim_inllm", "video_aim_prune_N64"))
     cases = [(prefill["logits_layer14"], prefill["importance_layer14"])]
     cases += [(layers["logits"][0], layers["importance"][0])]
-    for logits, want in cases:
+    for logits, want in cases[1:] if backend == "triton" and device == "cpu" else cases:
         z = torch.from_numpy(logits)[None].to(device)
         seen = z > torch.finfo(torch.float32).min / 2
         n = z.shape[-1]
