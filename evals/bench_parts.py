@@ -42,4 +42,4 @@ class PartsReport(BenchReport):
         def told(row: Row) -> str:
             return ", ".join(f"{name}={show(value)}" for name, value in row.items() if value is not None)
 
-        return ["no", "comparison"], [[str(i), told(row)] for i, row in enumerate(self.rows, 1)]
+        return ["comparison"], [[told(row)] for row in self.rows]

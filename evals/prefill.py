@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from vtprune.compact import mask_for
 from vtprune.types import UnsupportedCall, UnsupportedModel
@@ -72,9 +75,6 @@ class Bucketed:
 
     def forward(self, *args: Any, **call: Any) -> Any:
         """The text model's forward, bucketed where it can be; returns BaseModelOutputWithPast like it."""
-        from transformers import DynamicCache
-        from transformers.modeling_outputs import BaseModelOutputWithPast
-
         embeds, cache = call.get("inputs_embeds"), call.get("past_key_values")
         if args or embeds is None or (cache is not None and cache.get_seq_length() > 0):
             return self._forward(*args, **call)
@@ -108,14 +108,21 @@ class Bucketed:
 
     def _run(self, embeds: Tensor, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
         """(hidden [B, n, D], keys and values [B, H, n, d] of every layer in turn)."""
-        from transformers import DynamicCache
-
         cache = DynamicCache(config=self.config)
+        cache.layers = [_Once() for _ in self.text.layers]  # type: ignore[union-attr]
         out = self._forward(
             inputs_embeds=embeds, position_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True
         )
         stored = [x for layer in cache.layers for x in (layer.keys, layer.values)]  # type: ignore[union-attr]
         return (out.last_hidden_state, *stored)
+
+
+class _Once(DynamicLayer):
+    """A cache layer for one prefill: it holds what it is given, where the usual one appends a copy to nothing."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.keys, self.values, self.is_initialized = key_states, value_states, True
+        return key_states, value_states
 
 
 class Graph:
