@@ -164,8 +164,8 @@ class Plan:
     @property
     def needs_tower(self) -> bool:
         """Whether the pass must run the vision tower, because a stage before the LLM reads a signal from it."""
-        stages = self.method.stages(self.keep) if self.method else []
-        return any(isinstance(s.where, str) and s.method.needs for s in stages)
+        stages = self.method.stages(self.keep, depth=0) if self.method else []
+        return any(not isinstance(s.where, int) and s.method.needs for s in stages)
 
     def applied(self, model: Any) -> AbstractContextManager[Any]:
         """The model, patched inside a `with` block."""

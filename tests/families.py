@@ -526,6 +526,11 @@ def model(name: str, attn_implementation: str = "sdpa") -> Any:
     return _cached(family.model_class, family.config, attn_implementation)
 
 
+def depth(model: Any) -> int:
+    """Decoder layers of a model."""
+    return len(model.get_decoder().layers)
+
+
 def fresh(name: str, attn_implementation: str = "sdpa") -> Any:
     """The same model, not shared."""
     family = FAMILIES[name]

@@ -209,7 +209,7 @@ def cuts_of_row(log: Sequence[Call], rows: Sequence[int], units: Sequence[Sequen
             budgets = call.stage.budgets([sum(sizes[i] for i in group) for group in groups])
             for group, budget in zip(groups, budgets, strict=True):
                 tokens = torch.cat([row[i] for i in group])
-                if budget is not None and budget >= len(tokens):
+                if not len(tokens) or (budget is not None and budget >= len(tokens)):
                     continue  # nothing to drop: the method is not asked
                 seen, answer = next(answers)
                 assert seen.n == len(tokens), "the method saw another unit than the prompt has"

@@ -43,14 +43,17 @@ def pruned(family: str, method: str, keep: float | int, attention: str = "sdpa")
     Every method looks at whole images here; crops and separators are the business of test_crops.py.
     """
     model = families.model(family, attention)
-    stages = [replace(s, per="image", newlines="compete") for s in vtprune.create(method).stages(keep)]
-    stages, log = reference.spy(stages)
+    stages, log = reference.spy([_by_image(s) for s in vtprune.create(method).stages(keep, families.depth(model))])
     if family in NO_LAYERS and any(isinstance(stage.where, int) for stage in stages):
         with pytest.raises(vtprune.UnsupportedModel, match=NO_LAYERS[family]):
             vtprune.patch(model, stages)
         pytest.skip(f"refused as it should be: {family} has {NO_LAYERS[family]} layers")
     with vtprune.patch(model, stages) as handle:
         yield model, handle, log
+
+
+def _by_image(stage: vtprune.Stage) -> vtprune.Stage:
+    return stage if stage.keep is None else replace(stage, per="image", newlines="compete")
 
 
 @torch.no_grad()
@@ -238,7 +241,7 @@ def test_second_turn_with_a_second_image(family: str, method: str) -> None:
     assert own < 10 * TOLERANCE, "the stock model itself does not reproduce one shot"
     with pruned(family, method, 0.5) as (model, _, log):
         ours, row, answer = _two_images(model, family, first, second)
-    assert len(log) == 2 * len(vtprune.create(method).stages(0.5))
+    assert len(log) == 2 * len(vtprune.create(method).stages(0.5, families.depth(families.model(family))))
     theirs = _oracle(model, family, row, log, answer)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=max(TOLERANCE, 2 * own))
 

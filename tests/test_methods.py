@@ -418,7 +418,7 @@ def test_fastv_ties_go_to_the_lower_index(n: int) -> None:
 
 
 def test_fastv_acts_at_its_layer() -> None:
-    (stage,) = vtprune.create("fastv", layer=3).stages(0.25)
+    (stage,) = vtprune.create("fastv", layer=3).stages(0.25, 4)
     assert (stage.where, stage.keep) == (3, 0.25)
     assert vtprune.create("fastv").default_where() == 2
     assert vtprune.create("fastv").needs == (LAST_ROW,)
@@ -435,4 +435,4 @@ def test_fastv_needs_a_layer_before() -> None:
 @pytest.mark.parametrize("name", PRE_LLM)
 def test_pre_llm_methods_act_before_the_llm(name: str) -> None:
     method: Method = vtprune.create(name)
-    assert [stage.where for stage in method.stages(0.5)] == ["llm"]
+    assert [stage.where for stage in method.stages(0.5, 4)] == ["llm"]

@@ -46,7 +46,7 @@ def oracle(family: str, log: list[reference.Call], tokens: Tensor, rows: tuple[i
 def test_sampling_and_several_answers(family: str, method: str) -> None:
     """Each of three sampled answers to each of two prompts has the oracle's logits for its own words."""
     model, rows = families.model(family), _rows_to_repeat(family)
-    stages, log = reference.spy(vtprune.create(method).stages(0.5))
+    stages, log = reference.spy(vtprune.create(method).stages(0.5, families.depth(model)))
     options = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 4, "use_cache": True}
     with patch(model, stages):
         batch = families.inputs(family, rows=rows)
@@ -80,7 +80,7 @@ def test_beams(family: str, method: str) -> None:
     model, rows = families.model(family), _rows_to_repeat(family)
     batch = families.inputs(family, rows=rows)
     options = {"num_beams": 3, "max_new_tokens": 5, "output_scores": True, "return_dict_in_generate": True}
-    stages, log = reference.spy(vtprune.create(method).stages(0.4))
+    stages, log = reference.spy(vtprune.create(method).stages(0.4, families.depth(model)))
     with patch(model, stages):
         cached = model.generate(**batch, **options, do_sample=False)
         plain = model.generate(**batch, **options, do_sample=False, use_cache=False)
@@ -179,7 +179,7 @@ def test_no_cache_equals_cache(family: str, method: str) -> None:
 def test_compact_positions_equal_plain_pruned_embeddings(family: str, method: str) -> None:
     """positions="compact" is, bit for bit, the unpatched model on the shorter sequence of embeddings."""
     model, batch = families.model(family), families.inputs(family)
-    stages, log = reference.spy(vtprune.create(method).stages(0.5))
+    stages, log = reference.spy(vtprune.create(method).stages(0.5, families.depth(model)))
     stages = [Stage(s.where, s.method, keep=s.keep, positions="compact") for s in stages]
     with patch(model, stages) as handle:
         tokens, logits = reference.greedy(model, batch, 5)
@@ -281,7 +281,7 @@ def _labels(batch: families.Inputs) -> Tensor:
 def test_loss_equals_the_hand_cut_sequence(family: str, method: str) -> None:
     model, batch = families.model(family), families.inputs(family)
     labels = _labels(batch)
-    stages, log = reference.spy(vtprune.create(method).stages(0.5))
+    stages, log = reference.spy(vtprune.create(method).stages(0.5, families.depth(model)))
     with patch(model, stages), torch.no_grad():
         out = model(**batch, labels=labels)
     assert out.logits.shape[:2] == batch["input_ids"].shape
@@ -303,7 +303,7 @@ def test_training_equals_the_hand_cut_sequence(family: str, method: str, checkpo
     labels = _labels(batch)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    stages, log = reference.spy(vtprune.create(method).stages(0.5))
+    stages, log = reference.spy(vtprune.create(method).stages(0.5, families.depth(model)))
     with patch(model, stages):
         out = model(**batch, labels=labels)
         out.loss.backward()

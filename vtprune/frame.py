@@ -18,6 +18,7 @@ from .model_adapters.generic import MODALITIES, Adapter, Features, runs_of
 from .types import Assignment, Signal, Span, Stage, UnsupportedCall, Visual, VtpruneError, Where
 from .units import Alive, arange_of, begin, groups, kept_by_crop
 
+ROWS = 64  # softmax rows held at a time
 # Arguments of text models that have the sequence length and no say in which tokens are visual.
 CUT_AS_IDS = ("token_type_ids", "mm_token_type_ids", "visual_pos_masks")
 KNOWN = (
@@ -105,7 +106,7 @@ class Frame:
     valids: list[Tensor | None] = field(default_factory=list)
     shift: Tensor | None = None
     state: dict[int, dict[str, Any]] = field(default_factory=dict)
-    rows: dict[int, Tensor] = field(default_factory=dict)
+    rows: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict)
     clocks: list[_Clock] = field(default_factory=list)
     merges: list[tuple[int, Tensor, Assignment]] = field(default_factory=list)
@@ -249,7 +250,7 @@ class Frame:
         signals: dict[Signal, Tensor] = {}
         for need in stage.method.needs:
             if isinstance(stage.where, int):
-                signals[need] = self.rows[stage.where + need.offset][row].index_select(0, slots)
+                signals[need] = self.rows[need.kind, stage.where + need.offset][row].index_select(0, slots)
             elif all(need in a.unit.signals for a in group):
                 joined = torch.cat([a.unit.signals[need].to(a.origin.device).index_select(0, a.origin) for a in group])
                 signals[need] = joined if order is None else joined.index_select(0, order)
@@ -465,23 +466,40 @@ class Frame:
             self.memo[key] = (value, cut(value))
         return self.memo[key][1]
 
-    def read_last_row(self, layer: int, q: Tensor, k: Tensor, mask: Tensor | None, scaling: float) -> None:
-        """Softmax row of each sample's last real token over the slots of this call, mean over heads: [B, n]."""
-        batch, n = q.shape[0], q.shape[2]
+    def read_rows(self, kind: str, layer: int, q: Tensor, k: Tensor, mask: Tensor | None, scaling: float) -> None:
+        """Keep what a signal needs of this layer's softmax rows, mean over heads: [B, n] for the slots of this call."""
         past = self.past - getattr(kv.state(self.cache, layer), "dropped", 0) if self.cache is not None else 0
-        last = to_device(self._last_slot(n), q.device)
-        rows = q.gather(2, last[:, None, None, None].expand(batch, q.shape[1], 1, q.shape[3]))
-        k = k[:, :, : past + n]
-        if mask is not None and mask.shape[-2] == n:
-            mask = mask[..., : past + n].expand(batch, -1, -1, -1)
-            bias = mask.gather(2, last[:, None, None, None].expand(batch, mask.shape[1], 1, past + n))
-        else:  # causal, with no mask or (flash attention) one that knows padding only
-            seen = torch.arange(past + n, device=q.device)[None] <= (last + past)[:, None]
-            if mask is not None:
-                seen = seen & mask.reshape(batch, -1)[:, : past + n].bool()
-            bias = seen[:, None, None, :]
+        tap = _Tap(q, k, mask, scaling, past)
         with recording(self.kernels):
-            self.rows[layer] = attention_rows(rows, k, bias, scaling).mean(1)[:, 0, past:]
+            if kind == "last_row":
+                last = to_device(self._last_slot(q.shape[2]), q.device)
+                self.rows[kind, layer] = tap.rows(last[:, None]).mean(1)[:, 0]
+            else:
+                read = self._from_text if kind == "from_text" else self._to_text
+                self.rows[kind, layer] = torch.stack([read(row, tap.of(row)) for row in range(len(self.host))])
+
+    def _from_text(self, row: int, tap: _Tap) -> Tensor:
+        """[n] attention that each slot gets from the text behind the first visual token, mean over its queries."""
+        texts = self._slots(row, arange_of(self._text_behind(row), tap.q.device))
+        return sum(tap.rows(part[None]).mean(1)[0].sum(0) for part in texts.split(ROWS)) / max(1, len(texts))  # type: ignore
+
+    def _to_text(self, row: int, tap: _Tap) -> Tensor:
+        """[n] share of each visual token's attention that goes to that text; 0 wherever it comes later."""
+        out = tap.q.new_zeros(tap.q.shape[2], dtype=torch.float32)
+        behind = self._text_behind(row)
+        seen = runs_of(self.host[row] > 1)
+        if not seen or not behind or behind[0][0] > seen[-1][0]:
+            return out
+        texts = self._slots(row, arange_of(behind, tap.q.device))
+        for slots in self._slots(row, torch.cat([a.positions for a in self.alive if a.row == row])).split(ROWS):
+            out[slots] = tap.rows(slots[None]).mean(1)[0].index_select(1, texts).sum(1)
+        return out
+
+    def _text_behind(self, row: int) -> list[tuple[int, int]]:
+        """Runs of the text behind the row's first visual token; its last token, if the prompt ends with an image."""
+        seen = runs_of(self.host[row] > 1)
+        behind = [run for run in self.text[row] if seen and run[0] > seen[0][0]]
+        return behind or [(self.host.shape[1] - 1, 1)] * bool(seen)
 
     def _last_slot(self, n: int) -> Tensor:
         if self.compaction is not None:  # pads were dropped: rows end with a real token
@@ -514,6 +532,39 @@ class Frame:
         )
 
 
+@dataclass(frozen=True)
+class _Tap:
+    """One layer's attention product: q [B, H, n, d], k [B, G, past + n, d] or longer, and what masks it."""
+
+    q: Tensor
+    k: Tensor
+    mask: Tensor | None
+    scaling: float
+    past: int
+
+    def of(self, row: int) -> _Tap:
+        """A single sample."""
+        one = slice(row, row + 1)
+        mask = self.mask if self.mask is None or self.mask.shape[0] == 1 else self.mask[one]
+        return replace(self, q=self.q[one], k=self.k[one], mask=mask)
+
+    def rows(self, slots: Tensor) -> Tensor:
+        """Softmax rows [B, H, R, n] of the queries at slots [B, R], over the slots of this call."""
+        batch, heads, n, width = self.q.shape
+        count, seen = slots.shape[1], self.past + n
+        queries = self.q.gather(2, slots[:, None, :, None].expand(batch, heads, count, width))
+        mask = self.mask
+        if mask is not None and mask.shape[-2] == n:
+            mask = mask[..., :seen].expand(batch, -1, -1, -1)
+            bias = mask.gather(2, slots[:, None, :, None].expand(batch, mask.shape[1], count, seen))
+        else:  # causal, with no mask or (flash attention) one that knows padding only
+            allowed = torch.arange(seen, device=slots.device) <= (slots + self.past)[:, :, None]
+            if mask is not None:
+                allowed = allowed & mask.reshape(batch, -1)[:, None, :seen].bool()
+            bias = allowed[:, None]
+        return attention_rows(queries, self.k[:, :, :seen], bias, self.scaling)[..., self.past :]
+
+
 class _Clock:
     """Seconds between start and stop, without making the host wait for a GPU."""
 
@@ -538,7 +589,7 @@ class _Clock:
 
 def _check(stage: Stage, views: list[Visual], answers: list[Assignment]) -> None:
     """Raise unless every answer is a selection of its budget; what only the device knows is one deferrable check."""
-    method, name = stage.method, stage.method.name or type(stage.method).__name__
+    name = stage.method.name or type(stage.method).__name__
     steps = []
     for view, answer in zip(views, answers):
         if not isinstance(answer, Assignment) or answer.idx.dim() != 1 or answer.idx.dtype != torch.int64:

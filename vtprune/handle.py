@@ -91,7 +91,7 @@ def patch(
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; pass the loaded Hugging Face model itself")
-    stages = _stages(method, keep, options)
+    stages = _stages(model, method, keep, options)
     before: Handle | None = model.__dict__.get(_KEY)
     if before is not None and not add:
         raise ValueError(
@@ -121,7 +121,7 @@ def unpatch(model: nn.Module) -> None:
         handle.remove()
 
 
-def _stages(method: Any, keep: float | int | None, options: dict[str, Any]) -> list[Stage]:
+def _stages(model: nn.Module, method: Any, keep: float | int | None, options: dict[str, Any]) -> list[Stage]:
     if isinstance(method, Stage) or (isinstance(method, Sequence) and not isinstance(method, str)):
         stages = [method] if isinstance(method, Stage) else list(method)
         if keep is not None or options:
@@ -148,4 +148,8 @@ def _stages(method: Any, keep: float | int | None, options: dict[str, Any]) -> l
     check_keep(keep)
     import dataclasses
 
-    return [dataclasses.replace(stage, **where) for stage in made.stages(keep)]
+    from .model_adapters.generic import Adapter
+
+    # Options are those of the method's own rule; the other parts of a schedule have their own policy.
+    stages = made.stages(keep, len(Adapter(model).layers))
+    return [dataclasses.replace(stage, **where) if stage.method is made else stage for stage in stages]

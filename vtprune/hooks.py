@@ -207,7 +207,7 @@ class Session:
                         "later"
                     )
                 attention = attention_of(self.adapter.layers[layer])
-                self._undo.append(attach(attention, partial(self._row_sink, layer)))
+                self._undo.append(attach(attention, partial(self._row_sink, need.kind, layer)))
 
     def _observe_towers(self) -> None:
         base = self.adapter.base
@@ -320,6 +320,7 @@ class Session:
 
     def _row_sink(
         self,
+        kind: str,
         layer: int,
         module: nn.Module,
         q: Tensor,
@@ -330,7 +331,7 @@ class Session:
     ) -> None:
         frame = self.local.frame
         if frame is not None and frame.opened and q.shape[2] > 1:
-            frame.read_last_row(layer, q, k, mask, scaling)
+            frame.read_rows(kind, layer, q, k, mask, scaling)
 
     # -- what the hooks do ------------------------------------------------------------------------------------------
 

@@ -40,7 +40,9 @@ class Signal:
         "keys" / "values" (heads concatenated, [N, C]), "mean_keys" (mean over heads, [N, d]); all as the attention
         product sees them, that is after rotary embedding and norms where the tower has any,
         "hidden" (the tower's states that the projector reads, before it, [N, C]; layer None only),
-        "last_row" (the softmax row of the prompt's last query restricted to the unit's tokens, mean over heads, [N]).
+        "last_row" (the softmax row of the prompt's last query restricted to the unit's tokens, mean over heads, [N]),
+        "from_text" (the mean of the rows of all text behind the first visual token, [N]), "to_text" (the share of its
+        attention that a visual token gives to that text, [N]); these three inside the LLM only.
     layer: for seam "llm" the tower layer: an int counts as in Python (-1 is the last); None is the layer whose output
         feeds the projector; a float in (0, 1) is a share of the depth L: layer round(layer * L) counted from 1, or
         where the tower attends within windows the next one that attends to the whole image. For a stage at decoder
@@ -50,7 +52,9 @@ class Signal:
     Raises ValueError on a float outside (0, 1).
     """
 
-    kind: Literal["cls", "cls_full", "received", "keys", "mean_keys", "values", "hidden", "last_row"]
+    kind: Literal[
+        "cls", "cls_full", "received", "keys", "mean_keys", "values", "hidden", "last_row", "from_text", "to_text"
+    ]
     layer: int | float | None = -1
     without_cls: bool = False
 
@@ -186,8 +190,8 @@ class Method(ABC):
         """All units of one forward pass; override where a batched form is faster. Must equal one call per unit."""
         return [self(v) for v in units]
 
-    def stages(self, keep: float | int | None) -> list[Stage]:
-        """The published schedule of the method; most act at one place only."""
+    def stages(self, keep: float | int | None, depth: int) -> list[Stage]:
+        """The published schedule of the method; most act at one place only. depth: decoder layers of the model."""
         return [Stage(self.default_where(), self, keep=keep)]
 
     def default_where(self) -> Where:

@@ -1,4 +1,4 @@
-"""ToDRE, stage 1: start from a pivot token and diversify away from it."""
+"""ToDRE: start from a pivot token and diversify away from it; drop what is left once the text has seen it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import Tensor
 from vtprune.kernels import check_finite, farthest_point
 
 from ...registry import register
-from ...types import Assignment, Method, Signal, Visual
+from ...types import Assignment, Method, Signal, Stage, Visual
 from .. import budget_of, select
+from ..in_llm.withdraw import withdrawals
 
 Objective = Literal["maxsum", "kcenter"]
 Pivot = Literal["cls", "center", "farthest", "random"]
@@ -23,7 +24,10 @@ CLS = Signal("cls", -1)
 @register("todre", paper="https://arxiv.org/abs/2505.18757", seam="pre_llm")
 @dataclass(frozen=True)
 class ToDRE(Method):
-    """Greedy diversification over all visual tokens of a unit from a pivot (training-free, stage 1 of the paper).
+    """Greedy diversification over the visual tokens from a pivot, and removal of all that is left deep in the LLM.
+
+    By name both stages of the paper run: this rule before the LLM, and `Withdraw` behind the first layer from 7/8 of
+    the depth on where text and visual tokens no longer attend to each other. `Stage("llm", ToDRE())` is stage 1 alone.
 
     objective: "maxsum" picks the token with the smallest summed cosine to the picked ones (version 2 of the
         paper), "kcenter" the one whose nearest picked token is farthest (version 1).
@@ -33,12 +37,14 @@ class ToDRE(Method):
         in `Visual.state["note"]`.
     seed: for pivot="random"; the draw depends on it and on the number of candidates only.
     memory: as for `farthest_point`.
+    threshold: share of attention below which the visual tokens are withdrawn; None leaves stage 2 out.
     """
 
     objective: Objective = "maxsum"
     pivot: Pivot = "cls"
     seed: int = 0
     memory: Literal["auto", "fast", "low"] = "auto"
+    threshold: float | None = 0.1
 
     def __post_init__(self) -> None:
         for name, valid in (("objective", get_args(Objective)), ("pivot", get_args(Pivot))):
@@ -48,6 +54,11 @@ class ToDRE(Method):
     @property
     def needs(self) -> tuple[Signal, ...]:
         return (CLS,) if self.pivot == "cls" else ()
+
+    def stages(self, keep: float | int | None, depth: int) -> list[Stage]:
+        first = Stage("llm", self, keep=keep)
+        whole = isinstance(keep, float) and keep == 1.0  # nothing may change then
+        return [first] if whole or self.threshold is None else [first, *withdrawals(depth, self.threshold)]
 
     def __call__(self, v: Visual) -> Assignment:
         return self.batch([v])[0]

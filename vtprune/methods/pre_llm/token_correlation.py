@@ -33,7 +33,8 @@ class TokenCorrelation(Method):
     With keep, the crops share the budget in proportion to u (Webster's method, on the device), n_min each if it
     suffices. Newlines and separators belong to no crop: they stay only when nothing else is left to keep.
 
-    layer: of the tower, for both signals. sample: draw without replacement, chances as the CLS attention, by `seed`.
+    layer: of the tower, for both signals. sample: seed of a draw without replacement, chances as the CLS attention;
+        None takes the highest.
     fallback: as for `cls_attention`.
     """
 
@@ -42,8 +43,7 @@ class TokenCorrelation(Method):
     gamma: float = 1.0
     n_min: int = 1
     layer: int | float | None = None
-    sample: bool = False
-    seed: int = 0
+    sample: int | None = None
     fallback: Fallback = "received"
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ class TokenCorrelation(Method):
         number, sizes = crops(v)
         by_crop = F.normalize(keys, dim=1)[number.argsort(stable=True)].split(sizes)[:-1]
         distinct = torch.stack([*(self._distinct(crop) for crop in by_crop), keys.new_zeros(())])
-        best = best_first(self._drawn(scores) if self.sample else scores)
+        best = best_first(scores if self.sample is None else self._drawn(scores, self.sample))
         best = best[number[best].argsort(stable=True)]
         crop = number[best]
         outside, u = crop == len(sizes) - 1, distinct[crop]
@@ -103,8 +103,8 @@ class TokenCorrelation(Method):
         alike = torch.cat([(rows @ keys.mT > self.theta).sum(1) for rows in keys.split(ROWS)])
         return (alike - itself.long() < self.m).sum().float()
 
-    def _drawn(self, scores: Tensor) -> Tensor:
+    def _drawn(self, scores: Tensor, seed: int) -> Tensor:
         """Log scores plus Gumbel noise: the best k of them are a draw of k without replacement."""
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(seed)
         noise = -torch.empty(len(scores)).exponential_(generator=generator).log()
         return scores.clamp(min=torch.finfo(scores.dtype).tiny).log() + to_device(noise, scores.device)
