@@ -69,8 +69,10 @@ def _measure(
         kept = (i < padded)[:, None] & (j < d)[None, :]
         tl.store(rows + (unit * padded + i)[:, None] * d + j[None, :], value.to(rows.dtype.element_ty), mask=kept)
     usable = (squares > 0) & (top < float("inf"))
+    # Correctly rounded: a row and three times that row tie here as they do in the reference.
     length = tl.sqrt_rn(tl.where(usable, squares, 1.0))
-    tl.store(inverse + unit * padded + i, tl.where(usable, 1.0 / length, 0.0), mask=i < padded)
+    reciprocal = tl.div_rn(tl.full([ROWS], 1.0, tl.float32), length)
+    tl.store(inverse + unit * padded + i, tl.where(usable, reciprocal, 0.0), mask=i < padded)
     tl.store(largest + unit * n + i, top, mask=i < n)
 
 
