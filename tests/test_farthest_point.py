@@ -49,7 +49,7 @@ def clustered(n: int, d: int, seed: int = 0) -> Tensor:
 
 def by_triton(features: list[Tensor], budgets: list[int], **options: object) -> list[list[int]]:
     with kernels.use("triton"), kernels.recording() as ran:
-        picks = farthest_point(features, budgets, **options)  # type: ignore[arg-type]
+        picks = farthest_point(features, budgets, **options)
     assert ran == {"farthest_point": "triton"}
     assert all(p.dtype == torch.int64 and p.shape == (k,) for p, k in zip(picks, budgets, strict=True))
     return [p.tolist() for p in picks]
@@ -57,7 +57,7 @@ def by_triton(features: list[Tensor], budgets: list[int], **options: object) -> 
 
 def by_reference(features: list[Tensor], budgets: list[int], **options: object) -> list[list[int]]:
     with kernels.use("reference"):
-        return [p.tolist() for p in farthest_point(features, budgets, **options)]  # type: ignore[arg-type]
+        return [p.tolist() for p in farthest_point(features, budgets, **options)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
@@ -285,7 +285,7 @@ def test_more_rows_than_a_program_holds(device: torch.device, monkeypatch: pytes
 )
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_impossible_problems(features: list[Tensor], budgets: list[int], message: str, backend: str) -> None:
-    with kernels.use(backend), pytest.raises(ValueError, match=message):  # type: ignore[arg-type]
+    with kernels.use(backend), pytest.raises(ValueError, match=message):
         farthest_point(features, budgets)
 
 
@@ -362,12 +362,12 @@ def test_no_wait_and_a_graph(sizes: list[int], dtype: torch.dtype, memory: str) 
     try:
         torch.cuda.set_sync_debug_mode("error")
         with kernels.deferring():
-            farthest_point(units, budgets, memory=memory)  # type: ignore[arg-type]
+            farthest_point(units, budgets, memory=memory)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph), kernels.deferring():
-        picks = farthest_point(units, budgets, memory=memory)  # type: ignore[arg-type]
+        picks = farthest_point(units, budgets, memory=memory)
     for batch, wanted in zip((units, others), expected):
         for held, new in zip(units, [x.clone() for x in batch]):
             held.copy_(new)
