@@ -9,8 +9,11 @@ import pytest
 import torch
 
 import vtprune
+from vtprune import Stage
 from vtprune.evals import tiny
 from vtprune.evals.accuracy import Exam
+from vtprune.frame import Frame
+from vtprune.model_adapters.generic import Features
 
 pytestmark = [
     pytest.mark.gpu,
@@ -78,6 +81,89 @@ def test_clocks_measure_the_method() -> None:
     with vtprune.patch(model, "divprune", keep=0.25) as handle, torch.inference_mode():
         model(**inputs)
         assert 0 < handle.last.seconds < 5
+
+
+ON_DEVICE = ["divprune", "todre", "hiprune", "visionzip", "cls_topk"]
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("method", ON_DEVICE)
+def test_the_pre_llm_path_never_waits(method: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the units to the cut arguments of the text model; transformers' own waits are not ours to judge."""
+    _, twin, _, there = _pair(family)
+    for name in ("open", "run_stages", "cut_call", "settle"):
+        _without_waiting(monkeypatch, name)
+    with vtprune.patch(twin, Stage("llm", vtprune.create(method), keep=0.5)) as handle, torch.inference_mode():
+        for _ in range(2):  # the first run compiles kernels and copies, once per layout, where its crops lie
+            twin(**there)
+    assert "farthest_point" not in handle.last.kernels or handle.last.kernels["farthest_point"] == "triton"
+    assert handle.last.kernels["compact"] == "triton"
+
+
+def _without_waiting(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    function, calls = getattr(Frame, name), []
+
+    def strict(*args):
+        calls.append(name)
+        torch.cuda.set_sync_debug_mode("error" if len(calls) > 1 else "default")
+        try:
+            return function(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Frame, name, strict)
+
+
+@pytest.mark.parametrize("method", ON_DEVICE)
+def test_the_pre_llm_path_in_a_cuda_graph(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded once, replayed on other features: the same cut as without a graph."""
+    _, twin, _, there = _pair("llava")
+    frames, calls = [], []
+    cut_call = Frame.cut_call
+
+    def recorded(frame, call):
+        frames.append(frame)
+        calls.append(dict(call))
+        return cut_call(frame, call)
+
+    monkeypatch.setattr(Frame, "cut_call", recorded)
+    with vtprune.patch(twin, Stage("llm", vtprune.create(method), keep=0.5)) as handle, torch.inference_mode():
+        twin(**there)
+        session, (seen,), (call,) = handle._session, frames, calls
+        signals = [unit.signals for unit in seen.units]
+        features = {"image": Features([unit.n for unit in seen.units], [u.spans for u in seen.units], signals)}
+        monkeypatch.undo()
+
+        def cut():
+            frame = Frame(session.adapter, session.stages, seen.code.clone())
+            frame.foresee({})
+            return frame, lambda: (frame.open(call, features), frame.run_stages("llm", call["inputs_embeds"]))
+
+        cut()[1]()
+        torch.cuda.synchronize()
+        frame, run = cut()
+        frame._arriving.read()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+            out = frame.cut_call(call)
+        call["inputs_embeds"].copy_(torch.randn_like(call["inputs_embeds"]))
+        graph.replay()
+        torch.cuda.synchronize()
+        again, run = cut()
+        run()
+        expected = again.cut_call(call)
+    assert torch.equal(out["inputs_embeds"], expected["inputs_embeds"])
+    assert torch.equal(out["position_ids"], expected["position_ids"])
+
+
+def test_bad_pixels_are_refused_although_nobody_waits() -> None:
+    _, twin, _, there = _pair("llava")
+    broken = dict(there, pixel_values=there["pixel_values"].clone().index_fill_(0, torch.tensor([0]).cuda(), torch.nan))
+    with vtprune.patch(twin, "divprune", keep=0.5), torch.inference_mode():
+        with pytest.raises(ValueError, match="NaN or Inf"):
+            twin(**broken)
+        assert torch.isfinite(twin(**there).logits).all(), "the context is alive"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

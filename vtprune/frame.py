@@ -207,7 +207,8 @@ class Frame:
                 raise VtpruneError(f"{stage.method.name}.batch answered {len(answers)} of {len(todo)} units")
             _check(stage, views, answers)
         self.clocks.append(clock.stop())
-        self.verdicts.append(Verdict(checks))
+        if not _capturing(self.hidden.device):  # a CUDA graph replays what its warm-up run has checked
+            self.verdicts.append(Verdict(checks))
         # On a GPU the methods of this package, which never answer out of range, are judged when the LLM is under way.
         if not self.hidden.is_cuda or not type(stage.method).__module__.startswith("vtprune."):
             self.settle()
@@ -569,7 +570,8 @@ class _Clock:
     """Seconds between start and stop, without making the host wait for a GPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else None
+        timed = device.type == "cuda" and not _capturing(device)
+        self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if timed else None
         self.begin = time.perf_counter()
         if self.events:
             self.events[0].record()
@@ -585,6 +587,11 @@ class _Clock:
             return self.end - self.begin
         self.events[1].synchronize()
         return self.events[0].elapsed_time(self.events[1]) / 1e3
+
+
+def _capturing(device: torch.device) -> bool:
+    """True while a CUDA graph records what this thread launches."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _check(stage: Stage, views: list[Visual], answers: list[Assignment]) -> None:

@@ -1,0 +1,37 @@
+"""Patched models on the Triton kernels (interpreted without a GPU): the tokens and logits of the reference."""
+
+from __future__ import annotations
+
+import families
+import pytest
+import torch
+
+import vtprune
+from vtprune.kernels import use
+
+RAN = {
+    "divprune": {"farthest_point", "compact"},
+    "visionzip": {"attention_rows", "attention_received", "merge", "compact"},
+    "hiprune": {"attention_received", "compact"},
+    "fastv": {"attention_rows"},
+}
+
+
+@pytest.mark.parametrize("method", list(RAN))
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen3_vl"])
+def test_triton_answers_as_the_reference(family: str, method: str) -> None:
+    """A ragged batch: pads, and for Qwen3-VL three rows of position ids and features added after the first layers."""
+    model, batch = families.model(family), families.inputs(family, rows=(1, 2))
+    options = {"layer": 3} if method == "fastv" else {}
+    seen = {}
+    for backend in ("reference", "triton"):
+        with vtprune.patch(model, method, keep=0.3, **options) as handle, use(backend), torch.no_grad():  # type: ignore[arg-type]
+            seen[backend] = model(**batch).logits, handle.last
+    (expected, plain), (logits, last) = seen["reference"], seen["triton"]
+    assert torch.equal(last.index, plain.index)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    assert set(last.kernels.values()) == {"triton"}
+    assert set(plain.kernels.values()) == {"reference"}
+    assert last.kernels.keys() == plain.kernels.keys()
+    assert set(last.kernels) <= RAN[method]
+    assert "compact" in last.kernels or method == "fastv"
