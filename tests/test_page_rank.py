@@ -123,10 +123,11 @@ def test_strided_inputs_and_same_bits(backend: str, device: str) -> None:
     assert torch.equal(page_rank(q, k, None, 0.5, 2, start), got)
 
 
-@pytest.mark.parametrize("elements", [1, 13 * 13, 5 * 13 * 13, 1 << 24])
-def test_the_reference_cuts_anywhere(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kept", "together"), [(1, 1), (13 * 13, 1), (1 << 24, 5 * 13 * 13), (1 << 24, 1 << 20)])
+def test_the_reference_cuts_anywhere(kept: int, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Maps made again at every step, head by head, group by group, all at once."""
-    monkeypatch.setattr(reference, "MAP_ELEMENTS", elements)
+    monkeypatch.setattr(reference, "MAP_ELEMENTS", kept)
+    monkeypatch.setattr(reference, "TOGETHER", together)
     q, k = problem((3, 6, 3, 13, 13, 4))
     for kind in ("none", "random", "causal"):
         mask = masks(kind, 3, 13, 13)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
 
 CACHE_ELEMENTS = 1 << 19  # 2 MiB of float32: a block is written and read again before it leaves the cache
 DEVICE_ELEMENTS = 1 << 24  # 64 MiB: elsewhere the launches count, not the cache
+
+
+LOWEST = torch.finfo(torch.float32).min / 2  # added to a score it leaves a weight of 0, and never overflows
 
 
 @dataclass(frozen=True)
@@ -19,15 +23,24 @@ class Block:
     at: tuple[slice, slice, slice]
     q: Tensor
     k: Tensor
-    mask: Tensor | None
+    bias: Tensor | None
+    seen: Tensor | None  # [.., queries, 1], the rows that attend to anything; None: all
+
+    def rows(self, scaling: float) -> Tensor:
+        """[b, h, queries, N] softmax; the rows that attend to nothing hold some finite distribution."""
+        q, k = self.q, self.k
+        # Heads of one group are stacked along the rows: the keys are read once and never repeated.
+        stacked = (q * scaling).reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
+        scores = (stacked @ k.transpose(-1, -2)).reshape(*q.shape[:3], k.shape[2])
+        return (scores if self.bias is None else scores + self.bias).softmax(-1)
 
 
 def attention_rows(q_rows: Tensor, k: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """`kernels.attention_rows` for checked arguments."""
     out = k.new_empty(*q_rows.shape[:3], k.shape[2], dtype=torch.float32)
     for part in blocks(q_rows, k, mask):
-        weights, seen = _softmax(part, scaling)
-        out[part.at] = weights if seen is None else weights * seen
+        weights = part.rows(scaling)
+        out[part.at] = weights if part.seen is None else weights * part.seen
     return out
 
 
@@ -48,11 +61,10 @@ def columns(
     """[B, H, N] float32: for each head the rows of its map, times their weights [B, H, M] float32, added up."""
     out = k.new_zeros(*q.shape[:2], k.shape[2], dtype=torch.float32)
     for part in blocks(q, k, mask, rows=block):
-        rows, seen = _softmax(part, scaling)
         weight = weights[part.at][..., None, :]
-        if seen is not None:
-            weight = weight * seen.transpose(-1, -2)
-        out[part.at[:2]] += (weight @ rows)[..., 0, :]
+        if part.seen is not None:
+            weight = weight * part.seen.transpose(-1, -2)
+        out[part.at[:2]] += (weight @ part.rows(scaling))[..., 0, :]
     return out
 
 
@@ -74,34 +86,22 @@ def blocks(
     together = share * min(max(1, elements // copied), groups) if scores <= elements else 1
     # One sample's keys are usually a view of [tokens, heads, d]; several at once would have to be copied to multiply.
     samples = max(1, elements // (groups * (scores + n * d))) if together == heads else 1
-    for b in range(0, batch, samples):
+    for b, r in product(range(0, batch, samples), range(0, queries, rows)):
+        bias = seen = None
         for h in range(0, heads, together):
+            at = (slice(b, b + samples), slice(h, h + together), slice(r, r + rows))
             shared = slice(h // share, (min(h + together, heads) - 1) // share + 1)
-            keys = k[b : b + samples, shared].float()
-            for r in range(0, queries, rows):
-                at = (slice(b, b + samples), slice(h, h + together), slice(r, r + rows))
-                yield Block(at, q[at].float(), keys, None if mask is None else _cut(mask, at))
+            if mask is not None and (bias is None or mask.shape[1] > 1):  # usually one for all heads
+                bias, seen = _bias(
+                    mask[tuple(slice(None) if size == 1 else part for size, part in zip(mask.shape, at))]
+                )
+            yield Block(at, q[at].float(), k[at[0], shared].float(), bias, seen)
 
 
-def _cut(mask: Tensor, at: tuple[slice, slice, slice]) -> Tensor:
-    return mask[tuple(slice(None) if size == 1 else part for size, part in zip(mask.shape, at))]
-
-
-def _softmax(part: Block, scaling: float) -> tuple[Tensor, Tensor | None]:
-    """A block's softmax [b, h, r, N] and which of its rows attend to anything, [.., r, 1] (None: all).
-
-    The rows that attend to nothing hold an arbitrary finite distribution.
-    """
-    q, k, mask = part.q, part.k, part.mask
-    # Heads of one group are stacked along the rows: the keys are read once and never repeated.
-    stacked = (q * scaling).reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
-    scores = (stacked @ k.transpose(-1, -2)).reshape(*q.shape[:3], k.shape[2])
-    if mask is None:
-        return scores.softmax(-1), None
+def _bias(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """What to add to the scores, in float32, and which rows attend to anything."""
     if mask.dtype == torch.bool:
-        blocked = ~mask
+        blocked, bias = ~mask, mask.new_zeros(mask.shape, dtype=torch.float32)
     else:
-        blocked = mask <= torch.finfo(mask.dtype).min
-        scores = scores + mask.float()
-    lowest = torch.finfo(torch.float32).min
-    return scores.masked_fill(blocked, lowest).softmax(-1), ~blocked.all(-1, keepdim=True)
+        blocked, bias = mask <= torch.finfo(mask.dtype).min, mask.float()
+    return bias.masked_fill(blocked, LOWEST), ~blocked.all(-1, keepdim=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..attention.reference import attention_rows, blocks, columns
+from ..attention.reference import blocks, columns
 
-MAP_ELEMENTS = 1 << 24  # 64 MiB of float32 maps at a time
+MAP_ELEMENTS = 1 << 24  # 64 MiB of float32: the largest map that is kept between steps
+TOGETHER = 1 << 20  # small maps are worked on together as long as they stay in the cache
 
 
 def page_rank(
@@ -21,10 +22,12 @@ def page_rank(
             score = _damped(columns(q, k, mask, scaling, score), start, damping)
         return score.clone()
     out = torch.empty_like(start, memory_format=torch.contiguous_format)
-    for part in blocks(q, k, mask, rows=n, elements=MAP_ELEMENTS):
+    for part in blocks(q, k, mask, rows=n, elements=max(n * n, TOGETHER)):
         at = part.at[:2]
         first = start[at][..., None, :]
-        score, weights = first, attention_rows(part.q, part.k, part.mask, scaling)
+        score, weights = first, part.rows(scaling)
+        if part.seen is not None:
+            weights = weights * part.seen
         for _ in range(steps):
             score = _damped(score @ weights, first, damping)
         out[at] = score[..., 0, :]
