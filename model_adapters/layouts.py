@@ -83,7 +83,11 @@ def _mosaic(base: Any, n: int, size: tuple[int, int]) -> tuple[Span, ...]:
     if n == side * side + 1:  # overview and one newline
         return (Span(0, (1, side, side)),)
     crops = torch.arange(_tile_count(base, size) + 1, dtype=torch.float32)
-    packing = {"vision_feature_select_strategy": "default", "image_newline": -torch.ones(1)}
+    packing = {
+        "vision_feature_select_strategy": "default",
+        "image_newline": -torch.ones(1),
+        "vision_aspect_ratio": getattr(base.config, "vision_aspect_ratio", None),  # a limit above which mosaics shrink
+    }
     known = inspect.signature(base.pack_image_features).parameters
     flat, _ = base.pack_image_features(
         [crops[:, None, None].expand(-1, side * side, 1)],
@@ -104,7 +108,9 @@ def _tiles(mosaic: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | tu
     heights = mosaic[:, 0].unique_consecutive(return_counts=True)[1]
     widths = mosaic[0].unique_consecutive(return_counts=True)[1]
     first = mosaic[heights.cumsum(0) - 1][:, widths.cumsum(0) - 1]
-    if not torch.equal(first.repeat_interleave(heights, 0).repeat_interleave(widths, 1), mosaic):
+    if not torch.equal(first.round(), first) or not torch.equal(
+        first.repeat_interleave(heights, 0).repeat_interleave(widths, 1), mosaic
+    ):
         return ()
     return tuple(heights.tolist()), tuple(widths.tolist())
 

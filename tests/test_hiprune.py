@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import families
 import pytest
+import reference
 import torch
 from torch import Tensor
 
@@ -214,6 +215,21 @@ def test_scores_of_a_model_are_the_attention_that_its_tokens_receive():
     (ours,) = run("llava", HiPrune(alpha=0.5), 10).last.units
     torch.testing.assert_close(ours.scores, received[1])
     assert ours.idx.tolist() == oracle(v, 0.5)
+
+
+@pytest.mark.parametrize(("per", "newlines"), [("image", "compete"), ("image", "keep"), ("crop", "drop")])
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "qwen2_5_vl", "internvl", "smolvlm"])
+def test_units_of_a_model_equal_the_oracle(name, per, newlines):
+    """Mosaics, tiles and windows; each unit with its own raster and its own share of the budget."""
+    model, inputs = families.model(name), families.inputs(name, rows=(2, 0, 1))
+    stages, log = reference.spy([vtprune.Stage("llm", HiPrune(alpha=0.8), keep=0.4, per=per, newlines=newlines)])
+    with vtprune.patch(model, stages), torch.no_grad():
+        model(**inputs)
+    (call,) = log
+    for v, answer in zip(call.units, call.answers, strict=True):
+        assert v.spans or v.grid
+        assert "note" not in v.state
+        assert answer.idx.tolist() == oracle(v, 0.8)
 
 
 def test_parity_with_the_official_code(shared):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import families
 import pytest
+import reference
 import torch
 from torch import Tensor
 
@@ -244,6 +245,22 @@ def test_scores_of_a_model_are_its_cls_row_and_merged_rows_reach_the_llm():
     at = (report.index[0][:, None] == ours.positions).any(1)
     torch.testing.assert_close(fed[0][0][at], ours.assignment.apply(features), atol=1e-5, rtol=1e-5)
     assert ours.assignment.merges
+
+
+@pytest.mark.parametrize(("per", "newlines"), [("image", "compete"), ("image", "keep"), ("crop", "drop")])
+@pytest.mark.parametrize("name", ["llava_next", "internvl", "video_llava-video"])
+def test_units_of_a_model_equal_the_oracle(name, per, newlines):
+    """Mosaics, tiles and frames; each unit merges within itself."""
+    model, inputs = families.model(name), families.inputs(name, rows=(2, 0, 1))
+    stages, log = reference.spy([vtprune.Stage("llm", VisionZip(contextual=0.3), keep=0.4, per=per, newlines=newlines)])
+    with vtprune.patch(model, stages), torch.no_grad():
+        model(**inputs)
+    (call,) = log
+    for v, answer in zip(call.units, call.answers, strict=True):
+        dominant, targets, rows = oracle(v, round(0.3 * v.budget))
+        assert answer.order.tolist() == dominant + targets
+        shown = torch.tensor(dominant + targets).argsort()
+        torch.testing.assert_close(answer.apply(v.x), rows[shown].float(), atol=1e-5, rtol=1e-4)
 
 
 def test_parity_with_the_official_code(shared):
