@@ -162,7 +162,7 @@ def test_samples_follow_the_attention_and_the_seed() -> None:
     v = Visual(torch.randn(100, 4), 5, signals={CLS: scores, KEYS: torch.randn(100, 64)})
 
     def kept(seed: int) -> Tensor:
-        return vtprune.create("token_correlation", sample=True, seed=seed)(v).idx
+        return vtprune.create("token_correlation", sample=seed)(v).idx
 
     assert torch.equal(kept(1), kept(1))
     draws = [kept(seed) for seed in range(200)]

@@ -14,8 +14,9 @@ from vtprune.kernels import check_finite
 
 from ...registry import register
 from ...types import Assignment, Method, Newlines, Signal, Visual
-from .. import Fallback, best_first, budget_of, check_fallback, cls_attention, signal_of
+from .. import Fallback, budget_of, check_fallback, cls_attention, signal_of
 from ..absorb import absorb
+from ..counting import in_proportion, ranks
 from ..lof import outliers
 from ..text import prompt_similarity
 
@@ -24,11 +25,11 @@ RECEIVED = Signal("received", -1, without_cls=True)
 
 
 class _Seen(NamedTuple):
-    """One unit, float32: scores [N], text similarities [N], keys [N, C]."""
+    """What is known of one unit, float32."""
 
-    scores: Tensor
-    text: Tensor
-    keys: Tensor
+    scores: Tensor  # [N]
+    text: Tensor  # [N]
+    keys: Tensor  # [N, C]
 
 
 @register("recoverable", paper="https://arxiv.org/abs/2409.01179", seam="pre_llm")
@@ -45,8 +46,8 @@ class Recoverable(Method):
 
     faithful: as the official code: centres in proportion to the tower's width instead of the number of tokens, and
         remaining token i is compared by the key of the image's token i.
-    text_similarity: unit -> [N], say from a paired CLIP text encoder (officially cosine / sqrt(768)); by default from
-        the LLM's text embeddings, which is ours.
+    text_similarity: unit -> [N], say from a paired CLIP text encoder (officially cosine / sqrt(768), with the text vector
+        of the last padded position where the end of text is meant); by default from the LLM's embeddings, which is ours.
     text_weight: of the text similarity beside the cosine of keys when tokens look for their centre.
     neighbours: of the three outlier factors.
     fallback: as for `cls_attention`.
@@ -87,12 +88,12 @@ class Recoverable(Method):
         answers = []
         for v, s, count in zip(units, seen, counts):
             if v.budget is None:
-                *main, seats = next(read)
-                answers.append(self._assign(s, count, sum(main) + seats, seats))
+                *main, places = next(read)
+                answers.append(self._assign(s, count, sum(main) + places, places))
             else:
                 budget = budget_of(v, self.name)
-                seats = max(1, budget // 8)
-                answers.append(self._assign(s, _scaled(count, budget, seats), budget, seats))
+                places = max(1, budget // 8)
+                answers.append(self._assign(s, in_proportion(count, budget, places), budget, places))
         return answers
 
     def _see(self, v: Visual) -> _Seen:
@@ -106,7 +107,7 @@ class Recoverable(Method):
         """[3] int64 on the device: tokens kept for the image, for the text, and places for what is merged."""
         n, (of_scores, of_text, of_rest) = len(s.scores), self.neighbours
         vision = outliers(s.scores, of_scores).sum()
-        found = outliers(torch.where(_ranks(s.scores) < vision, s.text.min(), s.text), of_text).sum()
+        found = outliers(torch.where(ranks(s.scores) < vision, s.text.min(), s.text), of_text).sum()
         words = (n - vision) * found // n  # an integer, because int(n * (f / n)) may be f - 1
         rest = _rest(s, vision, words)
         odd, left = outliers(s.scores, of_rest, rest).sum(), rest.sum()
@@ -116,10 +117,10 @@ class Recoverable(Method):
         return torch.stack([vision, words, places])
 
     def _assign(self, s: _Seen, counts: Tensor, total: int, seats: int) -> Assignment:
-        """Keep `total` tokens; the counts sum to it, and the last of them is at most `seats`."""
+        """Keep `total` tokens; the counts [3] sum to it, and the last of them is at most `seats`."""
         vision, words, places = counts
         n, rest = len(s.scores), _rest(s, vision, words)
-        later = n + _ranks(s.scores.masked_fill(~rest, -torch.inf))
+        later = n + ranks(s.scores.masked_fill(~rest, -torch.inf))
         order = torch.where(rest, later, torch.arange(n, device=rest.device)).argsort()[:total]
         keys = F.normalize(s.keys, dim=1)
         if self.faithful:
@@ -130,19 +131,5 @@ class Recoverable(Method):
 
 def _rest(s: _Seen, vision: Tensor, words: Tensor) -> Tensor:
     """[N] bool: neither among the best `vision` scores nor among the best `words` text similarities of the others."""
-    picked = _ranks(s.scores) < vision
-    return ~picked & (_ranks(s.text.masked_fill(picked, -torch.inf)) >= words)
-
-
-def _ranks(scores: Tensor) -> Tensor:
-    """0 for the largest, the lower index first among equals."""
-    return best_first(scores).argsort()
-
-
-def _scaled(counts: Tensor, budget: int, seats: int) -> Tensor:
-    """Counts [3] in proportion, summing to the budget; the last at most `seats`, what it exceeds goes to the first."""
-    total = counts.sum()
-    edges = (2 * budget * counts.cumsum(0) + total) // (2 * total)
-    share = edges.diff(prepend=edges.new_zeros(1))
-    over = (share[2] - seats).clamp(min=0)
-    return share + torch.stack([over, torch.zeros_like(over), -over])
+    picked = ranks(s.scores) < vision
+    return ~picked & (ranks(s.text.masked_fill(picked, -torch.inf)) >= words)
