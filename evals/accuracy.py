@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import multiprocessing
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +72,7 @@ class Exam:
     def __len__(self) -> int:
         return len(self.questions)
 
-    def answers(self, needs_tower: bool = False, new_tokens: int = 4, progress: Any = None) -> list[tuple[str, bool]]:
+    def answers(self, needs_tower: bool = False, new_tokens: int = 4) -> list[tuple[str, bool]]:
         """Greedy `generate` on every question: (text, whether the end token came), in `self.questions` order."""
         said: list[tuple[str, bool]] = []
         ends = _end_tokens(self.model)
@@ -82,13 +84,11 @@ class Exam:
             fresh = ids[:, inputs["input_ids"].shape[1] :]
             texts = self.processor.batch_decode(fresh, skip_special_tokens=True)
             said += [(text, bool(ends.intersection(row))) for text, row in zip(texts, fresh.tolist())]
-            if progress is not None:
-                progress.update(len(texts))
         return said
 
-    def run(self, needs_tower: bool = False, new_tokens: int = 4, progress: Any = None) -> tuple[Marks, Marks]:
+    def run(self, needs_tower: bool = False, new_tokens: int = 4) -> tuple[Marks, Marks]:
         """(answer right, stopped right) of every question, 0. or 1. each."""
-        said = self.answers(needs_tower, new_tokens, progress)
+        said = self.answers(needs_tower, new_tokens)
         marks = [mark(text, ended, q.answer) for (text, ended), q in zip(said, self.questions)]
         right, stopped = np.array(marks, dtype=np.float64).T
         return right, stopped
@@ -154,12 +154,16 @@ def _end_tokens(model: Any) -> set[int]:
 
 @dataclass(frozen=True)
 class Plan:
-    """One pass over the questions: a label for the table, the method and how much it keeps (None: dense)."""
+    """One pass over the questions: a label for the table, the method and how much it keeps (no method: dense).
+
+    blind: how the images are hidden ("zero" or "shuffle"), None if they are not.
+    """
 
     label: str
     method: Method | None
-    keep: float | int | None
+    keep: float | int
     seed: int | None = None
+    blind: str | None = None
 
     @property
     def needs_tower(self) -> bool:
@@ -232,35 +236,63 @@ def evaluate(
     new_tokens: int = 4,
     title: str = "Accuracy",
     progress: bool = True,
+    workers: int = 1,
 ) -> AccuracyReport:
     """Ask every question dense, blind and pruned with every method (controls added) at every keep.
 
-    methods: names, optionally with options ("todre:objective=kcenter"). seeds: draws of a random method.
+    methods: names, optionally with options ("todre:objective=kcenter"). seeds: draws of a random method. workers:
+    processes that share the passes, each with a copy of the model and one thread; for models on the CPU.
     Returns rows by (method, keep, capability) plus capability "mean", the plain mean over capabilities.
     """
-    from vtprune.evals.tiny import blind
-
-    todo = plans(methods, keeps, seeds)  # before any heavy work, so that a wrong name fails at once
+    if workers < 1 or (workers > 1 and model.device.type != "cpu"):
+        raise ValueError(f"workers={workers} on {model.device.type}: choose 1, or more for a model on the CPU")
+    # A wrong name fails here, before any heavy work.
+    todo = [Plan("dense", None, 1.0), *(Plan(f"blind-{how}", None, 1.0, blind=how) for how in ("zero", "shuffle"))]
+    todo += plans(methods, keeps, seeds)
     exam = Exam(model, processor, questions, batch)
     marks: dict[tuple[str, float | int], list[tuple[Marks, Marks]]] = {}
-    with tqdm(total=len(exam) * (len(todo) + 3), unit="question", disable=not progress) as bar:
-        bar.set_description("dense")
-        marks["dense", 1.0] = [exam.run(new_tokens=new_tokens, progress=bar)]
-        for mode in ("zero", "shuffle"):
-            bar.set_description(f"blind ({mode})")
-            unseen = Exam(model, processor, blind(exam.questions, mode), batch)
-            marks[f"blind-{mode}", 1.0] = [unseen.run(new_tokens=new_tokens, progress=bar)]
-        for plan in todo:
-            assert plan.keep is not None
-            bar.set_description(f"{plan.label} at {plan.keep}")
-            with plan.applied(model):
-                run = exam.run(plan.needs_tower, new_tokens, bar)
+    with tqdm(total=len(todo), unit="pass", disable=not progress) as bar:
+        runs = map(partial(_sit, exam, new_tokens), todo) if workers == 1 else _shared(exam, new_tokens, todo, workers)
+        for plan, run in zip(todo, runs):
             marks.setdefault((plan.label, plan.keep), []).append(run)
+            bar.set_description(f"{plan.label} at {plan.keep}")
+            bar.update()
     asked = np.array([q.capability for q in exam.questions])
     names = list(dict.fromkeys(q.capability for q in questions))
     device, dtype = model.device.type, str(model.dtype).removeprefix("torch.")
     env = environment(device, dtype, batch, questions=len(exam), parameters=model.num_parameters())
     return AccuracyReport(title, _rows(marks, asked, names), env, NOTES)
+
+
+def _sit(exam: Exam, new_tokens: int, plan: Plan) -> tuple[Marks, Marks]:
+    """One pass."""
+    from vtprune.evals.tiny import blind
+
+    if plan.blind is not None:
+        exam = Exam(exam.model, exam.processor, blind(exam.questions, plan.blind), exam.batch)
+    with plan.applied(exam.model):
+        return exam.run(plan.needs_tower, new_tokens)
+
+
+_exam: Exam | None = None  # of this worker process
+
+
+def _enter(model: Any, processor: Any, questions: Sequence[Question], batch: int) -> None:
+    global _exam
+    torch.set_num_threads(1)
+    _exam = Exam(model, processor, questions, batch)
+
+
+def _sit_here(new_tokens: int, plan: Plan) -> tuple[Marks, Marks]:
+    assert _exam is not None
+    return _sit(_exam, new_tokens, plan)
+
+
+def _shared(exam: Exam, new_tokens: int, todo: list[Plan], workers: int) -> Iterator[tuple[Marks, Marks]]:
+    """The passes in order, made by several processes."""
+    arguments = (exam.model, exam.processor, exam.questions, exam.batch)
+    with multiprocessing.get_context("spawn").Pool(workers, _enter, arguments) as pool:
+        yield from pool.imap(partial(_sit_here, new_tokens), todo)
 
 
 NOTES = (

@@ -118,6 +118,13 @@ def test_the_model_is_left_as_it_was(loaded, questions) -> None:
     assert torch.equal(model(**inputs).logits, before)
 
 
+def test_several_processes_give_the_same_report(loaded, questions, report: AccuracyReport) -> None:
+    shared = evaluate(*loaded, questions, ["divprune"], [0.25], seeds=2, batch=5, progress=False, workers=2)
+    assert shared.rows == report.rows
+    with pytest.raises(ValueError, match="workers=0"):
+        evaluate(*loaded, questions, ["divprune"], [0.25], workers=0)
+
+
 def test_accuracy_kept_is_measured_from_the_better_blind_score() -> None:
     scores = {"dense": 9, "blind-zero": 1, "blind-shuffle": 3, "m": 6}
     marks = {

@@ -129,6 +129,7 @@ def evaluate(
     device: Device = None,
     dtype: Dtype = None,
     out: Annotated[Path | None, typer.Option(help="Also write eval.json, eval.md and pareto.png here.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share the passes (CPU only).")] = 1,
     as_json: Json = False,
 ) -> None:
     """Measure accuracy dense, blind and pruned, by kind of question, with the random and uniform controls."""
@@ -143,7 +144,7 @@ def evaluate(
     title = "Accuracy of " + (model or "the embedded toy VLM") + f", {limit} questions a capability, percent"
     report = accuracy.evaluate(
         loaded, processor, questions, names, keeps,
-        seeds=seeds, batch=batch, new_tokens=new_tokens, title=title, progress=not as_json,
+        seeds=seeds, batch=batch, new_tokens=new_tokens, title=title, progress=not as_json, workers=workers,
     )  # fmt: skip
     if out is not None:
         report.save(out / "eval.json")
