@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ import vtprune
 from vtprune.evals import geometries
 from vtprune.evals.accuracy import parse_method
 from vtprune.evals.flops import TextCost, counted, peak
-from vtprune.evals.meter import Allocated, Phases, now, timed
+from vtprune.evals.meter import Allocated, Phases, now, seconds
 from vtprune.evals.prefill import MODES, Bucketed
 from vtprune.evals.report import environment
 from vtprune.evals.speed import BenchReport, Limits, Samples, Variant, notes_of, row_of
@@ -131,6 +132,7 @@ def bench(
             if variant.prefill == "eager" and not skip:
                 raise
             left_out.append(f"Not run: {variant.label} at {variant.keep}, {variant.prefill}: {error}")
+    floors = Floors({mode: [] for mode in ("eager", *runners)})
     with tqdm(total=(repeats + 1) * len(samples), unit="run", disable=not progress) as bar:
         for repeat in range(repeats + 1):
             for variant, into in samples.items():
@@ -142,7 +144,26 @@ def bench(
                     else:
                         _generate(what, into, new_tokens, handle)
                 bar.update()
-    return _report(what, samples, runners, repeats, left_out)
+            floors.measure(what, runners, keep=repeat > 0)
+    return _report(what, samples, floors, repeats, left_out)
+
+
+@dataclass
+class Floors:
+    """Seconds, a value a round: forward passes of one token by way of prefill, and the vision side alone."""
+
+    one_token: dict[str, list[float]]
+    vision: list[float] = field(default_factory=list)
+
+    def measure(self, what: Subject, runners: dict[str, Bucketed], keep: bool) -> None:
+        """One round; keep=False warms up."""
+        device = what.model.device
+        took = seconds(what.encode, device)
+        self.vision += [took] * keep
+        for mode, times in self.one_token.items():
+            with runners.get(mode, nullcontext()):
+                took = seconds(what.one_token, device)
+            times += [took] * keep
 
 
 def _variants(methods: Iterable[str], keeps: Sequence[float | int], prefill: Sequence[str]) -> Iterator[Variant]:
@@ -204,17 +225,14 @@ def _weigh(what: Subject, variant: Variant, into: Samples) -> None:
 
 
 def _report(
-    what: Subject, samples: dict[Variant, Samples], runners: dict[str, Bucketed], repeats: int, left_out: list[str]
+    what: Subject, samples: dict[Variant, Samples], floors: Floors, repeats: int, left_out: list[str]
 ) -> BenchReport:
     model, device = what.model, what.model.device
     text = TextCost.of(model.config.get_text_config(), width=torch.finfo(model.dtype).bits // 8)
-    floors = {}
-    for mode in ("eager", *runners):
-        with runners.get(mode, nullcontext()):
-            floors[mode] = timed(what.one_token, device, repeats)
+    one_token = {mode: median(times) for mode, times in floors.one_token.items()}
     vision_flops = next(iter(samples.values())).vision_flops
     card = peak(device, model.dtype)
-    limits = Limits(card, text, vision_flops, timed(what.encode, device, repeats), floors, what.batch)
+    limits = Limits(card, text, vision_flops, median(floors.vision), one_token, what.batch)
     text_tokens = what.tokens - what.visual
     rows = [row_of(v, s, samples[Variant("dense", prefill=v.prefill)], limits, text_tokens) for v, s in samples.items()]
     dtype = str(model.dtype).removeprefix("torch.")

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from vtprune.evals.meter import seconds
+
 FORMULA = (
     "FLOPs = 2 x MAC. LLM prefill = sum over layers l of s_l*c + 2*s_l^2*d, plus 2*d*V, with "
     "c = 2*(2*d^2 + 2*d*d_kv + 3*d*m) and s_l the tokens that enter layer l; causal attention counts half the square, "
@@ -109,17 +111,9 @@ def measured(device: torch.device, dtype: torch.dtype, side: int | None = None) 
     a = torch.ones(side, side, device=device, dtype=dtype)
     source = torch.zeros(2**30 if device.type == "cuda" else 2**27, device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
-    product = min(_seconds(lambda: a @ a, device) for _ in range(5))
-    copy = min(_seconds(lambda: target.copy_(source), device) for _ in range(5))
+    product = min(seconds(lambda: a @ a, device) for _ in range(5))
+    copy = min(seconds(lambda: target.copy_(source), device) for _ in range(5))
     return Card(2 * side**3 / product, 2 * source.nbytes / copy)
-
-
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    from vtprune.evals.meter import now
-
-    start = now(device)
-    call()
-    return now(device) - start
 
 
 def ideal_llm(gpu: Card, text: TextCost, tokens: int | Sequence[int], batch: int = 1) -> float:

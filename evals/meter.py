@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from statistics import median
 from typing import Any
 
 import torch
@@ -21,14 +20,11 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def timed(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Median seconds of a call after one that does not count."""
-    times = []
-    for _ in range(repeats + 1):
-        start = now(device)
-        call()
-        times.append(now(device) - start)
-    return median(times[1:])
+def seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call, the work it queued included."""
+    start = now(device)
+    call()
+    return now(device) - start
 
 
 class Phases:
