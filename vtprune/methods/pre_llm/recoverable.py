@@ -46,8 +46,8 @@ class Recoverable(Method):
 
     faithful: as the official code: centres in proportion to the tower's width instead of the number of tokens, and
         remaining token i is compared by the key of the image's token i.
-    text_similarity: unit -> [N], say from a paired CLIP text encoder (officially cosine / sqrt(768), with the text vector
-        of the last padded position where the end of text is meant); by default from the LLM's embeddings, which is ours.
+    text_similarity: unit -> [N], say from a paired CLIP text encoder (officially cosine / sqrt(768), and the text vector
+        is that of the last padded position, not of the end of text); by default from the LLM's embeddings, ours.
     text_weight: of the text similarity beside the cosine of keys when tokens look for their centre.
     neighbours: of the three outlier factors.
     fallback: as for `cls_attention`.
