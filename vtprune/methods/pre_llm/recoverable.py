@@ -46,7 +46,7 @@ class Recoverable(Method):
 
     faithful: as the official code: centres in proportion to the tower's width instead of the number of tokens, and
         remaining token i is compared by the key of the image's token i.
-    text_similarity: unit -> [N], say from a paired CLIP text encoder (officially cosine / sqrt(768), and the text vector
+    text_similarity: unit -> [N], say from a paired CLIP tower (officially cosine / sqrt(768), and the text vector
         is that of the last padded position, not of the end of text); by default from the LLM's embeddings, ours.
     text_weight: of the text similarity beside the cosine of keys when tokens look for their centre.
     neighbours: of the three outlier factors.
