@@ -277,10 +277,15 @@ def _sit(exam: Exam, new_tokens: int, plan: Plan) -> tuple[Marks, Marks]:
 _exam: Exam | None = None  # of this worker process
 
 
-def _enter(model: Any, processor: Any, questions: Sequence[Question], batch: int) -> None:
+def _enter(parts: tuple[Any, ...], processor: Any, questions: Sequence[Question], batch: int) -> None:
+    """Build the model anew: transformers hangs closures on a used one, which cannot be sent to another process."""
     global _exam
     torch.set_num_threads(1)
-    _exam = Exam(model, processor, questions, batch)
+    kind, config, generation, attention, dtype, weights = parts
+    model = kind._from_config(config, attn_implementation=attention, dtype=dtype)
+    model.load_state_dict(weights)
+    model.generation_config = generation
+    _exam = Exam(model.eval(), processor, questions, batch)
 
 
 def _sit_here(new_tokens: int, plan: Plan) -> tuple[Marks, Marks]:
@@ -290,7 +295,9 @@ def _sit_here(new_tokens: int, plan: Plan) -> tuple[Marks, Marks]:
 
 def _shared(exam: Exam, new_tokens: int, todo: list[Plan], workers: int) -> Iterator[tuple[Marks, Marks]]:
     """The passes in order, made by several processes."""
-    arguments = (exam.model, exam.processor, exam.questions, exam.batch)
+    m = exam.model
+    parts = type(m), m.config, m.generation_config, m.config._attn_implementation, m.dtype, m.state_dict()
+    arguments = (parts, exam.processor, exam.questions, exam.batch)
     with multiprocessing.get_context("spawn").Pool(workers, _enter, arguments) as pool:
         yield from pool.imap(partial(_sit_here, new_tokens), todo)
 
