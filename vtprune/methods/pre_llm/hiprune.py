@@ -38,7 +38,7 @@ class HiPrune(Method):
         code does: rows wrap around, and what lies outside becomes the first or the last token.
     exact_budget: False repeats the official Qwen code, which pushes chosen tokens down by one mean score where it
         should exclude them: one that still ranks as a register takes up its place twice, so fewer than n tokens
-        may stay. Needs one transfer to the host per unit.
+        may stay (the official LLaVA code never falls short). Needs one transfer to the host per unit.
     """
 
     alpha: float = 0.1
@@ -79,14 +79,17 @@ class HiPrune(Method):
         is_anchor = torch.zeros_like(shallow, dtype=torch.bool).index_fill(0, anchors, True)
         tier = torch.where(is_anchor, 2, self._around(v, is_anchor).long())
         by_deep = best_first(deep)
-        order = by_deep.gather(0, best_first(tier.gather(0, by_deep)))[:n]
+        order = by_deep.gather(0, best_first(tier.gather(0, by_deep)))[:n]  # anchors, buffers, registers
         order = torch.cat([anchors, order[len(anchors) :]])
-        if self.exact_budget:
-            return select(order, deep)
-        first = torch.zeros_like(is_anchor).index_fill(0, order, True) & (tier > 0)
-        pushed = best_first(deep / deep.mean() - first.float())
-        free = torch.arange(v.n, device=deep.device) < n - first.sum()
-        return Assignment(first.scatter(0, pushed, first.gather(0, pushed) | free).nonzero()[:, 0], scores=deep)
+        return select(order, deep) if self.exact_budget else self._short(order, tier, deep)
+
+    def _short(self, order: Tensor, tier: Tensor, deep: Tensor) -> Assignment:
+        """The official Qwen count: registers are ranked among all tokens, the chosen ones merely pushed down."""
+        chosen = torch.zeros_like(tier, dtype=torch.bool).index_fill(0, order, True) & (tier > 0)
+        mean = deep.mean().clamp(min=torch.finfo(deep.dtype).tiny)
+        ranked = best_first(deep / mean - chosen.float())
+        free = torch.arange(len(deep), device=deep.device) < len(order) - chosen.sum()
+        return Assignment(chosen.scatter(0, ranked, chosen.gather(0, ranked) | free).nonzero()[:, 0], scores=deep)
 
     def _around(self, v: Visual, anchors: Tensor) -> Tensor:
         """[N] bool: the tokens beside, above and below the anchors."""
