@@ -18,6 +18,7 @@ from torch import Tensor
 import vtprune
 from vtprune import Assignment, Signal, Visual
 from vtprune.evals import parity
+from vtprune.methods import absorb
 from vtprune.methods.lof import outliers
 from vtprune.methods.text import prompt_similarity
 
@@ -187,6 +188,14 @@ def test_budget(budget: int, faithful: bool) -> None:
         assert answer.order is not None
         assert answer.order.tolist() == order
         assert torch.allclose(ordered(answer, v.x).double(), features, atol=1e-5)
+
+
+@pytest.mark.parametrize("cells", [1, 150, 500])
+def test_blocks_of_centres_change_nothing(cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    v = unit(150, 4)
+    whole = vtprune.create("recoverable")(v).apply(v.x)
+    monkeypatch.setattr(absorb, "CELLS", cells)
+    assert torch.allclose(vtprune.create("recoverable")(v).apply(v.x), whole, atol=1e-6)
 
 
 def test_the_cases_above_recover_and_merge() -> None:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ..types import Assignment
 
+CELLS = 2**24  # likenesses held at once
+
 
 def absorb(
     order: Tensor, rest: Tensor, scores: Tensor, keys: Tensor, bias: Tensor, places: Tensor, seats: int, most: int
@@ -25,11 +27,10 @@ def absorb(
     total, n = len(order), len(rest)
     row, turn, index = came.argsort(), torch.arange(total, device=rest.device), torch.arange(n, device=rest.device)
     centres, rows = order[total - seats : -1], row[total - seats : -1]
-    others = rest & (index != centres[:, None])
-    likeness = (keys[centres] @ keys.mT + bias).masked_fill(~others, -torch.inf)
-    taken = likeness.sort(dim=1, descending=True, stable=True).indices[:, :most]
+    taken = torch.cat([_nearest(some, rest, keys, bias)[:, :most] for some in centres.split(max(1, CELLS // n))])
     merging = turn >= total - places  # only as many seats as there are places; the others are kept as they are
-    weight = scores[taken] * others.gather(1, taken) * merging[total - seats : -1, None]
+    others = rest[taken] & (taken != centres[:, None])
+    weight = scores[taken] * others * merging[total - seats : -1, None]
     loose = rest.index_fill(0, order[:-1], False) & (places > 0)
     last = merging & (turn == total - 1)
     return Assignment(
@@ -40,3 +41,10 @@ def absorb(
         w=torch.cat([(~last).float(), weight.flatten(), scores * loose]),
         scores=scores,
     )
+
+
+def _nearest(centres: Tensor, rest: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
+    """[c, N]: all tokens by their likeness to each centre, the others of the rest first."""
+    others = rest & (torch.arange(len(rest), device=rest.device) != centres[:, None])
+    likeness = (keys[centres] @ keys.mT + bias).masked_fill(~others, -torch.inf)
+    return likeness.argsort(dim=1, descending=True, stable=True)
