@@ -232,6 +232,28 @@ def test_units_of_a_model_equal_the_oracle(name, per, newlines):
         assert answer.idx.tolist() == oracle(v, 0.8)
 
 
+@pytest.mark.parametrize("method", ["hiprune", "visionzip", "cls_topk"])
+@pytest.mark.parametrize("name", families.IMAGES)
+def test_the_order_of_two_images_does_not_matter(name, method):
+    """Two sizes where the family has them; the same tokens of each stay, whichever comes first."""
+    kind, kept = families.FAMILIES[name], {}
+    sizes = (kind.sizes[0], kind.sizes[-1])
+    images = [kind.visual(size, torch.Generator().manual_seed(i), True) for i, size in enumerate(sizes)]
+    for order in ((0, 1), (1, 0)):
+        pieces = [images[i] for i in order]
+        words = [families.Piece([families.BOS]), families.text(0)]
+        row = [*pieces, *words] if kind.visual_first else [words[0], pieces[0], families.text(1), pieces[1], words[1]]
+        with vtprune.patch(families.model(name), method, keep=0.4) as handle, torch.no_grad():
+            families.model(name)(**families.build(name, [row]))
+        units = handle.last.units
+        counts = [len(families.build(name, [[images[i]]]).units[0]) for i in order]
+        assert sum(counts) == len(units)
+        kept[order] = dict(zip(order, (units[: counts[0]], units[counts[0] :])))
+    for i in (0, 1):
+        for one, other in zip(kept[0, 1][i], kept[1, 0][i], strict=True):
+            assert torch.equal(one.idx, other.idx)
+
+
 def test_parity_with_the_official_code(shared):
     rows = parity.run(shared / "golden", ["hiprune_"])
     assert len(rows) == 6
