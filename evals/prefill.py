@@ -21,8 +21,8 @@ from vtprune.compact import mask_for
 from vtprune.types import UnsupportedCall, UnsupportedModel
 
 MODES = ("eager", "graph", "compile")
-# What the text model may be handed beside these is refused: it would have to be padded too.
-_TENSORS = ("inputs_embeds", "attention_mask", "position_ids")
+# Whatever else the text model is handed is refused: it would have to be padded too, or be answered.
+KNOWN = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict")
 
 
 class Bucketed:
@@ -76,12 +76,13 @@ class Bucketed:
     def forward(self, *args: Any, **call: Any) -> Any:
         """The text model's forward, bucketed where it can be; returns BaseModelOutputWithPast like it."""
         embeds, cache = call.get("inputs_embeds"), call.get("past_key_values")
-        if args or embeds is None or (cache is not None and cache.get_seq_length() > 0):
+        past = cache is not None and cache.get_seq_length() > 0
+        if args or embeds is None or past or call.get("use_cache") is False:
             return self._forward(*args, **call)
-        others = [k for k, v in call.items() if k not in _TENSORS and (torch.is_tensor(v) or isinstance(v, list))]
+        others = [k for k, v in call.items() if k not in KNOWN and v is not None and v is not False]
         if others or (cache is not None and type(cache) is not DynamicCache):
             what = ", ".join(others) or type(cache).__name__
-            raise UnsupportedCall(f"prefill={self.mode!r} cannot pad {what}: use prefill='eager'")
+            raise UnsupportedCall(f"prefill={self.mode!r} cannot serve {what}: use prefill='eager'")
         hidden, *stored = self._prefill(embeds, call.get("position_ids"), call.get("attention_mask"))
         length = embeds.shape[1]
         cache = DynamicCache(config=self.config) if cache is None else cache

@@ -85,10 +85,12 @@ def test_what_cannot_be_bucketed_is_refused() -> None:
     runner = Bucketed(model, "compile", backend="eager")
     with vtprune.patch(model, "fastv", keep=0.5, layer=1), pytest.raises(UnsupportedModel, match="stages inside"):
         runner.__enter__()
+    with torch.inference_mode(), runner, pytest.raises(UnsupportedCall, match="cannot serve output_hidden_states"):
+        model(**families.inputs("llava"), output_hidden_states=True)
     deep = families.model("qwen3_vl")
     with (
         torch.inference_mode(),
         Bucketed(deep, "compile", backend="eager"),
-        pytest.raises(UnsupportedCall, match=r"cannot pad .*deepstack"),
+        pytest.raises(UnsupportedCall, match=r"cannot serve .*deepstack"),
     ):
         deep(**families.inputs("qwen3_vl"))
