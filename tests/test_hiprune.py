@@ -254,6 +254,16 @@ def test_the_order_of_two_images_does_not_matter(name, method):
             assert torch.equal(one.idx, other.idx)
 
 
+@pytest.mark.parametrize("name", families.NAMES)
+def test_a_prompt_without_images_passes_through(name):
+    model, words = families.model(name), families.inputs(name, rows=(0, 0))
+    with torch.no_grad():
+        dense = model(**words).logits
+        for method in ("hiprune", "visionzip", "cls_topk"):
+            with vtprune.patch(model, method, keep=0.3):
+                assert torch.equal(model(**words).logits, dense)
+
+
 def test_parity_with_the_official_code(shared):
     rows = parity.run(shared / "golden", ["hiprune_"])
     assert len(rows) == 6
