@@ -72,7 +72,7 @@ def ttft(saved: Sequence[tuple[Row, Limits]], path: str | Path) -> Path:
 
     columns = min(len(saved), 2)
     lines = -(-len(saved) // columns)
-    figure = Figure(figsize=(max(7.0, 6.2 * columns), 4.6 * lines), layout="constrained")
+    figure = Figure(figsize=(max(7.0, 6.2 * columns), 5.0 * lines), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(lines, columns, squeeze=False)
     for axis, (one, limits) in zip(axes.flat, saved):
@@ -109,7 +109,7 @@ def _ttft_panel(axis: Any, one: Row, limits: Limits) -> None:
     axis.set_ylim(0, 1.12 * max(row["ttft_ms"] for row in rows))
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25, lw=0.5)
-    axis.legend(fontsize=8, frameon=False, loc="upper left")
+    axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3)
     machine = f"{env['geometry']}: {env['gpu'] or env['cpu']}, {env['dtype']}, batch {env['batch']}"
     axis.set_title(machine, fontsize=10, loc="left", pad=20 if env["shrunk"] else 8)
     if env["shrunk"]:
