@@ -339,3 +339,25 @@ def test_in_a_model() -> None:
             assert handle.last is not None
             alone += [u.idx.tolist() for u in handle.last.units]
     assert kept == alone
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", families.NAMES)
+@pytest.mark.parametrize("method", ["recoverable", "token_correlation"])
+def test_images_change_places(family: str, method: str) -> None:
+    """Two images keep the same tokens in either order, with a budget and without; text alone passes through."""
+    generator, known = torch.Generator().manual_seed(5), families.FAMILIES[family]
+    shared_row = [known.visual(size, generator, True) for size in (known.sizes[0], known.sizes[-1])]
+    model, words = families.model(family), [families.text(1), families.text(2)]
+    dense = model(**families.build(family, [words])).logits
+    for keep in (None, 0.3):
+        kept = []
+        with vtprune.patch(model, method, keep=keep) as handle:
+            for first, second in (shared_row, shared_row[::-1]):
+                pieces = [first, second] if known.visual_first else [words[0], first, words[0], second]
+                model(**families.build(family, [[*pieces, words[1]]]))
+                assert handle.last is not None
+                kept.append([u.idx.tolist() for u in handle.last.units])
+            assert torch.equal(model(**families.build(family, [words])).logits, dense)
+        units = len(families.build(family, [[shared_row[0]]]).units[0])  # of the first image: tiles, in some families
+        assert kept[1] == kept[0][units:] + kept[0][:units]
