@@ -88,11 +88,15 @@ class Unit:
 
 @dataclass
 class Features:
-    """One observed `get_{image,video}_features` call: sizes, spans and signals of every entry it returned."""
+    """One observed `get_{image,video}_features` call: sizes, spans and signals of every entry it returned.
+
+    tower: what stages inside the tower did (`vtprune.tower.TowerRun`), if there were any.
+    """
 
     sizes: list[int]
     spans: list[tuple[Span, ...]]
     signals: list[dict[Signal, Tensor]]
+    tower: Any = None
 
 
 class Adapter:

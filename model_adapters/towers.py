@@ -23,7 +23,8 @@ from vtprune.types import Signal, UnsupportedCall, UnsupportedModel
 
 Modality = Literal["image", "video"]
 Call = dict[str, Any]
-CLS_KINDS = ("cls", "cls_full")
+CLS_KINDS = ("cls", "cls_full", "cls_value")
+PER_QUERY = ("received", "mean_query")  # where packed, sums: windows and images of different length are comparable
 VECTORS = ("keys", "mean_keys", "values", "hidden")
 CLS_NAMES = ("class_embedding", "cls_token", "class_token")
 
@@ -287,6 +288,8 @@ class TowerSignals:
         self.needs = tuple(dict.fromkeys(readable))
         self.index = {signal: self._index(signal) for signal in self.needs}
         self._local = _Buffers()
+        # Where stages shorten the tower: (layer, kind, rows read there [T, n, C]) -> rows for all its tokens.
+        self.restore: Callable[[int, str, Tensor], Tensor] | None = None
 
     def _index(self, signal: Signal) -> int:
         """The layer a signal is read at, 0-based."""
@@ -335,8 +338,8 @@ class TowerSignals:
         x = read(signal.kind, q, k, v, mask, scaling).float()
         if signal.kind in CLS_KINDS:
             x = F.pad(x, (1, 0))  # the CLS token has no score of its own
-        if signal.kind == "received" and self.layout.packed:
-            x = x * q.shape[2]  # sums: windows and images of different length become comparable
+        if signal.kind in PER_QUERY and self.layout.packed:
+            x = x * q.shape[2]
         self._local.parts[signal].append(x if x.dim() == 3 else x.unsqueeze(-1))
 
     def _hidden(self, signal: Signal, module: nn.Module, args: Any, output: Any) -> None:
@@ -365,8 +368,7 @@ class TowerSignals:
                 f"this call asks for vision_feature_layer={asked}, but the signals were set up for {fixed}: set "
                 "model.config.vision_feature_layer, then vtprune.patch again"
             )
-        # An entry is [n, D]; transformers 5.17 gives a video of LLaVA-NeXT-Video as [frames, n, D].
-        sizes = [math.prod(entry.shape[:-1]) for entry in output.pooler_output]
+        sizes = sizes_of(output)
         f = TowerCall(self.base, self.tower, call, f"{self.modality}_grid_thw", sizes)
         columns = {signal: self._entries(f, signal, parts.get(signal, [])) for signal in self.needs}
         return [{signal: column[i] for signal, column in columns.items()} for i in range(len(sizes))]
@@ -379,20 +381,33 @@ class TowerSignals:
                 f"attention interface, so its {signal.kind!r} cannot be read; choose a method without signals"
             )
         x = torch.cat([part.flatten(0, 1) for part in parts])[None] if self.layout.packed else torch.cat(parts)
-        rows = self.layout.pack(f, x)
-        sizes = list(f.sizes)
-        if self.layout.newline and rows.shape[0] == sum(sizes) + len(sizes):
-            sizes = [size + 1 for size in sizes]
-        if rows.shape[0] != sum(sizes):
-            raise UnsupportedModel(
-                f"{family}: {rows.shape[0]} mapped tokens against {sum(sizes)} visual tokens "
-                f"({self.modality}); this version of transformers lays them out differently, please report "
-                "it with the model's config"
-            )
+        if self.restore is not None:
+            x = self.restore(self.index[signal], signal.kind, x)
+        rows = per_entry(f, self.layout, self.modality, x)
         if signal.kind in VECTORS:
-            return list(rows.split(sizes))
-        scores = rows[:, 0].split(sizes)
-        if signal.kind == "received" and self.layout.packed:
-            merged = x.shape[1] // rows.shape[0]
+            return rows
+        scores = [row[:, 0] for row in rows]
+        if signal.kind in PER_QUERY and self.layout.packed:
+            merged = x.shape[1] // sum(map(len, scores))
             return [score / (merged * len(score)) for score in scores]
-        return list(scores)
+        return scores
+
+
+def sizes_of(output: Any) -> list[int]:
+    """Visual tokens of every entry of a features call's output."""
+    # An entry is [n, D]; transformers 5.17 gives a video of LLaVA-NeXT-Video as [frames, n, D].
+    return [math.prod(entry.shape[:-1]) for entry in output.pooler_output]
+
+
+def per_entry(f: TowerCall, layout: Layout, modality: Modality, x: Tensor) -> list[Tensor]:
+    """What the tower's tokens carry, x [T, N, C], for the visual tokens of every entry, [n, C] each; newlines: 0."""
+    rows, sizes = layout.pack(f, x), list(f.sizes)
+    if layout.newline and rows.shape[0] == sum(sizes) + len(sizes):
+        sizes = [size + 1 for size in sizes]
+    if rows.shape[0] != sum(sizes):
+        raise UnsupportedModel(
+            f"{f.base.config.model_type}: {rows.shape[0]} mapped tokens against {sum(sizes)} visual tokens "
+            f"({modality}); this version of transformers lays them out differently, please report it with the model's "
+            "config"
+        )
+    return list(rows.split(sizes))

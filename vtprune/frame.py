@@ -15,7 +15,7 @@ from .compact import Compaction, mask_for, tensor_mask
 from .kernels import Arriving, Verdict, attention_rows, check, compact, deferring, recording, to_device
 from .kernels.dispatch import Backend
 from .model_adapters.generic import MODALITIES, Adapter, Features, runs_of
-from .types import Assignment, Signal, Span, Stage, UnsupportedCall, Visual, VtpruneError, Where
+from .types import KEPT, Assignment, Signal, Span, Stage, UnsupportedCall, Visual, VtpruneError, Where
 from .units import Alive, arange_of, begin, groups, kept_by_crop
 
 ROWS = 64  # softmax rows held at a time
@@ -69,6 +69,10 @@ class Last:
     src: [B, L] int64, the slot that answers for each position fed. units: one `UnitResult` per unit and stage.
     lengths: tokens each decoder layer ran on. notes: fallbacks that were used. policies: how each stage dealt out its
     budget. kernels: which implementation of each kernel ran, "reference" or "triton".
+    tower_units, tower_lengths: if stages stand inside the vision tower, what each did to each crop (or packed image):
+        `row` is the row of the tower's batch, `image` the crop's number, `positions` are its tokens; and by modality
+        the rows each block ran on, of its longest crop (of all images where the tower packs them). `units` then starts
+        with what all of them together left of each image.
     """
 
     index: Tensor
@@ -80,6 +84,8 @@ class Last:
     policies: list[str]
     kernels: dict[str, Backend]
     clocks: list[_Clock] = field(default_factory=list, repr=False)
+    tower_units: list[UnitResult] = field(default_factory=list)
+    tower_lengths: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -113,6 +119,8 @@ class Frame:
     inner: Compaction | None = None
     kernels: dict[str, Backend] = field(default_factory=dict)
     verdicts: list[Verdict] = field(default_factory=list)
+    tower_units: list[UnitResult] = field(default_factory=list)
+    tower_lengths: dict[str, list[int]] = field(default_factory=dict)
 
     # -- setting up -------------------------------------------------------------------------------------------------
 
@@ -144,6 +152,12 @@ class Frame:
             self._check_runs()
             self.notes.append("features were encoded elsewhere: image grids are unknown, every run of tokens is a unit")
         self.alive = [begin(u, i, embeds.device) for i, u in enumerate(self.units)]
+        for m, run in ((m, f.tower) for m, f in features.items() if f is not None and f.tower is not None):
+            self.tower_units += run.results
+            self.notes += run.notes
+            self.clocks += run.clocks
+            self.kernels |= run.kernels
+            self.tower_lengths[m] = run.lengths
         self.counts = (self.host != 0).sum(1).tolist()
         self.text = [runs_of(row == 1) for row in self.host]
         self.lengths, self.valids = [length] * len(self.adapter.layers), [None] * len(self.adapter.layers)
@@ -182,6 +196,8 @@ class Frame:
         """Run the stages at `where` on hidden [B, n, D] (n = current slots). True if tokens were dropped."""
         self.hidden = hidden
         before = sum(self.counts)
+        if where == "llm":
+            self._drop_unseen()
         for number, stage in enumerate(self.stages):
             if stage.where == where:
                 self._run(number, stage)
@@ -190,6 +206,30 @@ class Frame:
         if isinstance(where, int):  # before the LLM, one kernel cuts everything at once: `cut_call`
             self._compact(where)
         return True
+
+    def _drop_unseen(self) -> None:
+        """Drop what stages in the vision tower dropped: the encoder's output repeats kept tokens in its place."""
+        if not any(KEPT in unit.signals for unit in self.units):
+            return
+        for stage in (s for s in self.stages if not isinstance(s.where, tuple)):
+            self.alive, _ = groups(self.alive, stage)
+        # Newlines (-1) never were in the tower: they stay to compete, or go with the first token that goes.
+        tower = [s for s in self.stages if isinstance(s.where, tuple)]
+        no_newlines, place = any(s.newlines == "drop" for s in tower), self.tower_units[-1].where
+        for a in self.alive:
+            kept = a.unit.signals.get(KEPT)
+            if kept is None or not bool((kept == 0).any()):
+                continue
+            stays = (kept == 1 if no_newlines else kept != 0)[a.origin.cpu()]
+            idx = to_device(stays.nonzero().flatten(), a.positions.device)
+            if not a.separator:
+                self.results.append(
+                    UnitResult(
+                        a.row, a.image, a.part, a.unit.modality, tower[-1].method.name, place, a.m,
+                        a.positions.index_select(0, idx), idx, None, None, a.spans, a.grid, Assignment(idx),
+                    )
+                )  # fmt: skip
+            self._shrink(a, idx)
 
     def _run(self, number: int, stage: Stage) -> None:
         self.alive, units = groups(self.alive, stage)
@@ -368,7 +408,7 @@ class Frame:
         """Position ids of the kept tokens: the original ones as cut, or renumbered (positions="compact")."""
         c = self.compaction
         assert c is not None
-        if any(s.where == "llm" and s.compact for s in self.stages):
+        if any(not isinstance(s.where, int) and s.compact for s in self.stages):
             rank = torch.arange(c.n, device=cut.device)[None]
             real = c.valid if c.valid is not None else torch.ones_like(c.index, dtype=torch.bool)
             pads = (~real).sum(1, keepdim=True)
@@ -529,8 +569,9 @@ class Frame:
             c = Compaction(index, None, index)
         policies = [f"{s.method.name} at {s.where!r}: {s.policy}" for s in self.stages]
         return Last(
-            c.index, c.valid, c.src, self.results, self.lengths, self.notes, policies, self.kernels, self.clocks
-        )
+            c.index, c.valid, c.src, self.results, self.lengths, self.notes, policies, self.kernels, self.clocks,
+            self.tower_units, self.tower_lengths,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

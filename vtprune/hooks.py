@@ -18,7 +18,7 @@ from . import cache as kv
 from .compact import hide, in_window, mask_for, tensor_mask
 from .frame import Frame, Last
 from .model_adapters.generic import MODALITIES, Adapter, Features
-from .types import Signal, Stage, UnsupportedCall, UnsupportedModel
+from .types import KEPT, Signal, Stage, UnsupportedCall, UnsupportedModel
 
 
 class Local(threading.local):
@@ -75,10 +75,13 @@ def _first_tensor(output: Any) -> Tensor | None:
 
 
 class Observer:
-    """Stands in for `base.get_image_features` on the instance and notes sizes, grids and signals of what it returns."""
+    """Stands in for `base.get_image_features` on the instance and notes sizes, grids and signals of what it returns.
 
-    def __init__(self, session: Session, modality: str, tower: Any) -> None:
-        self.session, self.modality, self.tower = session, modality, tower
+    tower: `TowerSignals` of stages before the LLM, inside: `TowerStages`; None where there is nothing to do.
+    """
+
+    def __init__(self, session: Session, modality: str, tower: Any, inside: Any) -> None:
+        self.session, self.modality, self.tower, self.inside = session, modality, tower, inside
         self.__name__ = f"get_{modality}_features"
 
     @property
@@ -98,17 +101,25 @@ class Observer:
             return self._original(*args, **kwargs)
         local.observing = True
         try:
-            if self.tower:
-                self.tower.start()
-            output = self._original(*args, **kwargs)
             call = self.__signature__.bind(*args, **kwargs).arguments
             call = {**call, **call.pop("kwargs", {})}
+            if self.tower:
+                self.tower.start()
+            if self.inside:
+                self.inside.start(call)
+            output = self._original(*args, **kwargs)
             signals = self.tower.finish(call, output) if self.tower else []
+            run = self.inside.finish(output) if self.inside else None
+            if run and run.kept:
+                signals = [{**s, KEPT: k} for s, k in zip(signals or [{}] * len(run.kept), run.kept)]
             found = self.session.adapter.observe(self.modality, call, output, signals)
+            found.tower = run
             local.features[self.modality] = found
             self.session.seen.add(output, found)
         finally:
             local.observing = False
+            if self.inside:
+                self.inside.stop()
         return output
 
 
@@ -144,10 +155,8 @@ class Session:
         a, depth = self.adapter, len(self.adapter.layers)
         for stage in self.stages:
             name = stage.method.name or type(stage.method).__name__
-            if isinstance(stage.where, tuple):
-                raise UnsupportedModel(f"{name} at {stage.where!r}: stages inside the vision tower are not built yet")
             if isinstance(stage.where, str) and stage.where != "llm":
-                raise ValueError(f"where={stage.where!r}: choose 'llm' or a decoder layer 0..{depth - 1}")
+                raise ValueError(f"where={stage.where!r}: choose 'llm', a decoder layer 0..{depth - 1} or ('vit', k)")
             if isinstance(stage.where, int):
                 self._check_layer(name, stage.where, stage.compact)
             elif stage.compact and a.mrope:
@@ -211,18 +220,25 @@ class Session:
 
     def _observe_towers(self) -> None:
         base = self.adapter.base
-        needs = self.tower_needs
+        needs, inside = self.tower_needs, [s for s in self.stages if isinstance(s.where, tuple)]
         for modality in MODALITIES:
             name = f"get_{modality}_features"
             if modality not in self.adapter.token_ids or not hasattr(type(base), name):
                 continue
-            tower = None
+            tower = stages = None
             if needs:
                 from .model_adapters.towers import TowerSignals
 
                 tower = TowerSignals(base, modality, needs)
                 self._undo += tower.install()
-            base.__dict__[name] = Observer(self, modality, tower)
+            if inside:
+                from .tower import TowerStages
+
+                stages = TowerStages(base, modality, inside)
+                self._undo += stages.install()
+                if tower:
+                    tower.restore = stages.restore
+            base.__dict__[name] = Observer(self, modality, tower, stages)
             self._undo.append(partial(_uncover, base, name))
 
     def remove(self) -> None:
@@ -365,6 +381,12 @@ class Session:
             )
         wanted = self.tower_needs
         missing = [m for m in frame.modalities() if self.local.features.get(m) is None]
+        inside = [s for s in self.stages if isinstance(s.where, tuple)]
+        if inside and missing:
+            raise UnsupportedCall(
+                f"{inside[0].method.name} acts inside the vision tower, but the {missing[0]} features came pre-encoded "
+                "from elsewhere: pass pixel_values, or encode through the patched model's own get_image_features"
+            )
         if wanted and missing:
             kinds = ", ".join(sorted(map(str, wanted)))
             raise UnsupportedCall(

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from .types import Method
 
 M = TypeVar("M", bound=type[Method])
-SEAMS = ("pre_llm", "in_llm")
+SEAMS = ("pre_llm", "in_llm", "in_vit")
 _registry: dict[str, type[Method]] = {}
 
 
@@ -21,7 +21,8 @@ def register(name: str, *, paper: str, seam: str) -> Callable[[M], M]:
     """Class decorator: make a `Method` known under `name`.
 
     name: what users pass to `vtprune.patch`. paper: URL of the source (required; a plain baseline gives the URL
-    of a paper that uses it). seam: "pre_llm" or "in_llm". The class becomes a frozen dataclass if it is none yet.
+    of a paper that uses it). seam: "pre_llm", "in_llm" or "in_vit". The class becomes a frozen dataclass if it is
+    none yet.
     Raises ValueError on a duplicate name or an unknown seam, TypeError if the class is no `Method`.
 
     >>> @vtprune.register("first", paper="https://example.org", seam="pre_llm")

@@ -19,7 +19,9 @@ from .kernels import attention_received, attention_rows
 from .types import UnsupportedCall, UnsupportedModel
 
 Sink = Callable[[nn.Module, Tensor, Tensor, Tensor, "Tensor | None", float], None]
-KINDS = ("cls", "cls_full", "received", "keys", "mean_keys", "values", "last_row")
+KINDS = (
+    "cls", "cls_full", "cls_value", "received", "mean_query", "keys", "mean_keys", "values", "value_norm", "last_row"
+)  # fmt: skip
 # Arguments by which some attention functions change the logits beyond scaling and mask.
 LOGIT_CHANGES = ("softcap", "s_aux", "position_bias")
 
@@ -187,6 +189,9 @@ def read(
 
     "cls": softmax row of query 0, mean over heads, without the CLS column: [B, N - 1] float32.
     "cls_full": the same of one head as wide as all heads side by side, scaled by its width ** -0.5.
+    "cls_value": softmax over all tokens of v_CLS . v_j (unscaled), mean over heads, without the CLS column: likewise.
+    "mean_query": softmax row of the mean of the (real) queries of each head, mean over heads: [B, N] float32.
+    "value_norm": L1 norm of the values' mean over heads: [B, N] float32.
     "last_row": softmax row of the last query over all keys, mean over heads: [B, N] float32.
     "received": mean softmax weight each key receives, over heads and queries, [B, N] float32, for attention
         without causality. Padding neither gives nor receives: the mean is over the real queries only.
@@ -202,6 +207,14 @@ def read(
         row = _mask_rows(mask, 0)
         row = row[:, :1] if row is not None and row.dim() == 4 else row
         return attention_rows(query[:, None], keys[:, None], row, query.shape[-1] ** -0.5)[:, 0, 0, 1:]
+    if kind == "cls_value":
+        return attention_rows(v[:, :, :1], v, _mask_rows(mask, 0), 1.0).mean(1)[:, 0, 1:]
+    if kind == "mean_query":
+        real = None if mask is None else _real(mask, q.shape[0])
+        query = q.float().mean(2, keepdim=True) if real is None else _mean_of(q, real)
+        return attention_rows(query, k, None if real is None else real[:, None, None], scaling).mean(1)[:, 0]
+    if kind == "value_norm":
+        return v.float().mean(1).abs().sum(-1)
     if kind == "last_row":
         return attention_rows(q[:, :, -1:], k, _mask_rows(mask, -1), scaling).mean(1)[:, 0]
     if kind == "received":
@@ -220,11 +233,22 @@ def _mask_rows(mask: Tensor | None, query: int) -> Tensor | None:
     return mask[..., query, :].unsqueeze(-2)
 
 
+def _real(mask: Tensor, batch: int) -> Tensor:
+    """[B, N] bool: the tokens that somebody may attend to; the others are padding."""
+    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+    return visible.any(dim=-2).any(dim=1).expand(batch, -1)
+
+
+def _mean_of(q: Tensor, real: Tensor) -> Tensor:
+    """q [B, H, N, d] -> [B, H, 1, d] float32: the mean over the tokens that are real [B, N]."""
+    weight = real[:, None, :, None].float()
+    return (q.float() * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True)
+
+
 def _received(q: Tensor, k: Tensor, mask: Tensor | None, scaling: float, block: int | None) -> Tensor:
     if mask is None:
         return attention_received(q, k, None, scaling, block)
-    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
-    real = visible.any(dim=-2).any(dim=1).expand(q.shape[0], -1)
+    real = _real(mask, q.shape[0])
     if bool(real.all()):
         return attention_received(q, k, mask, scaling, block)
     # Padded queries compute garbage that must not count. What is real differs by row, so rows go one by one.

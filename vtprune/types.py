@@ -15,7 +15,7 @@ from .kernels import merge
 Positions = Literal["keep", "compact"]
 Per = Literal["image", "crop", "frame", "sample"]
 Newlines = Literal["compete", "keep", "drop"]
-Where = str | int | tuple[str, int]
+Where = str | int | tuple[str, int | slice]
 
 
 class VtpruneError(Exception):
@@ -39,6 +39,9 @@ class Signal:
         "received" (mean softmax weight each token receives from all queries, mean over heads, [N]),
         "keys" / "values" (heads concatenated, [N, C]), "mean_keys" (mean over heads, [N, d]); all as the attention
         product sees them, that is after rotary embedding and norms where the tower has any,
+        "cls_value" (softmax of v_CLS . v_j over all tokens, mean over heads, [N]; absent likewise),
+        "mean_query" (softmax row of the mean query, mean over heads, [N]), "value_norm" (L1 norm of the values' mean
+        over heads, [N]),
         "hidden" (the tower's states that the projector reads, before it, [N, C]; layer None only),
         "last_row" (the softmax row of the prompt's last query restricted to the unit's tokens, mean over heads, [N]),
         "from_text" (the mean of the rows of all text behind the first visual token, [N]), "to_text" (the share of its
@@ -46,15 +49,16 @@ class Signal:
     layer: for seam "llm" the tower layer: an int counts as in Python (-1 is the last); None is the layer whose output
         feeds the projector; a float in (0, 1) is a share of the depth L: layer round(layer * L) counted from 1, or
         where the tower attends within windows the next one that attends to the whole image. For a stage at decoder
-        layer k it is the offset from k (an int; -1 is the layer that ran just before).
+        layer or tower block k it is the offset from k (an int; -1 is the layer that ran just before).
     without_cls: True asks only towers without a CLS token, as a fallback that costs nothing elsewhere.
 
     Raises ValueError on a float outside (0, 1).
     """
 
     kind: Literal[
-        "cls", "cls_full", "received", "keys", "mean_keys", "values", "hidden", "last_row", "from_text", "to_text"
-    ]
+        "cls", "cls_full", "cls_value", "received", "mean_query", "keys", "mean_keys", "values", "value_norm", "hidden",
+        "last_row", "from_text", "to_text", "kept",
+    ]  # fmt: skip
     layer: int | float | None = -1
     without_cls: bool = False
 
@@ -77,6 +81,10 @@ class Signal:
         where = "at {:g} of the depth" if isinstance(self.layer, float) else "{}"
         layer = "that feeds the projector" if self.layer is None else where.format(self.layer)
         return f"{self.kind} (layer {layer}{', without CLS' if self.without_cls else ''})"
+
+
+# Which tokens stages in the vision tower left, carried to the LLM among the signals: 1 kept, 0 dropped, -1 a newline.
+KEPT = Signal("kept")
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,8 @@ class Visual:
     spans: runs with a raster of their own (crops, mosaics); tokens outside every span are separators.
     signals: what `Method.needs` asked for; a "cls" signal is missing when the tower has no CLS token.
     text: [M, D] embeddings of the sample's text tokens, or None.
-    state: made by the seam for one forward pass and shared by the stages of one method.
+    state: made by the seam for one forward pass and shared by the stages of one method; in the tower, one per unit.
+    block: (k, depth) inside the vision tower: the tokens are about to enter block k of depth; None elsewhere.
     """
 
     x: Tensor
@@ -117,6 +126,7 @@ class Visual:
     signals: Mapping[Signal, Tensor] = field(default_factory=dict)
     text: Tensor | None = None
     state: dict[str, Any] = field(default_factory=dict)
+    block: tuple[int, int] | None = None
 
     @property
     def n(self) -> int:
@@ -156,8 +166,8 @@ class Assignment:
 class Method(ABC):
     """A pruning rule: a frozen dataclass of options and one call, `Visual -> Assignment`.
 
-    Class attributes `paper` (URL) and `seam` ("pre_llm" or "in_llm") are set by `vtprune.register`; `per`, `newlines`
-    and `positions` are the method's own policy, which a `Stage` may override.
+    Class attributes `paper` (URL) and `seam` ("pre_llm", "in_llm" or "in_vit") are set by `vtprune.register`; `per`,
+    `newlines` and `positions` are the method's own policy, which a `Stage` may override.
     """
 
     name: ClassVar[str] = ""
@@ -203,7 +213,11 @@ class Method(ABC):
 class Stage:
     """One place where tokens are dropped or merged.
 
-    where: "llm" (between projector and LLM) or an int k (the hidden states entering decoder layer k).
+    where: "llm" (between projector and LLM), an int k (the hidden states entering decoder layer k), or ("vit", k)
+        (those entering block k of the vision tower; k = depth: leaving its last block). Only blocks whose output is
+        used count, a negative k counts from the last of them. ("vit", slice) is a schedule: the method is asked at
+        every block of the slice and has to reach its budget at the last. In the tower a token is what becomes one
+        visual token (2 x 2 patches in Qwen2-VL), and budgets are per crop (row of the tower's batch) or packed image.
     method: the rule.
     keep: float in (0, 1] = share of a unit's visual tokens as the model sees them unpruned; int >= 1 = tokens per
         unit (more than there are keeps all); None = the method decides.

@@ -1,0 +1,113 @@
+"""FlowCut: prune a little after every other tower block, by what flows to and from the CLS token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log, sqrt
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ...kernels import check_finite
+from ...registry import register
+from ...types import Assignment, Method, Newlines, Signal, Visual, VtpruneError, Where
+from .. import best_first, budget_of, signal_of
+
+CLS, CLS_VALUE, VALUE_NORM = Signal("cls"), Signal("cls_value"), Signal("value_norm")
+MEAN_QUERY = Signal("mean_query", without_cls=True)
+
+
+@register("flowcut", paper="https://arxiv.org/abs/2505.19536", seam="in_vit")
+@dataclass(frozen=True)
+class FlowCut(Method):
+    """Cumulative information flow, with a schedule that prunes faster the more concentrated the attention is.
+
+    After a block with n tokens left and t to reach, token j scores (p_j + q_j) * e_j: its share p of the CLS token's
+    attention, its share q of the softmax of value similarity with CLS, and the L1 norm e of its mean value. Scores
+    accumulate, half old, half new. With R blocks to go the block prunes if R is even: round((n - t) / sqrt(R) *
+    (1 - H^2)) tokens, H the entropy of p relative to log n; at R = 0 whatever is above t.
+    A tower without CLS uses the attention of the mean query for p and no q, as the official code for Qwen2-VL does.
+    In towers that merge patches a token is a whole merge block and its score is made of the means over its patches;
+    the official Qwen code drops single patches, and merges patches that never were neighbours.
+
+    end: "before" reaches t as the last block is entered (official code for LLaVA), "after" as it is left (Qwen).
+    count: "unit" lets each crop have its own number of tokens on the way, so a batch equals its images alone; "batch"
+        prunes from all crops the most any of them would, as the official code does.
+    """
+
+    newlines: ClassVar[Newlines] = "drop"
+    end: Literal["before", "after"] = "before"
+    count: Literal["unit", "batch"] = "unit"
+
+    def __post_init__(self) -> None:
+        for name, valid in (("end", ("before", "after")), ("count", ("unit", "batch"))):
+            if getattr(self, name) not in valid:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose {' or '.join(map(repr, valid))}")
+
+    @property
+    def needs(self) -> tuple[Signal, ...]:
+        return CLS, CLS_VALUE, MEAN_QUERY, VALUE_NORM
+
+    def default_where(self) -> Where:
+        return "vit", slice(1, None)
+
+    def __call__(self, v: Visual) -> Assignment:
+        return self.batch([v])[0]
+
+    def batch(self, units: Sequence[Visual]) -> list[Assignment]:
+        left = [self._blocks_left(v) for v in units]
+        scored = [self._score(v) for v in units]
+        check_finite([c for _, c in scored], "scores")
+        cuts = self._cuts(units, [p for p, _ in scored], left)
+        return [self._keep(v, c, v.n - cut) for v, (_, c), cut in zip(units, scored, cuts)]
+
+    def _blocks_left(self, v: Visual) -> int:
+        """R: blocks until the budget is due."""
+        if v.block is None:
+            raise ValueError(f"{self.name} acts inside the vision tower: use Stage(('vit', slice(1, None)), ...)")
+        k, depth = v.block
+        return max(0, depth - k - (self.end == "before"))
+
+    def _score(self, v: Visual) -> tuple[Tensor, Tensor]:
+        """Attention shares p [n] and cumulative scores [n], float32."""
+        if CLS in v.signals:
+            p = _share(signal_of(v, CLS, self.name))
+            flow = p + _share(signal_of(v, CLS_VALUE, self.name))
+        else:
+            v.state["note"] = f"{self.name}: no CLS token in this tower; the mean query stands in, no value similarity"
+            flow = p = _share(signal_of(v, MEAN_QUERY, self.name))
+        score = flow * signal_of(v, VALUE_NORM, self.name)
+        old = v.state.get("scores")
+        if old is None:
+            return p, score
+        if old.shape != score.shape:
+            raise VtpruneError(f"{self.name}: another stage dropped tokens between its own; put it before or behind")
+        return p, 0.5 * old + 0.5 * score
+
+    def _cuts(self, units: Sequence[Visual], shares: Sequence[Tensor], left: Sequence[int]) -> list[int]:
+        """Tokens to drop now; their number depends on the data, so the host waits for it once per pruning block."""
+        targets = [budget_of(v, self.name) for v in units]
+        if any(r % 2 for r in left):
+            return [0] * len(units)
+        if not any(left):
+            return [v.n - t for v, t in zip(units, targets)]
+        wanted = torch.stack([self._rate(p, v.n - t, r) for v, p, t, r in zip(units, shares, targets, left)])
+        drop = (wanted.max().expand_as(wanted) if self.count == "batch" else wanted).round().long().tolist()
+        return [min(d, v.n - t) for d, v, t in zip(drop, units, targets)]
+
+    def _rate(self, p: Tensor, above: int, left: int) -> Tensor:
+        """(n - t) / sqrt(R) * (1 - H^2), unrounded, []; x log x is 0 at 0."""
+        entropy = -torch.xlogy(p, p).sum() / log(max(2, p.shape[0]))
+        return above / sqrt(left) * (1 - entropy**2)
+
+    def _keep(self, v: Visual, scores: Tensor, k: int) -> Assignment:
+        order = best_first(scores)[:k]
+        idx = order.sort().values
+        v.state["scores"] = scores.index_select(0, idx)
+        return Assignment(idx=idx, order=order, scores=scores)
+
+
+def _share(x: Tensor) -> Tensor:
+    return x / x.sum()

@@ -1,0 +1,523 @@
+"""Stages inside the vision tower.
+
+Inside a block only the kept tokens are there; between blocks, and after the last one, every dropped position is
+answered by a kept token. So the hidden states that anybody sees have all N rows, and projector, placeholder count and
+`generate` work unchanged; before the LLM the dropped positions leave the prompt (`KEPT` says which).
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .compact import Compaction
+from .frame import UnitResult, _check, _Clock
+from .kernels import Verdict, deferring, recording, to_device
+from .kernels.dispatch import Backend
+from .model_adapters.tower_tokens import TowerTokens, blocks_of, tokens_of
+from .model_adapters.towers import (
+    CLS_KINDS,
+    PER_QUERY,
+    VECTORS,
+    Call,
+    Modality,
+    TowerCall,
+    attention_modules,
+    has_cls,
+    layer_index,
+    layout_of,
+    per_entry,
+    sizes_of,
+    tower_of,
+)
+from .tap import KINDS, attach, read
+from .types import Assignment, Signal, Span, Stage, UnsupportedCall, UnsupportedModel, Visual, VtpruneError
+
+INSIDE_LLM = ("last_row",)
+SEQUENCE_LENGTHS = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")
+
+
+@dataclass
+class Crop:
+    """A unit of a tower stage: a row of the tower's batch (a crop, a tile, a frame) or one of the images packed in it.
+
+    groups: [n, g] positions of its tokens' patches. alive: [m] which of its n tokens are left.
+    """
+
+    number: int
+    row: int
+    groups: Tensor
+    grid: tuple[int, int, int] | None
+    alive: Tensor
+    states: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def n(self) -> int:
+        return self.groups.shape[0]
+
+    @property
+    def patches(self) -> Tensor:
+        """[m, g] positions of the patches that are left."""
+        return self.groups if self.alive.shape[0] == self.n else self.groups.index_select(0, self.alive)
+
+
+@dataclass
+class TowerRun:
+    """What the stages did in one features call.
+
+    kept: per entry of its output [n] int8 on the host, 1 kept, 0 dropped, -1 a newline; None if nothing was dropped.
+    lengths: rows each block ran on (its longest crop; all images where the tower packs them).
+    """
+
+    call: Call
+    tokens: TowerTokens | None = None
+    kept: list[Tensor] | None = None
+    crops: list[Crop] = field(default_factory=list)
+    shape: tuple[int, ...] = ()
+    cut: Compaction | None = None
+    cuts: dict[int, Compaction | None] = field(default_factory=dict)
+    queries: dict[int, list[int]] = field(default_factory=dict)
+    rows: dict[tuple[int, str], list[Tensor]] = field(default_factory=dict)
+    results: list[UnitResult] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    clocks: list[_Clock] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    kernels: dict[str, Backend] = field(default_factory=dict)
+    verdicts: list[Verdict] = field(default_factory=list)
+
+    def settle(self) -> None:
+        """Raise what the checks of the stages found."""
+        while self.verdicts:
+            self.verdicts.pop(0).settle()
+
+
+class _Local(threading.local):
+    """The features call of this thread; a copy starts without one."""
+
+    run: TowerRun | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Local:
+        return _Local()
+
+    def __reduce__(self) -> Any:
+        return _Local, ()
+
+
+class TowerStages:
+    """The stages inside one vision tower, as hooks on its blocks and their attention modules.
+
+    base: the VLM's base model. modality: the features calls in which they act. stages: their `where` is ("vit", k).
+    Raises UnsupportedModel or ValueError for stages this tower cannot hold.
+
+        stages = TowerStages(model.base_model, "image", [stage])
+        undo = stages.install()
+        stages.start(call)                      # bound arguments of the features call
+        output = model.base_model.get_image_features(**call)
+        run = stages.finish(output)             # run.kept: [n] per entry
+    """
+
+    def __init__(self, base: Any, modality: Modality, stages: Sequence[Stage]) -> None:
+        self.base, self.modality = base, modality
+        self.layout, self.tower = layout_of(base, modality), tower_of(base, modality)
+        self._setup(stages, layer_index(base, self.tower, len(blocks_of(self.tower)), None) + 1)
+
+    def _setup(self, stages: Sequence[Stage], depth: int) -> None:
+        self.stages, self.depth = list(stages), depth
+        self.blocks, self.attention = blocks_of(self.tower), attention_modules(self.tower)
+        self.places = [places(stage, depth) for stage in stages]
+        for stage in stages:
+            if stage.per == "sample" or stage.keep_total is not None:
+                raise ValueError(
+                    f"{stage.method.name} at {stage.where!r}: in the tower every crop or image has its own budget; "
+                    "use keep=..., and per='image', 'crop' or 'frame'"
+                )
+        for i, (stage, at) in enumerate(zip(stages, self.places)):
+            between = [k for j, other in enumerate(self.places) if j != i for k in other if at[0] <= k <= at[-1]]
+            if len(at) > 1 and between:
+                raise ValueError(
+                    f"{stage.method.name} acts at tower blocks {at[0]}..{at[-1]}, so no other stage may stand at "
+                    f"{between[0]}: its scores would go out of step"
+                )
+        self.cls = has_cls(self.tower)
+        self.needs = self._needs()
+        self._local = _Local()
+
+    def _needs(self) -> set[tuple[int, str]]:
+        """(block, kind) of every signal the stages read."""
+        found: set[tuple[int, str]] = set()
+        for stage, at in zip(self.stages, self.places):
+            for need in stage.method.needs:
+                if need.kind in INSIDE_LLM or need.kind not in KINDS:
+                    raise UnsupportedModel(f"signal {need.kind!r} cannot be read inside a vision tower")
+                for k in at:
+                    if not 0 <= k + need.offset < k:
+                        raise ValueError(
+                            f"{stage.method.name} at tower block {k} reads block {k + need.offset}: use block "
+                            f"{-need.offset} or later, and offsets below 0"
+                        )
+                    if self._readable(need):
+                        found.add((k + need.offset, need.kind))
+        return found
+
+    def _readable(self, need: Signal) -> bool:
+        return not (need.without_cls if self.cls else need.kind in CLS_KINDS)
+
+    # -- installing -------------------------------------------------------------------------------------------------
+
+    def install(self) -> list[Callable[[], None]]:
+        """Register the hooks; the returned functions take them off."""
+        undo: list[Callable[[], None]] = []
+        first = min([self.depth - 1, *(k for at in self.places for k in at), *(k for k, _ in self.needs)])
+        for k in range(first, len(self.blocks)):
+            pre, post = partial(self._block_pre, k), partial(self._block_post, k)
+            undo.append(self.blocks[k].register_forward_pre_hook(pre, with_kwargs=True).remove)
+            # First among its hooks: transformers records hidden states with one, and they shall have all rows.
+            undo.append(self.blocks[k].register_forward_hook(post, prepend=True).remove)
+            attention = partial(self._attention_pre, k)
+            undo.append(self.attention[k].register_forward_pre_hook(attention, with_kwargs=True).remove)
+        for layer, kind in sorted(self.needs):
+            undo.append(attach(self.attention[layer], partial(self._sink, layer, kind)))
+        return undo
+
+    def start(self, call: Call) -> None:
+        """Begin a features call, in this thread. Raises UnsupportedCall under gradient checkpointing."""
+        if any(b.training and getattr(b, "gradient_checkpointing", False) for b in self.blocks):
+            raise UnsupportedCall(
+                "gradient checkpointing re-runs the tower's blocks, which a stage inside it cannot follow: use stages "
+                "before the LLM, or model.gradient_checkpointing_disable()"
+            )
+        self._local.run = TowerRun(call)
+
+    def stop(self) -> TowerRun | None:
+        """End the features call of this thread, whatever became of it."""
+        run, self._local.run = self._local.run, None
+        return run
+
+    def finish(self, output: Any) -> TowerRun:
+        """End the call and say what is left of every entry of `output.pooler_output`.
+
+        Raises UnsupportedCall if dropped and kept tokens were mixed after the tower.
+        """
+        run = self.stop()
+        assert run is not None
+        run.settle()
+        if run.cut is None or run.tokens is None:
+            return run
+        marks = torch.ones(run.shape[:2], device=run.cut.index.device)
+        marks[:, : run.tokens.prefix] = 2
+        for crop in run.crops:
+            marks[crop.row].index_fill_(0, crop.patches.flatten(), 2)
+        marks = marks.cpu()
+        f = TowerCall(self.base, self.tower, run.call, f"{self.modality}_grid_thw", sizes_of(output))
+        entries = per_entry(f, self.layout, self.modality, marks[..., None])
+        for entry in entries:
+            if not bool(torch.isin(entry, torch.arange(3.0)).all()):
+                raise UnsupportedCall(
+                    f"{f.base.config.model_type} resizes this image's features after the tower, which mixes kept and "
+                    "dropped tokens: use a stage before the LLM ('llm'), or images of fewer tiles"
+                )
+        run.kept = [entry[:, 0].to(torch.int8) - 1 for entry in entries]
+        return run
+
+    # -- hooks ------------------------------------------------------------------------------------------------------
+
+    def _block_pre(self, k: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        run = self._local.run
+        if run is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        full = hidden[None] if hidden.dim() == 2 else hidden
+        if not run.crops:
+            self._begin(run, full)
+        x = self._run_stages(run, k, full)
+        run.cuts[k] = run.cut
+        run.queries[k] = [crop.patches.numel() for crop in run.crops]
+        if run.cut is not None:
+            x, run.lengths[k] = run.cut.cut(x, 1), run.cut.n
+        elif x is full:
+            return None
+        # Positional, because transformers looks for the first hidden state there.
+        rest = {name: v for name, v in kwargs.items() if name != "hidden_states"}
+        return (x[0] if hidden.dim() == 2 else x, *args[1:]), rest
+
+    def _block_post(self, k: int, module: nn.Module, args: Any, output: Any) -> Any:
+        run = self._local.run
+        if run is None:
+            return None
+        out = output[0] if isinstance(output, tuple) else output
+        short = out[None] if out.dim() == 2 else out
+        x = short if run.cut is None else run.cut.restore(short)
+        if k == self.depth - 1:
+            x = self._run_stages(run, self.depth, x)
+        if x is short:
+            return None
+        x = x[0] if out.dim() == 2 else x
+        return (x, *output[1:]) if isinstance(output, tuple) else x
+
+    def _attention_pre(self, k: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Everything else that has the length of the tower's sequence is an argument of the attention module."""
+        run = self._local.run
+        if run is None or run.cut is None:
+            return None
+        cut, call = run.cut, _bind(module, args, kwargs)
+        if "position_embeddings" in call:
+            call["position_embeddings"] = tuple(cut.cut(t, -2) for t in call["position_embeddings"])
+        for name in SEQUENCE_LENGTHS:
+            if call.get(name) is not None:
+                call[name] = _shorter(call[name], run)
+        mask = call.get("attention_mask")
+        if mask is not None:
+            call["attention_mask"] = cut.cut_mask(mask, 0)
+        elif cut.valid is not None:
+            call["attention_mask"] = _padding(cut.valid, self.tower.config._attn_implementation, call)
+        hidden = call.pop("hidden_states")
+        return (hidden,), call
+
+    def _sink(
+        self,
+        layer: int,
+        kind: str,
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+    ) -> None:
+        run = self._local.run
+        if run is None:
+            return
+        parts = [(q, k, v, mask)]
+        if self.layout.packed and mask is not None:  # one product for all images, each attending to itself
+            sizes = run.queries[layer]
+            parts = [(*part, None) for part in zip(*(t.split(sizes, dim=2) for t in (q, k, v)))]
+        for part in parts:
+            x = read(kind, *part, scaling).float()
+            if kind in CLS_KINDS:
+                x = F.pad(x, (1, 0))  # the CLS token has no score of its own
+            if kind in PER_QUERY and self.layout.packed:
+                x = x * part[0].shape[2]
+            run.rows.setdefault((layer, kind), []).append(x if x.dim() == 3 else x.unsqueeze(-1))
+
+    # -- what the hooks do ------------------------------------------------------------------------------------------
+
+    def _begin(self, run: TowerRun, x: Tensor) -> None:
+        """Find the units of this call, x [T, N, C]."""
+        f = TowerCall(self.base, self.tower, run.call, f"{self.modality}_grid_thw", ())
+        run.tokens, run.shape = self._tokens(f, x.shape[1]), tuple(x.shape)
+        run.lengths = [x.shape[1]] * len(self.blocks)
+        groups = to_device(run.tokens.groups, x.device)
+        for row in range(x.shape[0]):
+            parts = groups.split([n for _, n in run.tokens.grids])
+            for (grid, n), part in zip(run.tokens.grids, parts):
+                run.crops.append(Crop(len(run.crops), row, part, grid, torch.arange(n, device=x.device)))
+
+    def _tokens(self, f: TowerCall, length: int) -> TowerTokens:
+        return tokens_of(f, self.layout, self.modality, length)
+
+    def _run_stages(self, run: TowerRun, k: int, x: Tensor) -> Tensor:
+        """The stages at block k on x [T, N, C]; the returned states hold what was merged."""
+        before = sum(crop.alive.shape[0] for crop in run.crops)
+        for stage, at in zip(self.stages, self.places):
+            if k in at:
+                x = self._run(run, stage, k, at[-1], x)
+        if sum(crop.alive.shape[0] for crop in run.crops) < before:
+            run.cut = self._compact(run, x)
+        return x
+
+    def _run(self, run: TowerRun, stage: Stage, k: int, last: int, x: Tensor) -> Tensor:
+        todo, views = [], []
+        for crop in run.crops:
+            (budget,) = stage.budgets([crop.n])
+            if budget is None or budget < crop.alive.shape[0]:
+                todo.append(crop)
+                views.append(self._visual(run, stage, crop, k, budget, x))
+        if not todo:
+            return x
+        clock = _Clock(x.device)
+        with deferring() as checks, recording(run.kernels):
+            answers = stage.method.batch(views)
+            _check(stage, _bounded(views, answers, k == last), answers)
+        run.clocks.append(clock.stop())
+        run.verdicts.append(Verdict(checks))
+        if not x.is_cuda or not type(stage.method).__module__.startswith("vtprune."):
+            run.settle()
+        for crop, view, answer in zip(todo, views, answers):
+            if answer.merges:
+                x = _merged(x, crop, answer)
+            crop.alive = crop.alive.index_select(0, answer.idx)
+            self._report(run, stage, crop, k, view, answer)
+        return x
+
+    def _visual(self, run: TowerRun, stage: Stage, crop: Crop, k: int, budget: int | None, x: Tensor) -> Visual:
+        whole = crop.alive.shape[0] == crop.n
+        signals = {}
+        for need in stage.method.needs:
+            if self._readable(need):
+                signals[need] = self._signal(run, crop, k + need.offset, need.kind)
+        return Visual(
+            x=_of_tokens(x, crop),
+            budget=budget,
+            grid=crop.grid if whole else None,
+            spans=(Span(0, crop.grid),) if whole and crop.grid else (),
+            signals=signals,
+            state=crop.states.setdefault(id(stage.method), {}),
+            block=(k, self.depth),
+        )
+
+    def _signal(self, run: TowerRun, crop: Crop, layer: int, kind: str) -> Tensor:
+        """[m] or [m, C] float32: mean over the patches of each token."""
+        found = run.rows.get((layer, kind))
+        if not found:
+            raise UnsupportedModel(
+                f"block {layer} of {type(self.tower).__name__} did not pass the attention interface, so its {kind!r} "
+                "cannot be read; choose a method without signals"
+            )
+        if len(found) > 1:
+            found[:] = [torch.cat([part.flatten(0, 1) for part in found])[None]]
+        of_tokens = _of_tokens(self._restored(run, layer, found[0]), crop)
+        if kind in PER_QUERY and self.layout.packed:
+            of_tokens = of_tokens / run.queries[layer][crop.number]
+        return of_tokens if kind in VECTORS else of_tokens[:, 0]
+
+    def _restored(self, run: TowerRun, layer: int, x: Tensor) -> Tensor:
+        """Rows [T, n, C] that block `layer` saw, for all N positions."""
+        cut = run.cuts[layer]
+        return x if cut is None else cut.restore(x)
+
+    def restore(self, layer: int, kind: str, x: Tensor) -> Tensor:
+        """A signal of block `layer` that was read for stages before the LLM, for all N positions of the tower."""
+        run = self._local.run
+        if run is None or run.cuts.get(layer) is None:
+            return x
+        x = self._restored(run, layer, x)
+        if kind in PER_QUERY and self.layout.packed:  # the reader divides by the queries of an unpruned tower
+            for crop, queries in zip(run.crops, run.queries[layer]):
+                x[:, crop.groups.flatten()] *= crop.groups.numel() / queries
+        return x
+
+    def _compact(self, run: TowerRun, x: Tensor) -> Compaction:
+        """The cut from N rows to the prefix and the patches that are left; shorter rows are padded on the right."""
+        assert run.tokens is not None
+        keep = torch.zeros(run.shape[:2], dtype=torch.bool, device=x.device)
+        keep[:, : run.tokens.prefix] = True
+        counts = [run.tokens.prefix] * run.shape[0]
+        for crop in run.crops:
+            keep[crop.row].index_fill_(0, crop.patches.flatten(), True)
+            counts[crop.row] += crop.patches.numel()
+        return right_padded(keep, counts)
+
+    def _report(self, run: TowerRun, stage: Stage, crop: Crop, k: int, view: Visual, answer: Assignment) -> None:
+        note = view.state.get("note")
+        if note and note not in run.notes:
+            run.notes.append(note)
+        run.results.append(
+            UnitResult(
+                row=crop.row,
+                image=crop.number,
+                part=None,
+                modality=self.modality,
+                method=stage.method.name,
+                where=("vit", k),
+                n=view.n,
+                positions=crop.alive,
+                idx=answer.idx,
+                order=answer.order,
+                scores=answer.scores,
+                spans=view.spans,
+                grid=view.grid,
+                assignment=answer,
+            )
+        )
+
+
+def places(stage: Stage, depth: int) -> range:
+    """The blocks k (0..depth) that ("vit", k or a slice) means in a tower of which `depth` blocks are used.
+
+    Negative numbers count from the last used block; k = depth is what that block puts out.
+    """
+    name, where = stage.method.name or type(stage.method).__name__, stage.where
+    valid = f"choose an int in {-depth}..{depth} (of this tower {depth} blocks are used) or a slice of them"
+    if not (isinstance(where, tuple) and len(where) == 2 and where[0] == "vit"):
+        raise ValueError(f"{name} at {where!r}: a stage in the tower is at ('vit', k); {valid}")
+    k = where[1]
+    if isinstance(k, slice):
+        start, stop = (end if end is None or end >= 0 else end + depth for end in (k.start, k.stop))
+        found = range(start or 0, depth + 1 if stop is None else min(stop, depth + 1), k.step or 1)
+        if not found or found[0] < 0:
+            raise ValueError(f"{name} at {where!r} acts at no block; {valid}")
+        return found
+    if not isinstance(k, int) or not -depth <= k <= depth:
+        raise ValueError(f"{name} at {where!r}; {valid}")
+    k = k + depth if k < 0 else k
+    return range(k, k + 1)
+
+
+def _bounded(views: list[Visual], answers: list[Assignment], last: bool) -> list[Visual]:
+    """The views to check answers against: before its last block a schedule may keep more than its budget, not less."""
+    if last:
+        return views
+    for view, answer in zip(views, answers):
+        if view.budget is not None and answer.idx.shape[0] < view.budget:
+            raise VtpruneError(f"{answer.idx.shape[0]} tokens kept in the tower, below the budget of {view.budget}")
+    return [replace(view, budget=None) for view in views]
+
+
+def right_padded(keep: Tensor, counts: Sequence[int]) -> Compaction:
+    """From a mask [T, N] (True = stays) and its row sums: towers look for the CLS token at the left end."""
+    n = max(counts)
+    index = torch.argsort((~keep).to(torch.int8), dim=1, stable=True)[:, :n]
+    valid = None
+    if min(counts) != n:
+        valid = torch.arange(n, device=keep.device)[None] < to_device(torch.tensor(counts), keep.device)[:, None]
+    return Compaction(index, valid, (keep.cumsum(1) - 1).clamp(min=0))
+
+
+def _of_tokens(x: Tensor, crop: Crop) -> Tensor:
+    """[T, N, C] -> [m, C]: the crop's tokens, each the mean of its patches."""
+    patches = crop.patches
+    rows = x[crop.row].index_select(0, patches.flatten())
+    if patches.shape[1] == 1:
+        return rows
+    return rows.view(*patches.shape, -1).float().mean(1).to(x.dtype)
+
+
+def _merged(x: Tensor, crop: Crop, answer: Assignment) -> Tensor:
+    """x [T, N, C] with what flows into the kept tokens; patch by patch where a token has several."""
+    patches = crop.patches
+    new = answer.apply(x[crop.row].index_select(0, patches.flatten()).view(*patches.shape, -1))
+    at = patches.index_select(0, answer.idx).flatten()
+    return x.index_put((torch.full_like(at, crop.row), at), new.flatten(0, 1))
+
+
+def _shorter(lengths: Tensor, run: TowerRun) -> Tensor:
+    """Cumulative segment lengths [S + 1] of a packed tower after the cut; segments with nothing left go."""
+    assert run.cut is not None
+    keep = torch.zeros(run.shape[1], dtype=lengths.dtype, device=lengths.device)
+    keep[run.cut.index[0].to(lengths.device)] = 1
+    return F.pad(keep.cumsum(0, dtype=lengths.dtype), (1, 0))[lengths.long()].unique_consecutive()
+
+
+def _padding(valid: Tensor, attention: str | None, call: dict[str, Any]) -> Tensor:
+    """The mask that hides the pads of shorter rows, valid [T, n], as the attention implementation wants it."""
+    if "flash" in (attention or ""):
+        return valid.long()
+    if attention != "eager":
+        return valid[:, None, None, :]
+    dtype = call["hidden_states"].dtype
+    blocked = torch.zeros(valid.shape, dtype=dtype, device=valid.device).masked_fill(~valid, torch.finfo(dtype).min)
+    return blocked[:, None, None, :]
+
+
+def _bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a forward call by name."""
+    names = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
+    return {**dict(zip(names, args)), **kwargs}
