@@ -435,7 +435,7 @@ def _flowcut_functions(arrays: Arrays) -> str:
         norm, signals = torch.from_numpy(arrays[f"value_{i}"]).abs().sum(-1), (CLS, CLS_VALUE, VALUE_NORM)
         left, target, n = int(arrays[f"rpl_{i}"]), int(arrays[f"target_{i}"]), row.shape[1]
         given = [dict(zip(signals, rows)) for rows in zip(row, value, norm)]
-        units = [Visual(torch.zeros(n, 1), target, signals=rows, block=(0, left + 1)) for rows in given]
+        units = [Visual(torch.zeros(n, 1), target, signals=rows, block=(0, left)) for rows in given]
         answers = create("flowcut", count="batch").batch(units)
         for b, answer in enumerate(answers):
             assert answer.scores is not None

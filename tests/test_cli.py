@@ -35,7 +35,7 @@ def test_methods_lists_every_method_with_its_paper() -> None:
     for row in found:
         assert row["name"] in table
         assert row["paper"].startswith("https://")
-        assert row["seam"] in ("pre_llm", "in_llm")
+        assert row["seam"] in ("pre_llm", "in_llm", "in_vit")
 
 
 def test_eval_prints_a_table_or_json_and_writes_files(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import families
@@ -40,7 +41,7 @@ class Brightest(Method):
     """The tokens of highest first channel; without a budget those above the mean, so that counts differ."""
 
     def __call__(self, v: Visual) -> Assignment:
-        assert v.block is not None and v.text is None
+        assert v.block is not None
         return Assignment(idx=brightest(v.x, v.budget))
 
 
@@ -141,7 +142,7 @@ class Tower:
 
     @torch.no_grad()
     def walk(self, batch: Any, keeps: dict[int, Any], method: type = Brightest) -> list[tuple[int, list[int], Tensor]]:
-        """(row, positions left, their states after the last used block) of every unit. keeps: {block: ratio or None}."""
+        """(row, positions left, their states after the last used block) of every unit. keeps: {block: share}."""
         with self.watched() as seen:
             self.model(**batch)
         return [self._walk(row, tokens, seen, keeps, method) for row, tokens in self.tokens(batch)]
@@ -186,10 +187,12 @@ class Tower:
         if self.family not in ("internvl",) and "cu_seqlens" not in kwargs:
             out["attention_mask"] = None
         if "position_embeddings" in kwargs:
-            out["position_embeddings"] = tuple(t.index_select(-2, torch.tensor(at)) for t in kwargs["position_embeddings"])
+            out["position_embeddings"] = tuple(
+                t.index_select(-2, torch.tensor(at)) for t in kwargs["position_embeddings"]
+            )
         if "cu_seqlens" in kwargs:
             edges = kwargs["cu_seqlens"].tolist()
-            counts = [sum(a <= p < b for p in at) for a, b in zip(edges, edges[1:])]
+            counts = [sum(a <= p < b for p in at) for a, b in pairwise(edges)]
             ends = torch.tensor([c for c in counts if c]).cumsum(0).tolist()
             out["cu_seqlens"] = torch.tensor([0, *ends], dtype=torch.int32)
         return out
@@ -221,7 +224,7 @@ def test_tower_equals_a_walk_by_hand(family: str, attention: str) -> None:
         torch.testing.assert_close(ours[row, at], states, **TOLERANCE)
         stays |= {(row, p) for p in at}
     if family in ONE_TO_ONE and family not in ("llava", "paligemma", "video_llava"):
-        return  # un-padded mosaics and class tokens: which patch a token is, only gradients know, and they are slow here
+        return  # un-padded mosaics and class tokens: the test with noise is about them
     for row, units in enumerate(tower.sources(batch)):
         kept = set(last.index[row].tolist())
         for unit, positions in zip(units, batch.units[row], strict=True):
@@ -388,7 +391,7 @@ def test_signals_before_the_llm_come_from_the_shortened_tower(family: str) -> No
     plan = [Stage(("vit", layer), Brightest(), keep=0.5), Stage("llm", Reader(), keep=0.25)]
     with vtprune.patch(model, plan), torch.no_grad():
         model(**batch)
-    ((row, at, _),) = tower.walk(batch, {layer: 0.5})
+    ((_, at, _),) = tower.walk(batch, {layer: 0.5})
     received = received_by_hand(tower, batch, layer, at)
     tokens = tower.tokens(batch)[0][1]
     theirs = torch.stack([torch.stack([received[p] for p in t]).mean() for t in tokens if set(t) <= set(at)])
@@ -468,13 +471,19 @@ def test_lengths_of_tower_and_decoder() -> None:
     assert last.tower_lengths == {"image": [26, 11, 11]}
     assert set(last.lengths) == {batch["input_ids"].shape[1] - 15}
     (unit,), (crop,) = last.units, last.tower_units
-    assert unit.where == crop.where == ("vit", 1) and torch.equal(unit.idx, crop.idx)
+    assert unit.where == crop.where == ("vit", 1)
+    assert torch.equal(unit.idx, crop.idx)
     assert last.seconds > 0
 
 
 def test_places() -> None:
     ints: list[Any] = [(0, [0]), (3, [3]), (-1, [2]), (-3, [0])]
-    slices = [(slice(1, None), [1, 2, 3]), (slice(0, -1), [0, 1]), (slice(None, None, 2), [0, 2])]
+    slices = [
+        (slice(1, None), [1, 2]),
+        (slice(1, 9), [1, 2, 3]),
+        (slice(0, -1), [0, 1]),
+        (slice(None, None, 2), [0, 2]),
+    ]
     for k, expected in ints + slices:
         assert list(places(Stage(("vit", k), Brightest(), keep=0.5), 3)) == expected
 
@@ -504,16 +513,19 @@ def test_stages_a_tower_cannot_hold_are_refused(name: str) -> None:
 
 
 def test_nothing_may_act_between_the_blocks_of_a_schedule() -> None:
-    plan = [Stage(("vit", slice(1, None)), vtprune.create("flowcut"), keep=0.5), Stage(("vit", 2), Brightest(), keep=0.4)]
+    plan = [
+        Stage(("vit", slice(1, None)), vtprune.create("flowcut"), keep=0.5),
+        Stage(("vit", 2), Brightest(), keep=0.4),
+    ]
     with pytest.raises(ValueError, match="out of step"):
         vtprune.patch(families.model("qwen2_vl"), plan)
 
 
 def test_features_resized_after_the_tower_are_refused() -> None:
     model, batch = families.model(RESIZED), families.inputs(RESIZED, rows=(0, 0, 1), only=2)
-    with vtprune.patch(model, Stage(("vit", 1), Brightest(), keep=0.5)):
-        with pytest.raises(UnsupportedCall, match="resizes"):
-            model(**batch)
+    half = Stage(("vit", 1), Brightest(), keep=0.5)
+    with vtprune.patch(model, half), pytest.raises(UnsupportedCall, match="resizes"):
+        model(**batch)
     model(**batch)
 
 
@@ -522,9 +534,9 @@ def test_features_encoded_elsewhere_are_refused() -> None:
     with torch.no_grad():
         output = model.base_model.get_image_features(pixel_values=batch["pixel_values"], return_dict=True)
         text = {k: batch[k] for k in ("input_ids", "attention_mask")}
-        with vtprune.patch(model, Stage(("vit", 1), Brightest(), keep=0.5)):
-            with pytest.raises(UnsupportedCall, match="pre-encoded"):
-                model(**text, mm_encoder_outputs={"image": output})
+        half = Stage(("vit", 1), Brightest(), keep=0.5)
+        with vtprune.patch(model, half), pytest.raises(UnsupportedCall, match="pre-encoded"):
+            model(**text, mm_encoder_outputs={"image": output})
 
 
 def test_gradient_checkpointing_is_refused_and_gradients_flow() -> None:
@@ -532,7 +544,7 @@ def test_gradient_checkpointing_is_refused_and_gradients_flow() -> None:
     with vtprune.patch(model, Stage(("vit", 1), Brightest(), keep=0.5)):
         model(**batch, labels=batch["input_ids"]).loss.backward()
         weight = model.base_model.vision_tower.encoder.layers[1].self_attn.q_proj.weight
-        assert weight.grad is not None and bool(weight.grad.abs().sum() > 0)
+        assert float(weight.grad.abs().sum()) > 0
         model.train()
         model.gradient_checkpointing_enable()
         with pytest.raises(UnsupportedCall, match="gradient checkpointing"):
@@ -543,7 +555,7 @@ def test_a_failed_call_leaves_no_state() -> None:
     """The next call, even one that does not pass our observer, starts clean."""
     model, batch = families.model("llava"), families.inputs("llava", rows=(1,))
     with vtprune.patch(model, Stage(("vit", 1), Brightest(), keep=0.5)), torch.no_grad():
-        with pytest.raises(Exception):  # noqa: B017 - whatever the tower says to pixels of one channel
+        with pytest.raises(RuntimeError, match="channels"):
             model(**{**batch, "pixel_values": batch["pixel_values"][:, :1]})
         dense = model.base_model.vision_tower(batch["pixel_values"]).last_hidden_state
         first = model(**batch).logits
@@ -559,7 +571,10 @@ def test_a_wrong_answer_is_refused() -> None:
 
     model, batch = families.model("llava"), families.inputs("llava", rows=(1,))
     for where in (("vit", 1), ("vit", slice(1, None))):
-        with vtprune.patch(model, Stage(where, Greedy(), keep=0.5)), pytest.raises(vtprune.types.VtpruneError, match="budget"):
+        with (
+            vtprune.patch(model, Stage(where, Greedy(), keep=0.5)),
+            pytest.raises(vtprune.types.VtpruneError, match="budget"),
+        ):
             model(**batch)
 
 

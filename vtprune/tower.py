@@ -339,7 +339,7 @@ class TowerStages:
             (budget,) = stage.budgets([crop.n])
             if budget is None or budget < crop.alive.shape[0]:
                 todo.append(crop)
-                views.append(self._visual(run, stage, crop, k, budget, x))
+                views.append(self._visual(run, stage, crop, (k, last), budget, x))
         if not todo:
             return x
         clock = _Clock(x.device)
@@ -357,12 +357,14 @@ class TowerStages:
             self._report(run, stage, crop, k, view, answer)
         return x
 
-    def _visual(self, run: TowerRun, stage: Stage, crop: Crop, k: int, budget: int | None, x: Tensor) -> Visual:
+    def _visual(
+        self, run: TowerRun, stage: Stage, crop: Crop, block: tuple[int, int], budget: int | None, x: Tensor
+    ) -> Visual:
         whole = crop.alive.shape[0] == crop.n
         signals = {}
         for need in stage.method.needs:
             if self._readable(need):
-                signals[need] = self._signal(run, crop, k + need.offset, need.kind)
+                signals[need] = self._signal(run, crop, block[0] + need.offset, need.kind)
         return Visual(
             x=_of_tokens(x, crop),
             budget=budget,
@@ -370,7 +372,7 @@ class TowerStages:
             spans=(Span(0, crop.grid),) if whole and crop.grid else (),
             signals=signals,
             state=crop.states.setdefault(id(stage.method), {}),
-            block=(k, self.depth),
+            block=block,
         )
 
     def _signal(self, run: TowerRun, crop: Crop, layer: int, kind: str) -> Tensor:
@@ -442,7 +444,8 @@ class TowerStages:
 def places(stage: Stage, depth: int) -> range:
     """The blocks k (0..depth) that ("vit", k or a slice) means in a tower of which `depth` blocks are used.
 
-    Negative numbers count from the last used block; k = depth is what that block puts out.
+    Negative numbers count from the last used block; k = depth is what that block puts out, and a slice reaches it only
+    by a stop beyond.
     """
     name, where = stage.method.name or type(stage.method).__name__, stage.where
     valid = f"choose an int in {-depth}..{depth} (of this tower {depth} blocks are used) or a slice of them"
@@ -451,7 +454,7 @@ def places(stage: Stage, depth: int) -> range:
     k = where[1]
     if isinstance(k, slice):
         start, stop = (end if end is None or end >= 0 else end + depth for end in (k.start, k.stop))
-        found = range(start or 0, depth + 1 if stop is None else min(stop, depth + 1), k.step or 1)
+        found = range(start or 0, depth if stop is None else min(stop, depth + 1), k.step or 1)
         if not found or found[0] < 0:
             raise ValueError(f"{name} at {where!r} acts at no block; {valid}")
         return found

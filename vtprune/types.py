@@ -116,7 +116,8 @@ class Visual:
     signals: what `Method.needs` asked for; a "cls" signal is missing when the tower has no CLS token.
     text: [M, D] embeddings of the sample's text tokens, or None.
     state: made by the seam for one forward pass and shared by the stages of one method; in the tower, one per unit.
-    block: (k, depth) inside the vision tower: the tokens are about to enter block k of depth; None elsewhere.
+    block: (k, last) inside the vision tower: the tokens are about to enter block k, and the budget is due at block
+        `last` (k itself, unless the stage is a schedule); None elsewhere.
     """
 
     x: Tensor
@@ -216,8 +217,9 @@ class Stage:
     where: "llm" (between projector and LLM), an int k (the hidden states entering decoder layer k), or ("vit", k)
         (those entering block k of the vision tower; k = depth: leaving its last block). Only blocks whose output is
         used count, a negative k counts from the last of them. ("vit", slice) is a schedule: the method is asked at
-        every block of the slice and has to reach its budget at the last. In the tower a token is what becomes one
-        visual token (2 x 2 patches in Qwen2-VL), and budgets are per crop (row of the tower's batch) or packed image.
+        every block of the slice and has to reach its budget at the last (a stop beyond depth includes k = depth). In
+        the tower a token is what becomes one visual token (2 x 2 patches in Qwen2-VL), and budgets are per crop (row
+        of the tower's batch) or packed image.
     method: the rule.
     keep: float in (0, 1] = share of a unit's visual tokens as the model sees them unpruned; int >= 1 = tokens per
         unit (more than there are keeps all); None = the method decides.

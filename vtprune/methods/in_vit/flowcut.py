@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log, sqrt
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ...kernels import check_finite
 from ...registry import register
-from ...types import Assignment, Method, Newlines, Signal, Visual, VtpruneError, Where
+from ...types import Assignment, Method, Newlines, Signal, Visual, Where
 from .. import best_first, budget_of, signal_of
 
 CLS, CLS_VALUE, VALUE_NORM = Signal("cls"), Signal("cls_value"), Signal("value_norm")
@@ -51,24 +52,17 @@ class FlowCut(Method):
         return CLS, CLS_VALUE, MEAN_QUERY, VALUE_NORM
 
     def default_where(self) -> Where:
-        return "vit", slice(1, None)
+        return "vit", slice(1, None if self.end == "before" else sys.maxsize)
 
     def __call__(self, v: Visual) -> Assignment:
         return self.batch([v])[0]
 
     def batch(self, units: Sequence[Visual]) -> list[Assignment]:
-        left = [self._blocks_left(v) for v in units]
+        left = [v.block[1] - v.block[0] if v.block else 0 for v in units]
         scored = [self._score(v) for v in units]
         check_finite([c for _, c in scored], "scores")
         cuts = self._cuts(units, [p for p, _ in scored], left)
-        return [self._keep(v, c, v.n - cut) for v, (_, c), cut in zip(units, scored, cuts)]
-
-    def _blocks_left(self, v: Visual) -> int:
-        """R: blocks until the budget is due."""
-        if v.block is None:
-            raise ValueError(f"{self.name} acts inside the vision tower: use Stage(('vit', slice(1, None)), ...)")
-        k, depth = v.block
-        return max(0, depth - k - (self.end == "before"))
+        return [self._keep(v, c, v.n - cut, bool(r)) for v, (_, c), cut, r in zip(units, scored, cuts, left)]
 
     def _score(self, v: Visual) -> tuple[Tensor, Tensor]:
         """Attention shares p [n] and cumulative scores [n], float32."""
@@ -80,11 +74,7 @@ class FlowCut(Method):
             flow = p = _share(signal_of(v, MEAN_QUERY, self.name))
         score = flow * signal_of(v, VALUE_NORM, self.name)
         old = v.state.get("scores")
-        if old is None:
-            return p, score
-        if old.shape != score.shape:
-            raise VtpruneError(f"{self.name}: another stage dropped tokens between its own; put it before or behind")
-        return p, 0.5 * old + 0.5 * score
+        return p, score if old is None else 0.5 * old + 0.5 * score
 
     def _cuts(self, units: Sequence[Visual], shares: Sequence[Tensor], left: Sequence[int]) -> list[int]:
         """Tokens to drop now; their number depends on the data, so the host waits for it once per pruning block."""
@@ -102,12 +92,13 @@ class FlowCut(Method):
         entropy = -torch.xlogy(p, p).sum() / log(max(2, p.shape[0]))
         return above / sqrt(left) * (1 - entropy**2)
 
-    def _keep(self, v: Visual, scores: Tensor, k: int) -> Assignment:
+    def _keep(self, v: Visual, scores: Tensor, k: int, goes_on: bool) -> Assignment:
         order = best_first(scores)[:k]
         idx = order.sort().values
-        v.state["scores"] = scores.index_select(0, idx)
+        if goes_on:
+            v.state["scores"] = scores.index_select(0, idx)
         return Assignment(idx=idx, order=order, scores=scores)
 
 
 def _share(x: Tensor) -> Tensor:
-    return x / x.sum()
+    return x / x.sum().clamp(min=torch.finfo(x.dtype).tiny)

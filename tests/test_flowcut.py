@@ -1,0 +1,184 @@
+"""FlowCut against a slow restatement: CLIP blocks walked by hand in float64, one patch at a time where it scores."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import families
+import pytest
+import reference
+import torch
+from torch import Tensor
+
+import vtprune
+from vtprune import Stage, Visual
+from vtprune.methods.in_vit.flowcut import CLS, CLS_VALUE, MEAN_QUERY, VALUE_NORM
+
+LAYERS = 9
+SIDE = 7
+
+
+@pytest.fixture(scope="module")
+def deep() -> Any:
+    """A tiny LLaVA whose tower has blocks enough for a schedule: its projector reads the output of the last but one."""
+    config = families._config(
+        "llava",
+        families._text("llama"),
+        families._tower("clip_vision_model", 4 * SIDE, layers=LAYERS),
+        **families._INDEX,
+        image_seq_length=SIDE**2,
+    )
+    torch.manual_seed(0)
+    model = families.transformers.LlavaForConditionalGeneration._from_config(config)
+    families._spread(model)
+    return model.eval()
+
+
+def inputs(images: int, only: int | None = None) -> dict[str, Tensor]:
+    """Prompts of one image each; brighter and brighter, so that attention concentrates differently."""
+    generator = torch.Generator().manual_seed(5)
+    pixels = torch.randn(images, 3, 4 * SIDE, 4 * SIDE, generator=generator)
+    pixels *= torch.linspace(0.3, 3.0, images)[:, None, None, None]
+    ids = torch.tensor([[families.BOS, *[families.IMAGE] * SIDE**2, 31, 32]]).expand(images, -1)
+    rows = slice(None) if only is None else slice(only, only + 1)
+    return {"input_ids": ids[rows], "attention_mask": torch.ones_like(ids[rows]), "pixel_values": pixels[rows]}
+
+
+def run(model: Any, batch: dict[str, Tensor], **options: Any) -> tuple[Tensor, Any]:
+    with vtprune.patch(model, "flowcut", **options) as handle, torch.no_grad():
+        return model(**batch).logits, handle.last
+
+
+# -- the oracle -------------------------------------------------------------------------------------------------------
+
+
+def attention(block: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax [H, n, n], values [H, n, d] and the output [n, C] of one CLIP attention, x [n, C] normalised."""
+    a = block.self_attn
+    heads, width = a.num_heads, a.head_dim
+    q, k, v = (f(x).view(-1, heads, width).transpose(0, 1) for f in (a.q_proj, a.k_proj, a.v_proj))
+    weights = (q @ k.mT / math.sqrt(width)).softmax(-1)
+    return weights, v, a.out_proj((weights @ v).transpose(0, 1).flatten(1))
+
+
+@torch.no_grad()
+def by_hand(model: Any, pixels: Tensor, target: int) -> tuple[list[int], list[int], Tensor]:
+    """(patches left, tokens after every block, their states) of one image [1, 3, H, W], in float64."""
+    tower = reference.copy.deepcopy(model.base_model.vision_tower).double()
+    x = tower.pre_layrnorm(tower.embeddings(pixels.double()))[0]
+    patches, total, lengths = list(range(SIDE**2)), None, []
+    for i, block in enumerate(tower.encoder.layers[: LAYERS - 1]):
+        weights, values, out = attention(block, block.layer_norm1(x))
+        x = x + out
+        x = x + block.mlp(block.layer_norm2(x))
+        n, left = len(patches), (LAYERS - 2) - i - 1
+        if n > target:
+            p, scores = score(weights, values)
+            total = scores if total is None else [0.5 * old + 0.5 * new for old, new in zip(total, scores, strict=True)]
+            if left % 2 == 0:
+                keep = target if left == 0 else max(n - rate(p, n, target, left), target)
+                best = sorted(sorted(range(n), key=lambda j: -total[j])[:keep])
+                patches, total = [patches[j] for j in best], [total[j] for j in best]
+                x = torch.stack([x[0], *[x[1 + j] for j in best]])
+        lengths.append(len(patches) + 1)
+    return patches, lengths, x[1:]
+
+
+def score(weights: Tensor, values: Tensor) -> tuple[list[float], list[float]]:
+    heads, tokens = weights.shape[:2]
+    a = [sum(float(weights[h, 0, j]) for h in range(heads)) / heads for j in range(1, tokens)]
+    alike = [torch.stack([values[h, 0] @ values[h, j] for j in range(tokens)]).softmax(0) for h in range(heads)]
+    b = [sum(float(alike[h][j]) for h in range(heads)) / heads for j in range(1, tokens)]
+    e = [float(values[:, j].mean(0).abs().sum()) for j in range(1, tokens)]
+    p, q = [x / sum(a) for x in a], [x / sum(b) for x in b]
+    return p, [(pj + qj) * ej for pj, qj, ej in zip(p, q, e, strict=True)]
+
+
+def rate(p: list[float], n: int, target: int, left: int) -> int:
+    entropy = -sum(x * math.log(x) for x in p if x > 0) / math.log(n)
+    return round((n - target) / math.sqrt(left) * (1 - entropy**2))
+
+
+# -- tests ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", [4, 12, 30])
+def test_schedule_scores_and_states(deep: Any, target: int) -> None:
+    batch = inputs(3)
+    _, last = run(deep, batch, keep=target)
+    for image in range(3):
+        patches, lengths, _ = by_hand(deep, batch["pixel_values"][image : image + 1], target)
+        mine = [u for u in last.tower_units if u.image == image]
+        assert last.units[image].idx.tolist() == patches
+        counts = {u.where[1]: len(u.idx) for u in mine}
+        assert [counts.get(k, target) + 1 for k in range(1, LAYERS - 1)] == lengths[:-1]
+    assert last.tower_lengths["image"][-1] == target + 1
+
+
+def test_counts_follow_each_image_or_the_batch(deep: Any) -> None:
+    """By default a batch equals its images; as in the official code, the one that prunes most decides for all."""
+    batch = inputs(3)
+    together, last = run(deep, batch, keep=8)
+    ways = [tuple(len(u.idx) for u in last.tower_units if u.image == i) for i in range(3)]
+    assert len(set(ways)) > 1, "the test wants images with schedules of their own"
+    for i in range(3):
+        alone, own = run(deep, inputs(3, only=i), keep=8)
+        assert torch.equal(own.units[0].idx, last.units[i].idx)
+        torch.testing.assert_close(alone[0], together[i], rtol=0, atol=2e-5)
+    _, last = run(deep, batch, keep=8, count="batch")
+    shared = {tuple(len(u.idx) for u in last.tower_units if u.image == i) for i in range(3)}
+    assert len(shared) == 1
+    assert all(a <= min(b) for a, b in zip(shared.pop(), zip(*ways)))
+
+
+def test_the_budget_is_due_before_or_after_the_last_block(deep: Any) -> None:
+    depth = LAYERS - 1
+    for end, last_block in (("before", depth - 1), ("after", depth)):
+        _, last = run(deep, inputs(1), keep=8, end=end)
+        assert last.tower_units[-1].where == ("vit", last_block)
+        assert len(last.tower_units[-1].idx) == len(last.units[0].idx) == 8
+
+
+@pytest.mark.parametrize("family", ["paligemma", "qwen2_vl", "qwen2_5_vl", "internvl", "gemma3"])
+def test_families(family: str) -> None:
+    """Exactly the budget of every image, whatever the tower; without CLS the mean query stands in, and that is said."""
+    model, batch = families.model(family), families.inputs(family, rows=(2, 1))
+    _, last = run(model, batch, keep=0.5)
+    sizes = {tuple(unit): len(unit) for row in batch.units for unit in row}
+    tiles = {"internvl": 9}  # a budget per tile
+    for unit in last.units:
+        size = next(n for positions, n in sizes.items() if set(unit.positions.tolist()) <= set(positions))
+        each = tiles.get(family, size)
+        assert len(unit.idx) == round(0.5 * each) * (size // each)
+    assert any("mean query" in note for note in last.notes) == (family != "internvl")
+
+
+def test_without_cls_the_mean_query_flows() -> None:
+    generator = torch.Generator().manual_seed(2)
+    g, e = torch.rand(10, generator=generator), torch.rand(10, generator=generator)
+    answer = vtprune.create("flowcut")(Visual(torch.zeros(10, 3), 4, signals={MEAN_QUERY: g, VALUE_NORM: e}))
+    theirs = sorted(range(10), key=lambda j: -float(g[j] / g.sum() * e[j]))[:4]
+    assert answer.idx.tolist() == sorted(theirs)
+
+
+def test_zero_attention_is_no_nan() -> None:
+    """An attention weight that underflows to 0 has no entropy; the official code fails there."""
+    row = torch.tensor([0.9, 0.1, 0.0, 0.0, 0.0, 0.0])
+    unit = Visual(torch.zeros(6, 2), 2, signals={CLS: row, CLS_VALUE: row, VALUE_NORM: torch.ones(6)}, block=(1, 5))
+    assert vtprune.create("flowcut")(unit).idx.tolist() == [0, 1, 2, 3]
+    ties = {CLS: torch.zeros(6), CLS_VALUE: torch.zeros(6), VALUE_NORM: torch.ones(6)}
+    assert vtprune.create("flowcut")(Visual(torch.zeros(6, 2), 2, signals=ties)).idx.tolist() == [0, 1]
+
+
+def test_a_stage_at_one_block_prunes_at_once(deep: Any) -> None:
+    with vtprune.patch(deep, Stage(("vit", 3), vtprune.create("flowcut"), keep=8)) as handle, torch.no_grad():
+        deep(**inputs(1))
+        (unit,) = handle.last.tower_units
+    assert (unit.where, unit.n, len(unit.idx)) == (("vit", 3), SIDE**2, 8)
+
+
+@pytest.mark.parametrize(("option", "value"), [("end", "middle"), ("count", "crop")])
+def test_options_are_checked(option: str, value: str) -> None:
+    with pytest.raises(ValueError, match=f"{option}='{value}': choose"):
+        vtprune.create("flowcut", **{option: value})
