@@ -247,8 +247,9 @@ def test_the_order_of_two_images_does_not_matter(name, method):
             families.model(name)(**families.build(name, [row]))
         units = handle.last.units
         counts = [len(families.build(name, [[images[i]]]).units[0]) for i in order]
-        assert sum(counts) == len(units)
-        kept[order] = dict(zip(order, (units[: counts[0]], units[counts[0] :])))
+        assert {unit.image for unit in units} == set(range(sum(counts)))
+        first = [unit for unit in units if unit.image < counts[0]]
+        kept[order] = dict(zip(order, (first, units[len(first) :])))
     for i in (0, 1):
         for one, other in zip(kept[0, 1][i], kept[1, 0][i], strict=True):
             assert torch.equal(one.idx, other.idx)

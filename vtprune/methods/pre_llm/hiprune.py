@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from vtprune.kernels import check_finite
 
 from ...registry import register
-from ...types import Assignment, Method, Signal, Visual
+from ...types import Assignment, Method, Newlines, Per, Signal, Visual
 from .. import best_first, budget_of, select, signal_of
 from ..raster import views
 
@@ -25,10 +25,11 @@ DEEP = Signal("received", None)
 class HiPrune(Method):
     """Anchors, buffers and registers by the attention that tokens receive in two layers of the tower.
 
-    Of a budget of n tokens, round(n * alpha / 5) are anchors: those that receive most attention in the object layer.
-    Buffers are the up to four neighbours of every anchor. Registers fill the budget: the tokens that receive most in
-    the layer that feeds the projector. No CLS token is needed. In a mosaic the neighbours cross tile borders;
-    newlines have none. A unit whose raster is unknown takes its neighbours along the sequence, noted in
+    Of a budget of n tokens, round(n * alpha / 5) are anchors: those that receive most attention in the object
+    layer. Buffers are the up to four neighbours of every anchor. Registers fill the budget: the tokens that receive
+    most in the layer that feeds the projector. No CLS token is needed. As in the official code each crop has its
+    own budget and newlines are dropped; with per="image" the neighbours cross the borders of tiles, and newlines
+    have none. A unit whose raster is unknown takes its neighbours along the sequence, noted in
     `Visual.state["note"]`.
 
     alpha: share of anchors and buffers in the budget, 0..1. Buffers that do not fit are left out, lowest score first.
@@ -40,6 +41,9 @@ class HiPrune(Method):
         should exclude them: one that still ranks as a register takes up its place twice, so fewer than n tokens
         may stay (the official LLaVA code never falls short). Needs one transfer to the host per unit.
     """
+
+    per: ClassVar[Per] = "crop"
+    newlines: ClassVar[Newlines] = "drop"
 
     alpha: float = 0.1
     object_layer: int | float = 0.375

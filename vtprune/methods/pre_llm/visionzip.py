@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from vtprune.kernels import check_finite
 
 from ...registry import register
-from ...types import Assignment, Method, Signal, Visual
+from ...types import Assignment, Method, Newlines, Per, Signal, Visual
 from .. import Fallback, best_first, budget_of, check_fallback, cls_attention, cls_needs, select, signal_of
 from ..raster import views
 
@@ -32,7 +32,7 @@ class VisionZip(Method):
     tokens left, each takes up those left tokens whose keys are closest to its own, and stands at its own position.
     Deviation from the paper: tokens are merged behind the projector, as the LLM sees them, and the projector is not
     linear; on tower features (`Visual.x` before the projector) the result is the official one. Newlines and other
-    tokens outside the rasters are kept last and never merged.
+    tokens outside the rasters are kept last and never merged; as officially they are dropped by default, per crop.
 
     contextual: merged tokens, a share of the budget rounded half to even or a count, at most budget - 1. 10/64 gives
         the paper's 54 + 10, 108 + 20 and 162 + 30.
@@ -44,6 +44,9 @@ class VisionZip(Method):
         stays and counts in the budget.
     fallback: as for `cls_topk`.
     """
+
+    per: ClassVar[Per] = "crop"
+    newlines: ClassVar[Newlines] = "drop"
 
     contextual: int | float = 10 / 64
     merge_mode: MergeMode = "add_mean"
