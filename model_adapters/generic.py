@@ -90,13 +90,16 @@ class Unit:
 class Features:
     """One observed `get_{image,video}_features` call: sizes, spans and signals of every entry it returned.
 
-    tower: what stages inside the tower did (`vtprune.tower.TowerRun`), if there were any.
+    tower: what stages inside the tower did (`vtprune.tower.TowerRun`), if there were any. kernels, clocks: which
+    kernels ran meanwhile, and how long the signals took.
     """
 
     sizes: list[int]
     spans: list[tuple[Span, ...]]
     signals: list[dict[Signal, Tensor]]
     tower: Any = None
+    kernels: dict[str, Any] = field(default_factory=dict)
+    clocks: list[Any] = field(default_factory=list)
 
 
 class Adapter:

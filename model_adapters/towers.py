@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtprune.clock import timed
 from vtprune.tap import attach, interface_of, read
 from vtprune.types import Signal, UnsupportedCall, UnsupportedModel
 
@@ -335,7 +336,8 @@ class TowerSignals:
     ) -> None:
         if self._local.parts is None:  # outside a features call (recomputation in backward, say) nobody listens
             return
-        x = read(signal.kind, q, k, v, mask, scaling).float()
+        with timed(q.device):
+            x = read(signal.kind, q, k, v, mask, scaling).float()
         if signal.kind in CLS_KINDS:
             x = F.pad(x, (1, 0))  # the CLS token has no score of its own
         if signal.kind in PER_QUERY and self.layout.packed:

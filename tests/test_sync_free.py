@@ -77,8 +77,8 @@ def test_no_host_waits_on_the_pre_llm_path(method: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)  # there is no driver to start
     monkeypatch.setattr(frames, "begin", begin_there)
     monkeypatch.setattr(frames, "Arriving", Pretended(code))
-    monkeypatch.setattr(frames, "_Clock", _NoClock)
-    monkeypatch.setattr(frames, "_capturing", lambda device: False)
+    monkeypatch.setattr(frames, "Clock", _NoClock)
+    monkeypatch.setattr(frames, "capturing", lambda device: False)
     monkeypatch.setattr(frames, "Verdict", _NoVerdict)
     with vtprune.patch(model, method, keep=0.25) as handle, use("reference"), torch.no_grad():
         session, (stage,) = handle._session, handle.stages

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import cache as kv
+from .clock import Clock, capturing
 from .compact import Compaction, mask_for, tensor_mask
 from .kernels import Arriving, Verdict, attention_rows, check, compact, deferring, recording, to_device
 from .kernels.dispatch import Backend
@@ -83,13 +83,13 @@ class Last:
     notes: list[str]
     policies: list[str]
     kernels: dict[str, Backend]
-    clocks: list[_Clock] = field(default_factory=list, repr=False)
+    clocks: list[Clock] = field(default_factory=list, repr=False)
     tower_units: list[UnitResult] = field(default_factory=list)
     tower_lengths: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
-        """Time spent in methods; on a GPU this waits for them."""
+        """Time spent in methods and in reading their signals; on a GPU this waits for them."""
         return sum(clock.seconds() for clock in self.clocks)
 
 
@@ -114,7 +114,7 @@ class Frame:
     state: dict[int, dict[str, Any]] = field(default_factory=dict)
     rows: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict)
-    clocks: list[_Clock] = field(default_factory=list)
+    clocks: list[Clock] = field(default_factory=list)
     merges: list[tuple[int, Tensor, Assignment]] = field(default_factory=list)
     inner: Compaction | None = None
     kernels: dict[str, Backend] = field(default_factory=dict)
@@ -152,12 +152,15 @@ class Frame:
             self._check_runs()
             self.notes.append("features were encoded elsewhere: image grids are unknown, every run of tokens is a unit")
         self.alive = [begin(u, i, embeds.device) for i, u in enumerate(self.units)]
-        for m, run in ((m, f.tower) for m, f in features.items() if f is not None and f.tower is not None):
-            self.tower_units += run.results
-            self.notes += run.notes
-            self.clocks += run.clocks
-            self.kernels |= run.kernels
-            self.tower_lengths[m] = run.lengths
+        for modality, found in features.items():
+            if found is None:
+                continue
+            self.clocks += found.clocks
+            self.kernels |= found.kernels
+            if found.tower is not None:
+                self.tower_units += found.tower.results
+                self.notes += found.tower.notes
+                self.tower_lengths[modality] = found.tower.lengths
         self.counts = (self.host != 0).sum(1).tolist()
         self.text = [runs_of(row == 1) for row in self.host]
         self.lengths, self.valids = [length] * len(self.adapter.layers), [None] * len(self.adapter.layers)
@@ -240,14 +243,14 @@ class Frame:
                 views.append(self._visual(number, stage, group, budget))
         if not todo:
             return
-        clock = _Clock(self.hidden.device)
+        clock = Clock(self.hidden.device)
         with deferring() as checks, recording(self.kernels):
             answers = stage.method.batch(views)
             if len(answers) != len(todo):
                 raise VtpruneError(f"{stage.method.name}.batch answered {len(answers)} of {len(todo)} units")
             _check(stage, views, answers)
         self.clocks.append(clock.stop())
-        if not _capturing(self.hidden.device):  # a CUDA graph replays what its warm-up run has checked
+        if not capturing(self.hidden.device):  # a CUDA graph replays what its warm-up run has checked
             self.verdicts.append(Verdict(checks))
         # On a GPU the methods of this package, which never answer out of range, are judged when the LLM is under way.
         if not self.hidden.is_cuda or not type(stage.method).__module__.startswith("vtprune."):
@@ -510,7 +513,7 @@ class Frame:
     def read_rows(self, kind: str, layer: int, q: Tensor, k: Tensor, mask: Tensor | None, scaling: float) -> None:
         """Keep what a signal needs of this layer's softmax rows, mean over heads: [B, n] for the slots of this call."""
         past = self.past - getattr(kv.state(self.cache, layer), "dropped", 0) if self.cache is not None else 0
-        tap = _Tap(q, k, mask, scaling, past)
+        tap, clock = _Tap(q, k, mask, scaling, past), Clock(q.device)
         with recording(self.kernels):
             if kind == "last_row":
                 last = to_device(self._last_slot(q.shape[2]), q.device)
@@ -518,6 +521,7 @@ class Frame:
             else:
                 read = self._from_text if kind == "from_text" else self._to_text
                 self.rows[kind, layer] = torch.stack([read(row, tap.of(row)) for row in range(len(self.host))])
+        self.clocks.append(clock.stop())
 
     def _from_text(self, row: int, tap: _Tap) -> Tensor:
         """[n] attention that each slot gets from the text behind the first visual token, mean over its queries."""
@@ -605,34 +609,6 @@ class _Tap:
                 allowed = allowed & mask.reshape(batch, -1)[:, None, :seen].bool()
             bias = allowed[:, None]
         return attention_rows(queries, self.k[:, :, :seen], bias, self.scaling)[..., self.past :]
-
-
-class _Clock:
-    """Seconds between start and stop, without making the host wait for a GPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        timed = device.type == "cuda" and not _capturing(device)
-        self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if timed else None
-        self.begin = time.perf_counter()
-        if self.events:
-            self.events[0].record()
-
-    def stop(self) -> _Clock:
-        self.end = time.perf_counter()
-        if self.events:
-            self.events[1].record()
-        return self
-
-    def seconds(self) -> float:
-        if not self.events:
-            return self.end - self.begin
-        self.events[1].synchronize()
-        return self.events[0].elapsed_time(self.events[1]) / 1e3
-
-
-def _capturing(device: torch.device) -> bool:
-    """True while a CUDA graph records what this thread launches."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _check(stage: Stage, views: list[Visual], answers: list[Assignment]) -> None:

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from . import cache as kv
+from .clock import Clock, timing
 from .compact import hide, in_window, mask_for, tensor_mask
 from .frame import Frame, Last
+from .kernels import recording
 from .model_adapters.generic import MODALITIES, Adapter, Features
 from .types import KEPT, Signal, Stage, UnsupportedCall, UnsupportedModel
 
@@ -107,13 +109,15 @@ class Observer:
                 self.tower.start()
             if self.inside:
                 self.inside.start(call)
-            output = self._original(*args, **kwargs)
-            signals = self.tower.finish(call, output) if self.tower else []
-            run = self.inside.finish(output) if self.inside else None
+            clocks: list[Clock] = []
+            with recording() as kernels, timing(clocks):
+                output = self._original(*args, **kwargs)
+                signals = self.tower.finish(call, output) if self.tower else []
+                run = self.inside.finish(output) if self.inside else None
             if run and run.kept:
                 signals = [{**s, KEPT: k} for s, k in zip(signals or [{}] * len(run.kept), run.kept)]
             found = self.session.adapter.observe(self.modality, call, output, signals)
-            found.tower = run
+            found.tower, found.kernels, found.clocks = run, kernels, clocks
             local.features[self.modality] = found
             self.session.seen.add(output, found)
         finally:

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .clock import timed
 from .compact import Compaction
-from .frame import UnitResult, _check, _Clock
-from .kernels import Verdict, deferring, recording, to_device
-from .kernels.dispatch import Backend
+from .frame import UnitResult, _check
+from .kernels import Verdict, deferring, to_device
 from .model_adapters.tower_tokens import TowerTokens, blocks_of, tokens_of
 from .model_adapters.towers import (
     CLS_KINDS,
@@ -88,9 +88,7 @@ class TowerRun:
     rows: dict[tuple[int, str], list[Tensor]] = field(default_factory=dict)
     results: list[UnitResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    clocks: list[_Clock] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
-    kernels: dict[str, Backend] = field(default_factory=dict)
     verdicts: list[Verdict] = field(default_factory=list)
 
     def settle(self) -> None:
@@ -300,7 +298,8 @@ class TowerStages:
             sizes = run.queries[layer]
             parts = [(*part, None) for part in zip(*(t.split(sizes, dim=2) for t in (q, k, v)))]
         for part in parts:
-            x = read(kind, *part, scaling).float()
+            with timed(q.device):
+                x = read(kind, *part, scaling).float()
             if kind in CLS_KINDS:
                 x = F.pad(x, (1, 0))  # the CLS token has no score of its own
             if kind in PER_QUERY and self.layout.packed:
@@ -342,11 +341,9 @@ class TowerStages:
                 views.append(self._visual(run, stage, crop, (k, last), budget, x))
         if not todo:
             return x
-        clock = _Clock(x.device)
-        with deferring() as checks, recording(run.kernels):
+        with deferring() as checks, timed(x.device):
             answers = stage.method.batch(views)
             _check(stage, _bounded(views, answers, k == last), answers)
-        run.clocks.append(clock.stop())
         run.verdicts.append(Verdict(checks))
         if not x.is_cuda or not type(stage.method).__module__.startswith("vtprune."):
             run.settle()
