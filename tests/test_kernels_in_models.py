@@ -31,7 +31,7 @@ def expected_to_run(model: Any, method: str) -> set[str]:
 def test_triton_answers_as_the_reference(family: str, method: str) -> None:
     """A ragged batch: pads, and for Qwen3-VL three rows of position ids and features added after the first layers."""
     model, batch = families.model(family), families.inputs(family, rows=(1, 2))
-    options = {"layer": 3} if method == "fastv" else {}
+    options = {"fastv": {"layer": 3}, "visionzip": {"contextual": 0.5}}.get(method, {})
     seen = {}
     for backend in ("reference", "triton"):
         with vtprune.patch(model, method, keep=0.3, **options) as handle, use(backend), torch.no_grad():  # type: ignore[arg-type]
