@@ -205,8 +205,9 @@ def layout_of(base: nn.Module, modality: Modality) -> Layout:
     if known is None:
         families = ", ".join(sorted(name for name, what in LAYOUTS if what == modality))
         raise UnsupportedModel(
-            f"no {modality} layout is known for model type {family!r}, so tower signals cannot be mapped to "
-            f"its visual tokens; choose a method without signals (`vtprune methods`) or one of: {families}"
+            f"no {modality} layout is known for model type {family!r}, so neither tower signals nor stages in the "
+            "tower can be mapped to its visual tokens; choose a method that needs neither (`vtprune methods`) or one "
+            f"of: {families}"
         )
     return known
 

@@ -6,7 +6,9 @@ the tower's own blocks: no hooks of ours, no padding, segment lengths counted an
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -463,6 +465,22 @@ def test_beams_share_one_tower_run() -> None:
         assert torch.equal(cached, model.generate(**batch, **options, use_cache=False))
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen2_5_vl", "internvl", "mistral3"])
+def test_second_turn_equals_one_shot(family: str) -> None:
+    """Logits of an answer to the second turn, with the returned cache and with the whole conversation at once."""
+    model, options = families.model(family), {"do_sample": False, "max_new_tokens": 3}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    first = families.turn(family, 1, seed=3, shares_row=False)
+    with vtprune.patch(model, Stage(("vit", 1), Brightest(), keep=0.5)):
+        out = model.generate(**families.build(family, [first]), **options)
+        spoken = families.Piece(out.sequences[0, sum(len(p.ids) for p in first) :].tolist())
+        whole = families.build(family, [[*first, spoken, families.text(77, 6)]])
+        text = {k: whole[k] for k in ("input_ids", "attention_mask")}
+        turn = model.generate(**text, past_key_values=out.past_key_values, **options)
+        once = model.generate(**whole, **options)
+    torch.testing.assert_close(torch.stack(turn.logits), torch.stack(once.logits), rtol=0, atol=1e-5)
+
+
 def test_lengths_of_tower_and_decoder() -> None:
     model, batch = families.model("llava"), families.inputs("llava", rows=(1,))
     with vtprune.patch(model, Stage(("vit", 1), Brightest(), keep=10)) as handle, torch.no_grad():
@@ -499,6 +517,11 @@ REFUSED = {
     "another tower": (lambda: Stage(("audio", 1), Brightest(), keep=0.5), ValueError, r"\('vit', k\)"),
     "per sample": (lambda: Stage(("vit", 1), Brightest(), keep=0.5, per="sample"), ValueError, "its own budget"),
     "a total": (lambda: Stage(("vit", 1), Brightest(), keep_total=9), ValueError, "its own budget"),
+    "frames and images": (
+        lambda: [Stage(("vit", k), Brightest(), keep=0.5, per=per) for k, per in ((1, "frame"), (2, "image"))],
+        ValueError,
+        "agree on per='frame'",
+    ),
     "the last row": (lambda: Stage(("vit", 1), vtprune.create("fastv"), keep=0.5), UnsupportedModel, "last_row"),
     "no block before": (lambda: Stage(("vit", 0), vtprune.create("flowcut"), keep=0.5), ValueError, "reads block -1"),
 }
@@ -549,6 +572,65 @@ def test_gradient_checkpointing_is_refused_and_gradients_flow() -> None:
         model.gradient_checkpointing_enable()
         with pytest.raises(UnsupportedCall, match="gradient checkpointing"):
             model(**batch)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl-video", "qwen3_vl-video"])
+def test_frames_have_budgets_of_their_own(family: str) -> None:
+    model, batch = families.model(family), families.inputs(family, rows=(1,))
+    ((frames, height, width),) = batch["video_grid_thw"].tolist()
+    each = height * width // 4
+    with vtprune.patch(model, Stage(("vit", 1), Brightest(), keep=2, per="frame")) as handle, torch.no_grad():
+        model(**batch)
+        last = handle.last
+    assert [(u.n, len(u.idx), u.grid) for u in last.tower_units] == [(each, 2, (1, height // 2, width // 2))] * frames
+    (unit,) = last.units
+    assert [sum(f * each <= i < (f + 1) * each for i in unit.idx.tolist()) for f in range(frames)] == [2] * frames
+
+
+@pytest.mark.parametrize("family", ["smolvlm", "idefics3"])
+def test_masked_pixels_stay_masked(family: str) -> None:
+    """Tiles padded with masked pixels: what nobody may attend to is not attended to after a cut either."""
+    model, batch = families.model(family), families.inputs(family, rows=(1,))
+    batch["pixel_attention_mask"][:, :, 16:] = False
+    noisy = dict(batch, pixel_values=batch["pixel_values"].clone())
+    noisy["pixel_values"][:, :, :, 16:] = 7.0
+    seen = []
+    with (
+        vtprune.patch(model, Stage(("vit", 1), First(), keep=0.6)),
+        torch.no_grad(),
+        Tower(model, family).watched() as out,
+    ):
+        for given in (batch, noisy):
+            model(**given)
+            seen.append(out[-1][2][:, :24])  # patch rows 0..3 of 6, which are real
+    torch.testing.assert_close(*seen, rtol=0, atol=1e-5)
+
+
+@dataclass(frozen=True)
+class First(Method):
+    def __call__(self, v: Visual) -> Assignment:
+        return Assignment(torch.arange(v.budget))
+
+
+def test_a_copy_of_a_patched_model_prunes_on_its_own() -> None:
+    model, batch = families.fresh("llava"), families.inputs("llava", rows=(1,))
+    with vtprune.patch(model, Stage(("vit", 1), Brightest(), keep=0.5)) as handle, torch.no_grad():
+        there = copy.deepcopy(model)
+        first = model(**batch).logits
+        handle.remove()
+        assert torch.equal(there(**batch).logits, first)
+        assert not torch.equal(model(**batch).logits, first)
+
+
+def test_threads_have_calls_of_their_own() -> None:
+    model = families.model("llava")
+    batches = [families.inputs("llava", rows=(1,), seed=seed) for seed in range(4)]
+    with vtprune.patch(model, Stage(("vit", 1), Brightest(), keep=0.5)), torch.no_grad():
+        alone = [model(**batch).logits for batch in batches]
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(lambda batch: model(**batch).logits.detach(), batches))
+    for a, b in zip(alone, together, strict=True):
+        torch.testing.assert_close(a, b.detach(), rtol=0, atol=1e-6)
 
 
 def test_a_failed_call_leaves_no_state() -> None:

@@ -223,7 +223,8 @@ class Frame:
             kept = a.unit.signals.get(KEPT)
             if kept is None or not bool((kept == 0).any()):
                 continue
-            stays = (kept == 1 if no_newlines else kept != 0)[a.origin.cpu()]
+            stays = kept == 1 if no_newlines else kept != 0
+            stays = stays if a.n == a.unit.n else stays[a.origin.cpu()]
             idx = to_device(stays.nonzero().flatten(), a.positions.device)
             if not a.separator:
                 self.results.append(

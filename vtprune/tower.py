@@ -144,6 +144,9 @@ class TowerStages:
                     f"{stage.method.name} acts at tower blocks {at[0]}..{at[-1]}, so no other stage may stand at "
                     f"{between[0]}: its scores would go out of step"
                 )
+        self.by_frame = any(stage.per == "frame" for stage in stages)
+        if self.by_frame and any(stage.per != "frame" for stage in stages):
+            raise ValueError("stages in the tower must agree on per='frame': set it on all of them, or on none")
         self.cls = has_cls(self.tower)
         self.needs = self._needs()
         self._local = _Local()
@@ -275,7 +278,7 @@ class TowerStages:
         if mask is not None:
             call["attention_mask"] = cut.cut_mask(mask, 0)
         elif cut.valid is not None:
-            call["attention_mask"] = _padding(cut.valid, self.tower.config._attn_implementation, call)
+            call["attention_mask"] = _padding(cut.valid, self.tower.config._attn_implementation, call["hidden_states"])
         hidden = call.pop("hidden_states")
         return (hidden,), call
 
@@ -311,16 +314,15 @@ class TowerStages:
     def _begin(self, run: TowerRun, x: Tensor) -> None:
         """Find the units of this call, x [T, N, C]."""
         f = TowerCall(self.base, self.tower, run.call, f"{self.modality}_grid_thw", ())
-        run.tokens, run.shape = self._tokens(f, x.shape[1]), tuple(x.shape)
+        run.tokens, run.shape = tokens_of(f, self.layout, self.modality, x.shape[1]), tuple(x.shape)
         run.lengths = [x.shape[1]] * len(self.blocks)
         groups = to_device(run.tokens.groups, x.device)
+        units = run.tokens.grids
+        if self.by_frame and self.layout.packed:
+            units = tuple(((1, h, w), h * w) for (t, h, w), _ in units for _ in range(t))  # type: ignore[misc]
         for row in range(x.shape[0]):
-            parts = groups.split([n for _, n in run.tokens.grids])
-            for (grid, n), part in zip(run.tokens.grids, parts):
+            for (grid, n), part in zip(units, groups.split([n for _, n in units])):
                 run.crops.append(Crop(len(run.crops), row, part, grid, torch.arange(n, device=x.device)))
-
-    def _tokens(self, f: TowerCall, length: int) -> TowerTokens:
-        return tokens_of(f, self.layout, self.modality, length)
 
     def _run_stages(self, run: TowerRun, k: int, x: Tensor) -> Tensor:
         """The stages at block k on x [T, N, C]; the returned states hold what was merged."""
@@ -329,7 +331,7 @@ class TowerStages:
             if k in at:
                 x = self._run(run, stage, k, at[-1], x)
         if sum(crop.alive.shape[0] for crop in run.crops) < before:
-            run.cut = self._compact(run, x)
+            run.cut = self._compact(run)
         return x
 
     def _run(self, run: TowerRun, stage: Stage, k: int, last: int, x: Tensor) -> Tensor:
@@ -350,7 +352,7 @@ class TowerStages:
         for crop, view, answer in zip(todo, views, answers):
             if answer.merges:
                 x = _merged(x, crop, answer)
-            crop.alive = crop.alive.index_select(0, answer.idx)
+            crop.alive = crop.alive.index_select(0, answer.idx.to(crop.alive.device))
             self._report(run, stage, crop, k, view, answer)
         return x
 
@@ -403,10 +405,10 @@ class TowerStages:
                 x[:, crop.groups.flatten()] *= crop.groups.numel() / queries
         return x
 
-    def _compact(self, run: TowerRun, x: Tensor) -> Compaction:
+    def _compact(self, run: TowerRun) -> Compaction:
         """The cut from N rows to the prefix and the patches that are left; shorter rows are padded on the right."""
         assert run.tokens is not None
-        keep = torch.zeros(run.shape[:2], dtype=torch.bool, device=x.device)
+        keep = torch.zeros(run.shape[:2], dtype=torch.bool, device=run.crops[0].alive.device)
         keep[:, : run.tokens.prefix] = True
         counts = [run.tokens.prefix] * run.shape[0]
         for crop in run.crops:
@@ -483,7 +485,7 @@ def right_padded(keep: Tensor, counts: Sequence[int]) -> Compaction:
 
 def _of_tokens(x: Tensor, crop: Crop) -> Tensor:
     """[T, N, C] -> [m, C]: the crop's tokens, each the mean of its patches."""
-    patches = crop.patches
+    patches = crop.patches.to(x.device)
     rows = x[crop.row].index_select(0, patches.flatten())
     if patches.shape[1] == 1:
         return rows
@@ -492,7 +494,7 @@ def _of_tokens(x: Tensor, crop: Crop) -> Tensor:
 
 def _merged(x: Tensor, crop: Crop, answer: Assignment) -> Tensor:
     """x [T, N, C] with what flows into the kept tokens; patch by patch where a token has several."""
-    patches = crop.patches
+    patches = crop.patches.to(x.device)
     new = answer.apply(x[crop.row].index_select(0, patches.flatten()).view(*patches.shape, -1))
     at = patches.index_select(0, answer.idx).flatten()
     return x.index_put((torch.full_like(at, crop.row), at), new.flatten(0, 1))
@@ -506,13 +508,13 @@ def _shorter(lengths: Tensor, run: TowerRun) -> Tensor:
     return F.pad(keep.cumsum(0, dtype=lengths.dtype), (1, 0))[lengths.long()].unique_consecutive()
 
 
-def _padding(valid: Tensor, attention: str | None, call: dict[str, Any]) -> Tensor:
+def _padding(valid: Tensor, attention: str | None, hidden: Tensor) -> Tensor:
     """The mask that hides the pads of shorter rows, valid [T, n], as the attention implementation wants it."""
+    valid, dtype = valid.to(hidden.device), hidden.dtype
     if "flash" in (attention or ""):
         return valid.long()
     if attention != "eager":
         return valid[:, None, None, :]
-    dtype = call["hidden_states"].dtype
     blocked = torch.zeros(valid.shape, dtype=dtype, device=valid.device).masked_fill(~valid, torch.finfo(dtype).min)
     return blocked[:, None, None, :]
 
