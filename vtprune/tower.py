@@ -319,7 +319,7 @@ class TowerStages:
         groups = to_device(run.tokens.groups, x.device)
         units = run.tokens.grids
         if self.by_frame and self.layout.packed:
-            units = tuple(((1, h, w), h * w) for (t, h, w), _ in units for _ in range(t))  # type: ignore[misc]
+            units = tuple(((1, h, w), h * w) for (t, h, w), _ in units for _ in range(t))
         for row in range(x.shape[0]):
             for (grid, n), part in zip(units, groups.split([n for _, n in units])):
                 run.crops.append(Crop(len(run.crops), row, part, grid, torch.arange(n, device=x.device)))
