@@ -248,15 +248,6 @@ def _mean_of(q: Tensor, real: Tensor) -> Tensor:
 def _received(q: Tensor, k: Tensor, mask: Tensor | None, scaling: float, block: int | None) -> Tensor:
     if mask is None:
         return attention_received(q, k, None, scaling, block)
-    real = _real(mask, q.shape[0])
-    if bool(real.all()):
-        return attention_received(q, k, mask, scaling, block)
-    # Padded queries compute garbage that must not count. What is real differs by row, so rows go one by one.
-    out = q.new_zeros(q.shape[0], k.shape[2], dtype=torch.float32)
-    for b, keep in enumerate(real):
-        at = keep.nonzero()[:, 0]
-        part = mask.expand(q.shape[0], *mask.shape[1:])[b : b + 1].index_select(-1, at)
-        if part.shape[-2] > 1:
-            part = part.index_select(-2, at)
-        out[b, at] = attention_received(q[b : b + 1, :, at], k[b : b + 1, :, at], part, scaling, block)[0]
-    return out
+    real = _real(mask, q.shape[0])  # padded queries compute garbage that must not count
+    weights = real.float() / real.sum(1, keepdim=True).clamp(min=1)
+    return attention_received(q, k, mask, scaling, block, weights=weights)
