@@ -178,6 +178,64 @@ def test_a_stage_at_one_block_prunes_at_once(deep: Any) -> None:
     assert (unit.where, unit.n, len(unit.idx)) == (("vit", 3), SIDE**2, 8)
 
 
+def by_hand_in_llm(model: Any, batch: Any, layer: int, row: int) -> tuple[list[int], list[float]]:
+    """(positions of a sample's visual tokens, their scores) from the dense layer before, head by head in float64."""
+    seen: list[tuple[Tensor, Tensor, Tensor, float]] = []
+    undo = vtprune.tap.attach(
+        model.get_decoder().layers[layer - 1].self_attn, lambda m, q, k, v, mask, scale: seen.append((q, k, v, scale))
+    )
+    with torch.no_grad():
+        model(**batch)
+    undo()
+    ((q, k, v, scale),) = seen
+    visual = [
+        p for p, token in enumerate(batch["input_ids"][row].tolist()) if token in (families.IMAGE, families.VIDEO)
+    ]
+    group = q.shape[1] // k.shape[1]
+    p, flow = [0.0] * len(visual), [0.0] * len(visual)
+    for head in range(q.shape[1]):
+        keys, values = k[row, head // group].double(), v[row, head // group].double()
+        attention = torch.stack([scale * q[row, head, -1].double() @ keys[j] for j in visual]).softmax(0)
+        alike = torch.stack([values[-1] @ values[j] / math.sqrt(values.shape[1]) for j in visual]).softmax(0)
+        for at in range(len(visual)):
+            p[at] += float(attention[at]) / q.shape[1]
+            flow[at] += float(alike[at]) / q.shape[1]
+    norms = [float(v[row, :, j].double().mean(0).abs().sum()) for j in visual]
+    return visual, [(a + b) * e for a, b, e in zip(p, flow, norms, strict=True)]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_vl", "mistral3"])
+def test_second_stage_in_the_llm(family: str, attention: str) -> None:
+    """A left-padded batch, all images of a sample together."""
+    model, batch = families.model(family, attention), families.inputs(family, rows=(2, 1))
+    with vtprune.patch(model, "flowcut_llm", keep=9) as handle, torch.no_grad():
+        model(**batch)
+        units = handle.last.units
+    for row, unit in enumerate(units):
+        visual, scores = by_hand_in_llm(model, batch, 2, row)
+        torch.testing.assert_close(unit.scores.double(), torch.tensor(scores).double(), rtol=1e-4, atol=1e-6)
+        best = sorted(sorted(range(len(visual)), key=lambda j: -scores[j])[:9])
+        assert unit.positions.tolist() == [visual[j] for j in best]
+
+
+@pytest.mark.parametrize("keep", [0.25, 0.8, 6])
+def test_both_stages(keep: float | int) -> None:
+    """Twice the budget leaves the tower, the budget the LLM's second layer."""
+    model, batch = families.model("llava"), families.inputs("llava", rows=(1,))
+    _, last = run(model, batch, keep=keep, llm_layer=2)
+    final = round(keep * 25) if isinstance(keep, float) else keep
+    tower = min(25, round(2 * keep * 25) if isinstance(keep, float) else 2 * keep)
+    assert [len(u.idx) for u in last.units] == ([tower] if tower < 25 else []) + [final]
+    text = batch["input_ids"].shape[1] - 25
+    assert last.lengths == [text + tower] * 2 + [text + final] * 2
+
+
+def test_signals_of_the_tower_are_refused_inside_the_llm() -> None:
+    with pytest.raises(ValueError, match="a signal of the vision tower"):
+        vtprune.patch(families.model("llava"), Stage(2, vtprune.create("flowcut"), keep=0.5))
+
+
 @pytest.mark.parametrize(("option", "value"), [("end", "middle"), ("count", "crop")])
 def test_options_are_checked(option: str, value: str) -> None:
     with pytest.raises(ValueError, match=f"{option}='{value}': choose"):

@@ -19,6 +19,8 @@ from .types import KEPT, Assignment, Signal, Span, Stage, UnsupportedCall, Visua
 from .units import Alive, arange_of, begin, groups, kept_by_crop
 
 ROWS = 64  # softmax rows held at a time
+# Signals of the decoder's attention.
+LLM_KINDS = ("last_row", "last_visual", "last_value", "value_norm", "from_text", "to_text")
 # Arguments of text models that have the sequence length and no say in which tokens are visual.
 CUT_AS_IDS = ("token_type_ids", "mm_token_type_ids", "visual_pos_masks")
 KNOWN = (
@@ -511,18 +513,34 @@ class Frame:
             self.memo[key] = (value, cut(value))
         return self.memo[key][1]
 
-    def read_rows(self, kind: str, layer: int, q: Tensor, k: Tensor, mask: Tensor | None, scaling: float) -> None:
-        """Keep what a signal needs of this layer's softmax rows, mean over heads: [B, n] for the slots of this call."""
+    def read_rows(
+        self, kind: str, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
+    ) -> None:
+        """Keep what a signal needs of this layer's attention, mean over heads: [B, n] for the slots of this call."""
         past = self.past - getattr(kv.state(self.cache, layer), "dropped", 0) if self.cache is not None else 0
         tap, clock = _Tap(q, k, mask, scaling, past), Clock(q.device)
         with recording(self.kernels):
-            if kind == "last_row":
+            here = v[:, :, past : past + q.shape[2]]
+            if kind == "value_norm":
+                self.rows[kind, layer] = here.float().mean(1).abs().sum(-1)
+            elif kind.startswith("last"):
+                tap = replace(tap, q=here, k=v, scaling=v.shape[-1] ** -0.5) if kind == "last_value" else tap
                 last = to_device(self._last_slot(q.shape[2]), q.device)
-                self.rows[kind, layer] = tap.rows(last[:, None]).mean(1)[:, 0]
+                rows = tap.rows(last[:, None])[:, :, 0]
+                self.rows[kind, layer] = (rows if kind == "last_row" else self._among_visual(rows)).mean(1)
             else:
                 read = self._from_text if kind == "from_text" else self._to_text
                 self.rows[kind, layer] = torch.stack([read(row, tap.of(row)) for row in range(len(self.host))])
         self.clocks.append(clock.stop())
+
+    def _among_visual(self, rows: Tensor) -> Tensor:
+        """Softmax rows [B, H, n] as if only the visual tokens of this call had been there."""
+        c = self.compaction
+        visual = (self.code if c is None else c.cut(self.code, 1)).to(rows.device) > 1
+        if c is not None and c.valid is not None:
+            visual = visual & c.valid.to(rows.device)
+        rows = rows * visual[:, None]
+        return rows / rows.sum(-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
 
     def _from_text(self, row: int, tap: _Tap) -> Tensor:
         """[n] attention that each slot gets from the text behind the first visual token, mean over its queries."""

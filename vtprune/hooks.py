@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import cache as kv
 from .clock import Clock, timing
 from .compact import hide, in_window, mask_for, tensor_mask
-from .frame import Frame, Last
+from .frame import LLM_KINDS, Frame, Last
 from .kernels import recording
 from .model_adapters.generic import MODALITIES, Adapter, Features
 from .types import KEPT, Signal, Stage, UnsupportedCall, UnsupportedModel
@@ -214,6 +214,11 @@ class Session:
         for stage in self.stages:
             for need in stage.method.needs if isinstance(stage.where, int) else ():
                 layer = stage.where + need.offset  # type: ignore[operator]
+                if need.kind not in LLM_KINDS:
+                    raise ValueError(
+                        f"{stage.method.name} at layer {stage.where} reads {need.kind!r}, a signal of the vision "
+                        "tower: use the method's own place, 'llm' or ('vit', k)"
+                    )
                 if layer < 0:
                     raise ValueError(
                         f"{stage.method.name} at layer {stage.where} reads layer {layer}: use layer {-need.offset} or "
@@ -351,7 +356,7 @@ class Session:
     ) -> None:
         frame = self.local.frame
         if frame is not None and frame.opened and q.shape[2] > 1:
-            frame.read_rows(kind, layer, q, k, mask, scaling)
+            frame.read_rows(kind, layer, q, k, v, mask, scaling)
 
     # -- what the hooks do ------------------------------------------------------------------------------------------
 

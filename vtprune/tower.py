@@ -148,12 +148,12 @@ class TowerStages:
         if self.by_frame and any(stage.per != "frame" for stage in stages):
             raise ValueError("stages in the tower must agree on per='frame': set it on all of them, or on none")
         self.cls = has_cls(self.tower)
-        self.needs = self._needs()
+        self.needs = self._needs()  # and the last block where each is read
         self._local = _Local()
 
-    def _needs(self) -> set[tuple[int, str]]:
-        """(block, kind) of every signal the stages read."""
-        found: set[tuple[int, str]] = set()
+    def _needs(self) -> dict[tuple[int, str], int]:
+        """(block, kind) of every signal the stages read, and the last block that reads it."""
+        found: dict[tuple[int, str], int] = {}
         for stage, at in zip(self.stages, self.places):
             for need in stage.method.needs:
                 if need.kind in INSIDE_LLM or need.kind not in KINDS:
@@ -165,7 +165,8 @@ class TowerStages:
                             f"{-need.offset} or later, and offsets below 0"
                         )
                     if self._readable(need):
-                        found.add((k + need.offset, need.kind))
+                        key = k + need.offset, need.kind
+                        found[key] = max(k, found.get(key, 0))
         return found
 
     def _readable(self, need: Signal) -> bool:
@@ -332,6 +333,8 @@ class TowerStages:
                 x = self._run(run, stage, k, at[-1], x)
         if sum(crop.alive.shape[0] for crop in run.crops) < before:
             run.cut = self._compact(run)
+        for key in [key for key in run.rows if self.needs[key] <= k]:
+            del run.rows[key]
         return x
 
     def _run(self, run: TowerRun, stage: Stage, k: int, last: int, x: Tensor) -> Tensor:

@@ -44,8 +44,10 @@ class Signal:
         over heads, [N]),
         "hidden" (the tower's states that the projector reads, before it, [N, C]; layer None only),
         "last_row" (the softmax row of the prompt's last query restricted to the unit's tokens, mean over heads, [N]),
+        "last_visual" (the same over the sample's visual tokens only, each head's row summing to 1), "last_value" (the
+        same of v_last . v_j / sqrt(d)),
         "from_text" (the mean of the rows of all text behind the first visual token, [N]), "to_text" (the share of its
-        attention that a visual token gives to that text, [N]); these three inside the LLM only.
+        attention that a visual token gives to that text, [N]); these five inside the LLM only.
     layer: for seam "llm" the tower layer: an int counts as in Python (-1 is the last); None is the layer whose output
         feeds the projector; a float in (0, 1) is a share of the depth L: layer round(layer * L) counted from 1, or
         where the tower attends within windows the next one that attends to the whole image. For a stage at decoder
@@ -57,7 +59,7 @@ class Signal:
 
     kind: Literal[
         "cls", "cls_full", "cls_value", "received", "mean_query", "keys", "mean_keys", "values", "value_norm", "hidden",
-        "last_row", "from_text", "to_text", "kept",
+        "last_row", "last_visual", "last_value", "from_text", "to_text", "kept",
     ]  # fmt: skip
     layer: int | float | None = -1
     without_cls: bool = False

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ...kernels import check_finite
 from ...registry import register
-from ...types import Assignment, Method, Newlines, Signal, Visual, Where
+from ...types import Assignment, Method, Newlines, Signal, Stage, Visual, Where
 from .. import best_first, budget_of, signal_of
+from ..in_llm.flowcut_llm import FlowCutLLM
 
 CLS, CLS_VALUE, VALUE_NORM = Signal("cls"), Signal("cls_value"), Signal("value_norm")
 MEAN_QUERY = Signal("mean_query", without_cls=True)
@@ -34,6 +35,8 @@ class FlowCut(Method):
     the official Qwen code drops single patches, and merges patches that never were neighbours.
 
     end: "before" reaches t as the last block is entered (official code for LLaVA), "after" as it is left (Qwen).
+    llm_layer: a decoder layer (2 in the official codes) where `flowcut_llm` goes on to the budget of the sample; the
+        tower then keeps twice the budget. None prunes in the tower only, as the official code for LLaVA-1.5 does.
     count: "unit" lets each crop have its own number of tokens on the way, so a batch equals its images alone; "batch"
         prunes from all crops the most any of them would, as the official code does.
     """
@@ -41,6 +44,7 @@ class FlowCut(Method):
     newlines: ClassVar[Newlines] = "drop"
     end: Literal["before", "after"] = "before"
     count: Literal["unit", "batch"] = "unit"
+    llm_layer: int | None = None
 
     def __post_init__(self) -> None:
         for name, valid in (("end", ("before", "after")), ("count", ("unit", "batch"))):
@@ -53,6 +57,13 @@ class FlowCut(Method):
 
     def default_where(self) -> Where:
         return "vit", slice(1, None if self.end == "before" else sys.maxsize)
+
+    def stages(self, keep: float | int | None, depth: int) -> list[Stage]:
+        if self.llm_layer is None or keep is None:
+            return super().stages(keep, depth)
+        twice = min(1.0, 2 * keep) if isinstance(keep, float) else 2 * keep
+        second = FlowCutLLM(layer=self.llm_layer)
+        return [Stage(self.default_where(), self, keep=twice), Stage(self.llm_layer, second, keep=keep)]
 
     def __call__(self, v: Visual) -> Assignment:
         return self.batch([v])[0]
