@@ -86,7 +86,7 @@ def test_stages_compose_in_one_picture() -> None:
         def __call__(self, v):
             raise AssertionError("only its stages run")
 
-        def stages(self, keep):
+        def stages(self, keep, depth):
             first = Stage("llm", vtprune.create("divprune"), keep=0.5)
             return [first, Stage(1, vtprune.create("fastv", layer=1), keep=keep)]
 
