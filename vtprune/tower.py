@@ -90,6 +90,13 @@ class TowerRun:
     notes: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
+    memo: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+
+    def once(self, value: Any, cut: Callable[[], Any]) -> Any:
+        """Blocks share their arguments: cut each object once per cut (and keep it alive while its id is a key)."""
+        if id(value) not in self.memo:
+            self.memo[id(value)] = value, cut()
+        return self.memo[id(value)][1]
 
     def settle(self) -> None:
         """Raise what the checks of the stages found."""
@@ -125,31 +132,32 @@ class TowerStages:
     def __init__(self, base: Any, modality: Modality, stages: Sequence[Stage]) -> None:
         self.base, self.modality = base, modality
         self.layout, self.tower = layout_of(base, modality), tower_of(base, modality)
-        self._setup(stages, layer_index(base, self.tower, len(blocks_of(self.tower)), None) + 1)
-
-    def _setup(self, stages: Sequence[Stage], depth: int) -> None:
-        self.stages, self.depth = list(stages), depth
         self.blocks, self.attention = blocks_of(self.tower), attention_modules(self.tower)
-        self.places = [places(stage, depth) for stage in stages]
-        for stage in stages:
+        self.depth = layer_index(base, self.tower, len(self.blocks), None) + 1
+        self.stages, self.places = list(stages), [places(stage, self.depth) for stage in stages]
+        self.by_frame = any(stage.per == "frame" for stage in stages)
+        self.cls = has_cls(self.tower)
+        self._check()
+        self.needs = self._needs()  # and the last block where each is read
+        self._local = _Local()
+
+    def _check(self) -> None:
+        """Refuse stages that cannot stand in a tower, or not together."""
+        for stage in self.stages:
             if stage.per == "sample" or stage.keep_total is not None:
                 raise ValueError(
                     f"{stage.method.name} at {stage.where!r}: in the tower every crop or image has its own budget; "
                     "use keep=..., and per='image', 'crop' or 'frame'"
                 )
-        for i, (stage, at) in enumerate(zip(stages, self.places)):
+        for i, (stage, at) in enumerate(zip(self.stages, self.places)):
             between = [k for j, other in enumerate(self.places) if j != i for k in other if at[0] <= k <= at[-1]]
             if len(at) > 1 and between:
                 raise ValueError(
                     f"{stage.method.name} acts at tower blocks {at[0]}..{at[-1]}, so no other stage may stand at "
                     f"{between[0]}: its scores would go out of step"
                 )
-        self.by_frame = any(stage.per == "frame" for stage in stages)
-        if self.by_frame and any(stage.per != "frame" for stage in stages):
+        if self.by_frame and any(stage.per != "frame" for stage in self.stages):
             raise ValueError("stages in the tower must agree on per='frame': set it on all of them, or on none")
-        self.cls = has_cls(self.tower)
-        self.needs = self._needs()  # and the last block where each is read
-        self._local = _Local()
 
     def _needs(self) -> dict[tuple[int, str], int]:
         """(block, kind) of every signal the stages read, and the last block that reads it."""
@@ -271,13 +279,14 @@ class TowerStages:
             return None
         cut, call = run.cut, _bind(module, args, kwargs)
         if "position_embeddings" in call:
-            call["position_embeddings"] = tuple(cut.cut(t, -2) for t in call["position_embeddings"])
+            rotary = call["position_embeddings"]
+            call["position_embeddings"] = run.once(rotary, lambda: tuple(cut.cut(t, -2) for t in rotary))
         for name in SEQUENCE_LENGTHS:
             if call.get(name) is not None:
-                call[name] = _shorter(call[name], run)
+                call[name] = run.once(call[name], partial(_shorter, call[name], run))
         mask = call.get("attention_mask")
         if mask is not None:
-            call["attention_mask"] = cut.cut_mask(mask, 0)
+            call["attention_mask"] = run.once(mask, lambda: cut.cut_mask(mask, 0))
         elif cut.valid is not None:
             call["attention_mask"] = _padding(cut.valid, self.tower.config._attn_implementation, call["hidden_states"])
         hidden = call.pop("hidden_states")
@@ -333,6 +342,7 @@ class TowerStages:
                 x = self._run(run, stage, k, at[-1], x)
         if sum(crop.alive.shape[0] for crop in run.crops) < before:
             run.cut = self._compact(run)
+            run.memo.clear()
         for key in [key for key in run.rows if self.needs[key] <= k]:
             del run.rows[key]
         return x
