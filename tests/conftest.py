@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 def pytest_configure() -> None:
@@ -27,3 +30,27 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip(f"{path} is missing: the stored outputs of the official code are not part of the package")
     return path
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, no_gpu])])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a kernel is tested."""
+    return request.param
+
+
+@pytest.fixture(params=["reference", "triton"])
+def backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
+    """One implementation of the kernels, forced; uninitialised memory is NaN meanwhile, and the largest integer."""
+    from vtprune.kernels import use
+    from vtprune.kernels.dispatch import has_triton
+
+    if request.param == "triton" and not has_triton():
+        pytest.skip("Triton is not installed")
+    if request.param == "triton" and device == "cpu" and torch.cuda.is_available():
+        pytest.skip("Triton compiles for the GPU here, so CPU tensors stay with the reference")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with use(request.param):
+            yield request.param
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from conftest import no_gpu
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,31 +15,10 @@ from vtprune.kernels import attention_received, attention_rows, recording, use
 from vtprune.kernels.attention import reference
 from vtprune.kernels.dispatch import has_triton
 
-no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 interpreter = [
     pytest.mark.skipif(not has_triton(), reason="Triton is not installed"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU here"),
 ]
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, no_gpu])])
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(params=["reference", "triton"])
-def backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
-    """One implementation, forced; uninitialised memory is NaN meanwhile."""
-    if request.param == "triton" and not has_triton():
-        pytest.skip("Triton is not installed")
-    if request.param == "triton" and device == "cpu" and torch.cuda.is_available():
-        pytest.skip("Triton compiles for the GPU here, so CPU tensors stay with the reference")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        with use(request.param):
-            yield request.param
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def oracle(q: Tensor, k: Tensor, mask: Tensor | None, scaling: float) -> Tensor:

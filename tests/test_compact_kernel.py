@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
 import pytest
 import torch
+from conftest import no_gpu
 from torch import Tensor
 
 from vtprune.compact import Compaction
@@ -15,28 +15,7 @@ from vtprune.evals import bench_kernels
 from vtprune.kernels import Compacted, compact, recording, use
 from vtprune.kernels.dispatch import has_triton
 
-no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, no_gpu])])
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(params=["reference", "triton"])
-def backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
-    """One implementation, forced; uninitialised memory is NaN meanwhile, and the largest integer."""
-    if request.param == "triton" and not has_triton():
-        pytest.skip("Triton is not installed")
-    if request.param == "triton" and device == "cpu" and torch.cuda.is_available():
-        pytest.skip("Triton compiles for the GPU here, so CPU tensors stay with the reference")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        with use(request.param):
-            yield request.param
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def problem(

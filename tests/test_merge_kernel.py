@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,28 +11,7 @@ from vtprune.evals import bench_kernels
 from vtprune.kernels import merge, recording, use
 from vtprune.kernels.dispatch import has_triton
 
-gpu = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float64: 1e-5}
-
-
-@pytest.fixture(params=["cpu", gpu])
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(params=["reference", "triton"])
-def backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
-    """One implementation, forced; uninitialised memory is NaN meanwhile."""
-    if request.param == "triton" and not has_triton():
-        pytest.skip("Triton is not installed")
-    if request.param == "triton" and device == "cpu" and torch.cuda.is_available():
-        pytest.skip("Triton compiles for the GPU here, so CPU tensors stay with the reference")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        with use(request.param):
-            yield request.param
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def oracle(x: Tensor, src: Tensor, dst: Tensor, w: Tensor, out_rows: int) -> Tensor:

@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from test_attention_kernels import close, masks, no_gpu, oracle, problem
+from conftest import no_gpu
+from test_attention_kernels import close, masks, oracle, problem
 from torch import Tensor
 
-from vtprune.kernels import page_rank, recording, use
-from vtprune.kernels.dispatch import has_triton
+from vtprune.kernels import page_rank, recording
 from vtprune.kernels.page_rank import reference
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, no_gpu])])
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(params=["reference", "triton"])
-def backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
-    """One implementation, forced; uninitialised memory is NaN meanwhile."""
-    if request.param == "triton" and not has_triton():
-        pytest.skip("Triton is not installed")
-    if request.param == "triton" and device == "cpu" and torch.cuda.is_available():
-        pytest.skip("Triton compiles for the GPU here, so CPU tensors stay with the reference")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        with use(request.param):
-            yield request.param
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def powers(
