@@ -26,11 +26,17 @@ _deferred: ContextVar[list[Check] | None] = ContextVar("vtprune_checks", default
 
 @contextmanager
 def deferring() -> Iterator[list[Check]]:
-    """Collect the checks made in this block instead of reading them; hand the list to `Verdict`."""
+    """Collect the checks made in this block instead of reading them; hand the list to `Verdict`.
+
+    An exception inside the block gives way to the error of a check that does not hold: it explains the other.
+    """
     checks: list[Check] = []
     token = _deferred.set(checks)
     try:
         yield checks
+    except Exception:
+        Verdict(checks).settle()
+        raise
     finally:
         _deferred.reset(token)
 
@@ -63,10 +69,11 @@ def check(holds: Tensor, error: Callable[[], Exception]) -> None:
 def check_finite(tensors: Sequence[Tensor], what: str = "features") -> None:
     """Raise ValueError if any element is NaN or Inf; one transfer to the host for the whole sequence."""
     if tensors:
-        check(torch.stack([t.isfinite().all() for t in tensors]).all(), lambda: _not_finite(tensors, what))
+        check(torch.stack([t.isfinite().all() for t in tensors]).all(), lambda: not_finite(tensors, what))
 
 
-def _not_finite(tensors: Sequence[Tensor], what: str) -> ValueError:
+def not_finite(tensors: Sequence[Tensor], what: str) -> ValueError:
+    """The error that names the first of the tensors that holds NaN or Inf."""
     unit, bad = next((i, ~t.isfinite()) for i, t in enumerate(tensors) if not t.isfinite().all())
     where = bad.nonzero()[0].tolist()
     return ValueError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vtprune.kernels import attention_received, attention_rows, deferring, farthest_point
+from vtprune.kernels import attention_received, attention_rows, check_finite, deferring, farthest_point
 from vtprune.kernels.farthest_point import reference
 
 OBJECTIVES = ("maxmin", "maxsum")
@@ -276,3 +276,13 @@ def test_head_counts_must_match() -> None:
     q, k = queries(1, 6, 4, 1, 5, 4)
     with pytest.raises(ValueError, match="6 query heads cannot share 4 key heads"):
         attention_rows(q, k, None, 1.0)
+
+
+def test_a_deferred_check_explains_what_it_led_to() -> None:
+    with pytest.raises(ValueError, match="NaN or Inf") as caught, deferring():
+        check_finite([torch.tensor([1.0, torch.nan])])
+        raise IndexError("something went wrong later")
+    assert isinstance(caught.value.__context__, IndexError)
+    with pytest.raises(IndexError), deferring():
+        check_finite([torch.ones(2)])
+        raise IndexError

@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..checks import _not_finite as not_finite
-from ..checks import check
+from ..checks import check, not_finite
 from . import reference
 from .reference import Memory, Objective
 
