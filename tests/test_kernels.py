@@ -278,11 +278,15 @@ def test_head_counts_must_match() -> None:
         attention_rows(q, k, None, 1.0)
 
 
-def test_a_deferred_check_explains_what_it_led_to() -> None:
-    with pytest.raises(ValueError, match="NaN or Inf") as caught, deferring():
-        check_finite([torch.tensor([1.0, torch.nan])])
+def _fails_later(x: Tensor) -> None:
+    with deferring():
+        check_finite([x])
         raise IndexError("something went wrong later")
+
+
+def test_a_deferred_check_explains_what_it_led_to() -> None:
+    with pytest.raises(ValueError, match="NaN or Inf") as caught:
+        _fails_later(torch.tensor([1.0, torch.nan]))
     assert isinstance(caught.value.__context__, IndexError)
-    with pytest.raises(IndexError), deferring():
-        check_finite([torch.ones(2)])
-        raise IndexError
+    with pytest.raises(IndexError):
+        _fails_later(torch.ones(2))
