@@ -401,21 +401,64 @@ def test_signals_before_the_llm_come_from_the_shortened_tower(family: str) -> No
     torch.testing.assert_close(seen[0], theirs, rtol=1e-4, atol=1e-6)
 
 
-def received_by_hand(tower: Tower, batch: Any, layer: int, at: list[int]) -> dict[int, Tensor]:
-    """Mean attention each of the patches `at` receives in a block that they enter alone."""
+def received_by_hand(tower: Tower, batch: Any, layer: int, at: list[int], kind: str = "received") -> dict[int, Tensor]:
+    """A block's signal for the patches `at`, entering it alone; segments count by their number of queries."""
     with tower.watched() as seen, torch.no_grad():
         tower.model(**batch)
     states = seen[layer][0][0] if seen[layer][0] else seen[layer][1]["hidden_states"]
     x = states[at] if states.dim() == 2 else states[0, at][None]
     rows: list[Tensor] = []
-    undo = vtprune.tap.attach(
-        attention_of(tower, layer),
-        lambda m, q, k, v, mask, scaling: rows.append((q @ k.mT * scaling).softmax(-1).mean(1).sum(1)[0]),
-    )
+
+    def note(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float) -> None:
+        queries = q if kind == "received" else q.mean(2, keepdim=True).expand_as(q)
+        weights = (queries @ k.mT * scaling).softmax(-1).mean(1).sum(1)[0]
+        rows.append(v.mean(1).abs().sum(-1)[0] * len(at) if kind == "value_norm" else weights)
+
+    undo = vtprune.tap.attach(attention_of(tower, layer), note)
     with torch.no_grad():
         tower.blocks[layer](x, **tower._arguments(seen[layer][1], at))
     undo()
     return dict(zip(at, torch.cat(rows) / len(at), strict=True))
+
+
+@pytest.mark.parametrize("offset", [-1, -2])
+@pytest.mark.parametrize("kind", ["received", "mean_query", "value_norm"])
+@pytest.mark.parametrize("family", ["paligemma", "qwen2_vl", "qwen2_5_vl", "qwen2_5_vl-video", "smolvlm", "mistral3"])
+def test_signals_inside_the_tower(family: str, kind: str, offset: int) -> None:
+    """Read where the block ran, on what was left there, and handed over for what is left now."""
+    model, batch = families.model(family), families.inputs(family, rows=(1,))
+    tower, wanted = Tower(model, family), Signal(kind, offset)
+
+    @dataclass(frozen=True)
+    class Reader(Method):
+        needs = (wanted,)
+
+        def __call__(self, v: Visual) -> Assignment:
+            seen.append(v.signals[wanted])
+            return Assignment(torch.arange(v.budget))
+
+    seen: list[Tensor] = []
+    plan = [Stage(("vit", 1), Brightest(), keep=0.75), Stage(("vit", 2), Reader(), keep=0.25)]
+    with vtprune.patch(model, plan), torch.no_grad():
+        model(**batch)
+    left = set(tower.walk(batch, {1: 0.75})[0][1])
+    tokens = tower.tokens(batch)[0][1]
+    at = sorted(left if offset == -1 else {p for token in tokens for p in token})
+    signal = received_by_hand(tower, batch, 2 + offset, at, kind)
+    theirs = torch.stack([torch.stack([signal[p] for p in t]).mean() for t in tokens if set(t) <= left])
+    torch.testing.assert_close(seen[0], theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_class_tokens_that_the_llm_sees_stay() -> None:
+    """Video-LLaVA hands the CLS token of every frame to the LLM."""
+    family = "video_llava-video"
+    model, batch = families.model(family), families.inputs(family, rows=(1,))
+    ((unit,),) = batch.units
+    with vtprune.patch(model, Stage(("vit", 1), Brightest(), keep=3)) as handle, torch.no_grad():
+        model(**batch)
+        kept = set(handle.last.index[0].tolist()) & set(unit)
+    assert {unit[0], unit[17]} < kept
+    assert len(kept) == 2 * (1 + 3)
 
 
 def attention_of(tower: Tower, layer: int) -> nn.Module:
