@@ -240,3 +240,58 @@ def test_signals_of_the_tower_are_refused_inside_the_llm() -> None:
 def test_options_are_checked(option: str, value: str) -> None:
     with pytest.raises(ValueError, match=f"{option}='{value}': choose"):
         vtprune.create("flowcut", **{option: value})
+
+
+# -- the official patch unit ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [0.5, 2])
+@pytest.mark.parametrize("family", ["qwen2_vl", "glm4v"])
+def test_single_patches_become_tokens_in_the_order_they_stood(family: str, keep: float | int) -> None:
+    """What the tower's last block puts out for the patches left, merged as it stands, is what the LLM is given."""
+    model, batch = families.model(family), families.inputs(family, rows=(1,))
+    tower, shown = model.base_model.visual, []
+    with vtprune.patch(model, "flowcut", keep=keep, unit="patch") as handle, torch.no_grad():
+        hook = tower.blocks[-1].register_forward_hook(lambda m, a, out: shown.append(out), prepend=True)
+        features = model.base_model.get_image_features(batch["pixel_values"], batch["image_grid_thw"]).pooler_output[0]
+        hook.remove()
+        logits = model(**batch).logits
+        last = handle.last
+        (unit,) = last.units
+        patches = last.tower_units[-1].positions
+        each = tower.spatial_merge_size**2
+        (out,) = shown
+        out = out.reshape(-1, out.shape[-1])
+        assert len(out) == len(patches) == each * len(unit.idx)
+        assert torch.equal(unit.idx, patches[::each] // each), "a token stands where its first patch stood"
+        if family == "qwen2_vl":  # GLM-4V has a norm and a convolution before its merger
+            torch.testing.assert_close(features[unit.idx], tower.merger(out), rtol=0, atol=1e-6)
+    assert logits.isfinite().all()
+    assert len(set(unit.idx.tolist())) == len(unit.idx)
+
+
+def test_the_patch_unit_drops_other_patches_than_the_block_unit() -> None:
+    model, batch = families.model("qwen2_vl"), families.inputs("qwen2_vl", rows=(1, 2))
+    left = {}
+    for unit in ("block", "patch"):
+        with vtprune.patch(model, "flowcut", keep=0.5, unit=unit) as handle, torch.no_grad():
+            model(**batch)
+            left[unit] = [len(u.idx) for u in handle.last.units], handle.last.index
+    assert left["block"][0] == left["patch"][0], "the LLM gets the same number of tokens"
+    with vtprune.patch(model, "flowcut", keep=1.0, unit="patch"), torch.no_grad():
+        whole = model(**batch).logits
+    with torch.no_grad():
+        assert torch.equal(whole, model(**batch).logits)
+
+
+def test_where_the_patch_unit_cannot_work() -> None:
+    with pytest.raises(vtprune.UnsupportedModel, match=r"several blocks.*unit='block'"):
+        vtprune.patch(families.model("qwen3_vl"), "flowcut", keep=0.5, unit="patch")
+    stages = [
+        Stage(("vit", slice(1, None)), vtprune.create("flowcut", unit="patch"), keep=0.5),
+        Stage("llm", vtprune.create("hiprune"), keep=0.2),
+    ]
+    with pytest.raises(vtprune.UnsupportedModel, match="unit='block'"):
+        vtprune.patch(families.model("qwen2_vl"), stages)
+    with pytest.raises(ValueError, match="unit='tile'"):
+        vtprune.create("flowcut", unit="tile")

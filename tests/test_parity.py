@@ -13,7 +13,10 @@ import torch
 
 from vtprune.evals import parity
 
-FAMILIES = ("divprune_", "fastv_kvcache", "fastv_prefill", "todre_spec_", "video_llava_pool")
+FAMILIES = (
+    "divprune_", "fastv_kvcache", "fastv_prefill", "flowcut_", "flowcutqwen_", "hiprune_", "recoverable_", "todre_spec_",
+    "video_llava_pool", "visionzip_",
+)  # fmt: skip
 
 
 def divprune_vector(n: int = 20) -> dict[str, Any]:

@@ -245,6 +245,11 @@ class Session:
 
                 stages = TowerStages(base, modality, inside)
                 self._undo += stages.install()
+                if tower and stages.by_patch:
+                    raise UnsupportedModel(
+                        "single patches chosen inside the tower leave no token where it was, so signals for a stage "
+                        "before the LLM cannot be placed: choose whole tokens (unit='block'), or a rule without signals"
+                    )
                 if tower:
                     tower.restore = stages.restore
             base.__dict__[name] = Observer(self, modality, tower, stages)

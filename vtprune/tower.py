@@ -50,6 +50,8 @@ class Crop:
     """A unit of a tower stage: a row of the tower's batch (a crop, a tile, a frame) or one of the images packed in it.
 
     groups: [n, g] positions of its tokens' patches. alive: [m] which of its n tokens are left.
+    each: patches of a visual token where the n tokens are single patches (`Method.by_patch`), else 1. seats: [q, each]
+    positions that the patches left take before the projector, which makes a visual token of each row.
     """
 
     number: int
@@ -57,6 +59,8 @@ class Crop:
     groups: Tensor
     grid: tuple[int, int, int] | None
     alive: Tensor
+    each: int = 1
+    seats: Tensor | None = None
     states: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -136,6 +140,7 @@ class TowerStages:
         self.depth = layer_index(base, self.tower, len(self.blocks), None) + 1
         self.stages, self.places = list(stages), [places(stage, self.depth) for stage in stages]
         self.by_frame = any(stage.per == "frame" for stage in stages)
+        self.by_patch = any(stage.method.by_patch for stage in stages)
         self.cls = has_cls(self.tower)
         self._check()
         self.needs = self._needs()  # and the last block where each is read
@@ -158,6 +163,15 @@ class TowerStages:
                 )
         if self.by_frame and any(stage.per != "frame" for stage in self.stages):
             raise ValueError("stages in the tower must agree on per='frame': set it on all of them, or on none")
+        if self.by_patch and not all(stage.method.by_patch for stage in self.stages):
+            raise ValueError(
+                "stages in the tower must agree on what they choose among: single patches, or whole tokens"
+            )
+        if self.by_patch and getattr(self.tower, "deepstack_visual_indexes", None):
+            raise UnsupportedModel(
+                f"{type(self.tower).__name__} takes features from several blocks, whose patches must stay together: "
+                "choose among whole tokens (unit='block')"
+            )
 
     def _needs(self) -> dict[tuple[int, str], int]:
         """(block, kind) of every signal the stages read, and the last block that reads it."""
@@ -224,7 +238,8 @@ class TowerStages:
         marks = torch.ones(run.shape[:2], device=run.cut.index.device)
         marks[:, : run.tokens.prefix] = 2
         for crop in run.crops:
-            marks[crop.row].index_fill_(0, crop.patches.flatten(), 2)
+            shown = crop.patches if crop.seats is None else crop.seats
+            marks[crop.row].index_fill_(0, shown.flatten(), 2)
         marks = marks.cpu()
         f = TowerCall(self.base, self.tower, run.call, f"{self.modality}_grid_thw", sizes_of(output))
         entries = per_entry(f, self.layout, self.modality, marks[..., None])
@@ -267,6 +282,7 @@ class TowerStages:
         x = short if run.cut is None else run.cut.restore(short)
         if k == self.depth - 1:
             x = self._run_stages(run, self.depth, x)
+            x = _seated(run, x) if self.by_patch else x
         if x is short:
             return None
         x = x[0] if out.dim() == 2 else x
@@ -332,7 +348,10 @@ class TowerStages:
             units = tuple(((1, h, w), h * w) for (t, h, w), _ in units for _ in range(t))
         for row in range(x.shape[0]):
             for (grid, n), part in zip(units, groups.split([n for _, n in units])):
-                run.crops.append(Crop(len(run.crops), row, part, grid, torch.arange(n, device=x.device)))
+                each = part.shape[1] if self.by_patch else 1
+                if each > 1:
+                    part, grid, n = part.reshape(-1, 1), None, part.numel()
+                run.crops.append(Crop(len(run.crops), row, part, grid, torch.arange(n, device=x.device), each))
 
     def _run_stages(self, run: TowerRun, k: int, x: Tensor) -> Tensor:
         """The stages at block k on x [T, N, C]; the returned states hold what was merged."""
@@ -350,7 +369,8 @@ class TowerStages:
     def _run(self, run: TowerRun, stage: Stage, k: int, last: int, x: Tensor) -> Tensor:
         todo, views = [], []
         for crop in run.crops:
-            (budget,) = stage.budgets([crop.n])
+            (budget,) = stage.budgets([crop.n // crop.each])
+            budget = None if budget is None else budget * crop.each
             if budget is None or budget < crop.alive.shape[0]:
                 todo.append(crop)
                 views.append(self._visual(run, stage, crop, (k, last), budget, x))
@@ -511,6 +531,22 @@ def _merged(x: Tensor, crop: Crop, answer: Assignment) -> Tensor:
     new = answer.apply(x[crop.row].index_select(0, patches.flatten()).view(*patches.shape, -1))
     at = patches.index_select(0, answer.idx).flatten()
     return x.index_put((torch.full_like(at, crop.row), at), new.flatten(0, 1))
+
+
+def _seated(run: TowerRun, x: Tensor) -> Tensor:
+    """x [T, N, C] with the patches left side by side: each row of them where the token of its first patch stands."""
+    for crop in run.crops:
+        if crop.each == 1 or crop.alive.shape[0] == crop.n:
+            continue
+        if crop.alive.shape[0] % crop.each:
+            raise VtpruneError(
+                f"{crop.alive.shape[0]} patches left in the tower do not make tokens of {crop.each} each"
+            )
+        left = crop.alive.view(-1, crop.each)
+        crop.seats = crop.groups.view(-1, crop.each).index_select(0, left[:, 0] // crop.each)
+        to, from_ = crop.seats.flatten(), crop.patches.flatten()
+        x = x.index_put((torch.full_like(to, crop.row), to), x[crop.row].index_select(0, from_))
+    return x
 
 
 def _shorter(lengths: Tensor, run: TowerRun) -> Tensor:

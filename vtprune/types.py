@@ -191,6 +191,11 @@ class Method(ABC):
         return ()
 
     @property
+    def by_patch(self) -> bool:
+        """True if inside the tower it chooses among single patches, also where several become one visual token."""
+        return False
+
+    @property
     def exact(self) -> bool:
         """False if an answer may hold fewer tokens than its budget, as a few official codes do; never more."""
         return True

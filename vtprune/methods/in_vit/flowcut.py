@@ -31,25 +31,32 @@ class FlowCut(Method):
     accumulate, half old, half new. With R blocks to go the block prunes if R is even: round((n - t) / sqrt(R) *
     (1 - H^2)) tokens, H the entropy of p relative to log n; at R = 0 whatever is above t.
     A tower without CLS uses the attention of the mean query for p and no q, as the official code for Qwen2-VL does.
-    In towers that merge patches a token is a whole merge block and its score is made of the means over its patches;
-    the official Qwen code drops single patches, and merges patches that never were neighbours.
+    In towers that merge patches a token is a whole merge block and its score is made of the means over its patches.
 
     end: "before" reaches t as the last block is entered (official code for LLaVA), "after" as it is left (Qwen).
     llm_layer: a decoder layer (2 in the official codes) where `flowcut_llm` goes on to the budget of the sample; the
         tower then keeps twice the budget. None prunes in the tower only, as the official code for LLaVA-1.5 does.
     count: "unit" lets each crop have its own number of tokens on the way, so a batch equals its images alone; "batch"
         prunes from all crops the most any of them would, as the official code does.
+    unit: "patch" drops single patches where the tower merges several into a token, as the official Qwen code does: a
+        token is then made of patches that need not have been neighbours, and stands where the first of them stood.
     """
 
     newlines: ClassVar[Newlines] = "drop"
     end: Literal["before", "after"] = "before"
     count: Literal["unit", "batch"] = "unit"
     llm_layer: int | None = None
+    unit: Literal["block", "patch"] = "block"
 
     def __post_init__(self) -> None:
-        for name, valid in (("end", ("before", "after")), ("count", ("unit", "batch"))):
+        options = {"end": ("before", "after"), "count": ("unit", "batch"), "unit": ("block", "patch")}
+        for name, valid in options.items():
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose {' or '.join(map(repr, valid))}")
+
+    @property
+    def by_patch(self) -> bool:
+        return self.unit == "patch"
 
     @property
     def needs(self) -> tuple[Signal, ...]:
