@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +26,10 @@ def run(
     questions = tiny.questions(per_capability=limit)
     names = [cls.name for cls in vtprune.methods()]
     title = "The embedded toy VLM, dense and pruned"
-    report = evaluate(model, processor, questions, names, keeps, seeds=1, title=title, progress=progress)
+    workers = min(4, os.cpu_count() or 1)
+    report = evaluate(
+        model, processor, questions, names, keeps, seeds=1, title=title, progress=progress, workers=workers
+    )
     report.notes = (TOY, *report.notes)
     overlay = gallery(model, processor, questions, names, keep=keeps[-1])
     out.mkdir(parents=True, exist_ok=True)

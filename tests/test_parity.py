@@ -14,9 +14,9 @@ import torch
 from vtprune.evals import parity
 
 FAMILIES = (
-    "divprune_", "fastv_kvcache", "fastv_prefill", "flowcut_", "flowcutqwen_", "hiprune_", "recoverable_", "todre_spec_",
-    "video_llava_pool", "visionzip_",
-)  # fmt: skip
+    *("divprune_", "fastv_kvcache", "fastv_prefill", "flowcut_", "flowcutqwen_", "hiprune_", "recoverable_"),
+    *("todre_spec_", "video_llava_pool", "visionzip_"),
+)
 
 
 def divprune_vector(n: int = 20) -> dict[str, Any]:
