@@ -86,9 +86,9 @@ PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 		> "$$($(OLDEST)/python $(PURELIB))/zz_shared.pth"
 	touch $@
 
-# The README's tables and picture of what it costs, from the files that its own comment names.
-speed: .venv/.evals
-	$(BIN)/python -m vtprune.evals.speed README.md
+# The README's tables and its picture of what pruning costs, from the files that its own comments name.
+readme: .venv/.evals
+	$(BIN)/python -m vtprune.evals.readme README.md
 
 clean:
 	rm -rf .venv .venv-oldest out build *.egg-info

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -288,16 +287,3 @@ def plot(saved: Sequence[Row], path: str | Path) -> Path:
     from vtprune.evals.figures import ttft
 
     return ttft([(one, Limits.of(one["environment"]["limits"])) for one in saved], path)
-
-
-def main() -> None:
-    """Rewrite the tables of a README in place, and the picture beside them from the same files."""
-    readme = Path(sys.argv[1])
-    text = readme.read_text()
-    readme.write_text(refreshed(text, readme.parent))
-    names = [name for block in BLOCK.finditer(text) for name in block[2].split()]
-    plot([load(readme.parent / name) for name in names], readme.parent / "examples" / "pictures" / "ttft.png")
-
-
-if __name__ == "__main__":
-    main()
