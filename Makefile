@@ -1,4 +1,4 @@
-# make demo | make test | make test-oldest | make gpu | make speed | make lint: each works in a fresh clone.
+# make demo | make test | make test-oldest | make gpu | make readme | make lint: each works in a fresh clone.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
@@ -6,7 +6,7 @@ COMMIT ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null)
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
 
-.PHONY: demo test test-oldest gpu speed lint clean
+.PHONY: demo test test-oldest gpu readme lint clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.evals
