@@ -315,8 +315,12 @@ def fastv_decode(arrays: Arrays, folder: Path) -> str:
 
 
 def _fastv_model(arrays: Arrays, folder: Path) -> tuple[LlavaForConditionalGeneration, dict[str, Tensor]]:
-    visual = slice(int(arrays["sys_len"]), int(arrays["sys_len"]) + int(arrays["vis_len"]))
-    return stock_llava(np.load(folder / "model_llama.npz"), torch.from_numpy(arrays["inputs_embeds"]), visual)
+    return stock_llava(np.load(folder / "model_llama.npz"), torch.from_numpy(arrays["inputs_embeds"]), _visual(arrays))
+
+
+def _visual(arrays: Arrays) -> slice:
+    """Where the visual tokens stand in the prompt."""
+    return slice(int(arrays["sys_len"]), int(arrays["sys_len"]) + int(arrays["vis_len"]))
 
 
 def _fastv_prefill(model: LlavaForConditionalGeneration, inputs: dict[str, Any], arrays: Arrays) -> tuple[float, Any]:
@@ -335,6 +339,64 @@ def _fastv_prefill(model: LlavaForConditionalGeneration, inputs: dict[str, Any],
     return max(differences), out.past_key_values
 
 
+@case("holitom_inner_")
+def holitom_inner(arrays: Arrays, folder: Path) -> str:
+    """The merge on the stored states; the whole path where the official run was causal, else its scores only."""
+    from ..handle import patch
+
+    embeds, visual = torch.from_numpy(arrays["inputs_embeds"]), _visual(arrays)
+    model, inputs = stock_llava(np.load(folder / "model_qwen2.npz"), embeds, visual)
+    with patch(model, "holitom_inner", layer=int(arrays["K"]), keep=int(arrays["keep"])) as handle:
+        out = _run(model, inputs)
+        last = handle.last
+    assert last is not None
+    (unit,) = last.units
+    assert unit.scores is not None
+    same("order of the kept", _ordered(unit.assignment) + visual.start, arrays["topk_order"])
+    same("kept", last.index[0], arrays["kept_indices"])
+    worst = [close("scores", unit.scores, arrays["score_visual"])]
+    before, after = (torch.from_numpy(arrays[f"hidden_{at}"]) for at in ("before_merge", "after_merge_and_drop"))
+    signals = {need: torch.from_numpy(arrays["score_visual"]) for need in create("holitom_inner").needs}
+    merged = create("holitom_inner")(Visual(before[visual], len(unit.idx), signals=signals)).apply(before[visual])
+    worst.append(close("merged states", merged, after[visual.start : visual.start + len(merged)]))
+    if not int(arrays["layer_Km1_is_causal"]):  # the official slip: that layer looked ahead
+        return f"order and tokens kept; scores and merge within {max(worst):.1g}; the rest is of a layer without mask"
+    worst.append(close("states", out.last_hidden_state[0, last.index[0]], arrays["last_hidden_state"]))
+    return f"stock LLaVA with Qwen2, order, tokens and {_decode(model, out, arrays, worst)}"
+
+
+@case("video_holitom_inner")
+def video_holitom_inner(arrays: Arrays, folder: Path) -> str:
+    """Kept tokens, where each dropped one goes, and the merged states."""
+    hidden, row = torch.from_numpy(arrays["hidden"])[0], torch.from_numpy(arrays["attn_last"])[0].mean(0)
+    start, n = int(arrays["img_start"]), int(arrays["img_len"])
+    x, method, worst, counts = hidden[start : start + n], create("holitom_inner"), [], []
+    for tag in sorted({name.split("_")[0] for name in arrays if name.startswith("b")}):
+        keep = arrays[f"{tag}_keep"]
+        inside = keep[(keep >= start) & (keep < start + n)]
+        budget = round(n * (1 - float(arrays[f"{tag}_r"])))
+        answer = method(Visual(x, budget, signals=dict.fromkeys(method.needs, row[start : start + n])))
+        assert answer.src is not None
+        assert answer.dst is not None
+        same(f"kept of {tag}", answer.idx + start, inside)
+        same(f"merged of {tag}", answer.src[budget:] + start, arrays[f"{tag}_merged_src"])
+        same(f"targets of {tag}", answer.idx[answer.dst[budget:]] + start, arrays[f"{tag}_merged_dst"])
+        whole = torch.cat([hidden[:start], answer.apply(x), hidden[start + n :]])
+        worst.append(close(f"states of {tag}", whole[None], arrays[f"{tag}_hidden"]))
+        counts.append(budget)
+    return f"tokens and targets at {_list(counts)} of {n}; states within {max(worst):.1g}"
+
+
+def _decode(model: LlavaForConditionalGeneration, out: Any, arrays: Arrays, worst: list[float]) -> str:
+    """Cached tokens per layer, and one decode step on the returned cache; a summary of all differences so far."""
+    stored = torch.tensor([layer.keys.shape[2] for layer in out.past_key_values.layers])
+    same("cached tokens per layer", stored, arrays["kv_lengths_after_prefill"])
+    step = {"inputs_embeds": torch.from_numpy(arrays["decode_embed"])[None], "past_key_values": out.past_key_values}
+    state = _run(model, step).last_hidden_state[0]
+    worst.append(close("decoded state", state, arrays["decode_last_hidden_state"].reshape(1, -1)))
+    return f"cache of {_list(stored.tolist())} tokens; all within {max(worst):.1g}"
+
+
 class Stored(torch.nn.Module):
     """Stands in for a projector: whatever the vision tower says, the visual tokens are the stored ones."""
 
@@ -350,11 +412,11 @@ class Stored(torch.nn.Module):
 def stock_llava(
     weights: Arrays, embeds: Tensor, visual: slice
 ) -> tuple[LlavaForConditionalGeneration, dict[str, Tensor]]:
-    """A stock LLaVA whose decoder has stored LLaMA weights, and inputs that embed to embeds [L, D] exactly.
+    """A stock LLaVA whose decoder has stored weights (Qwen2 if q has a bias, else LLaMA), and inputs that embed so.
 
-    The vocabulary rows are the text embeddings, one token each; the projector returns embeds[visual].
+    The vocabulary rows are the text rows of embeds [L, D], one token each; the projector returns embeds[visual].
     """
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
     image = embeds[visual]
     text = torch.cat([embeds[: visual.start], embeds[visual.stop :]])
@@ -372,7 +434,7 @@ def stock_llava(
     }
     whole: dict[str, Any] = {
         "vision_config": CLIPVisionConfig(**small, patch_size=1, image_size=side),
-        "text_config": LlamaConfig(**decoder),
+        "text_config": (Qwen2Config if "layers.0.self_attn.q_proj.bias" in weights else LlamaConfig)(**decoder),
         "image_token_id": image_token,
         "vision_feature_layer": -1,
     }
