@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 # Okabe-Ito colours, which stay apart for colour-blind readers; the controls are grey.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#8C564B")
+_MARKERS = ("o", "^", "s")
 _CONTROLS = {"random": ("#8a8a8a", "--"), "uniform": ("#444444", ":")}
 
 
@@ -52,11 +53,12 @@ def _curves(axis: Any, rows: Sequence[Row], capability: str, marks: float = 5) -
     axis.axhline(full, color="black", lw=1, label="all tokens")
     axis.axhspan(0, blind, color="black", alpha=0.08, lw=0, label="blind")
     pruned = [row for row in mine if row["keep"] != 1.0]
-    for method, (color, style) in _styles(pruned).items():
+    for method, (color, style, marker) in _styles(pruned).items():
         points = sorted((row["keep"], row) for row in pruned if row["method"] == method)
         x = [keep for keep, _ in points]
         y = [row["right"] for _, row in points]
-        axis.plot(x, y, style, color=color, marker="o", ms=marks, lw=1.4, label=method)
+        hollow = {} if marker == "o" else {"mfc": "white"}
+        axis.plot(x, y, style, color=color, marker=marker, ms=marks, lw=1.4, label=method, **hollow)
         axis.fill_between(x, [r["low"] for _, r in points], [r["high"] for _, r in points], color=color, alpha=0.1)
     _share_axis(axis, sorted({row["keep"] for row in pruned}))
 
@@ -93,10 +95,10 @@ def _ttft_panel(axis: Any, one: Row, limits: Limits) -> None:
         mine = [row for row in rows if row["prefill"] == mode]
         dense = next(row for row in mine if row["method"] == "dense")
         axis.plot(whole, dense["ttft_ms"], "D", color="black", ms=5, label=f"dense{of}", zorder=5)
-        for method, (color, _) in _styles([row for row in mine if row is not dense]).items():
+        for method, (color, _, marker) in _styles([row for row in mine if row is not dense]).items():
             points = sorted((mean(row["kept_by_layer"]), row["ttft_ms"]) for row in mine if row["method"] == method)
             x, y = zip(*points, (whole, dense["ttft_ms"]))
-            axis.plot(x, y, style, color=color, marker="o", ms=4, lw=1.5, label=f"{method}{of}")
+            axis.plot(x, y, style, color=color, marker=marker, ms=4, lw=1.5, label=f"{method}{of}")
         floor = 1e3 * limits.stack(mode)
         dashes = (0, (6, 3)) if style == "-" else style
         axis.axhline(floor, color="#555555", lw=1, ls=dashes, label=f"stack limit{of}: vision + one token")
@@ -116,11 +118,15 @@ def _ttft_panel(axis: Any, one: Row, limits: Limits) -> None:
         axis.text(0, 1.02, env["shrunk"], transform=axis.transAxes, fontsize=8, color="#b00000")
 
 
-def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
+def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str, str]]:
+    """Colour, line and marker of every method; once the colours are used up, they come again with other markers."""
     names = list(dict.fromkeys(row["method"] for row in rows))
     own = [name for name in names if name not in _CONTROLS]
-    colors = {name: (_COLORS[i % len(_COLORS)], "-") for i, name in enumerate(own)}
-    return {name: _CONTROLS.get(name) or colors[name] for name in names}
+    rounds = {name: divmod(i, len(_COLORS)) for i, name in enumerate(own)}
+    styles = {
+        name: (_COLORS[i], "-." if turn else "-", _MARKERS[turn % len(_MARKERS)]) for name, (turn, i) in rounds.items()
+    }
+    return {name: (*_CONTROLS[name], "o") if name in _CONTROLS else styles[name] for name in names}
 
 
 def _share_axis(axis: Any, keeps: Sequence[float]) -> None:
