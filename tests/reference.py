@@ -289,9 +289,10 @@ def cuts_of_chat(log: Sequence[Call], turns: Sequence[Sequence[Sequence[int]]]) 
     return out
 
 
-def renumbers(log: Sequence[Call]) -> bool:
-    """Whether the stages that ran give the kept tokens new, gapless positions."""
-    return any((call.stage.positions or call.stage.method.positions) == "compact" for call in log)
+def renumbers(model: Any, log: Sequence[Call]) -> bool:
+    """Whether the stages that ran give the kept tokens new, gapless positions; multi-axis ones are kept by default."""
+    mrope = "mrope_section" in (getattr(model.config.get_text_config(), "rope_parameters", None) or {})
+    return not mrope and any((call.stage.positions or call.stage.method.positions) == "compact" for call in log)
 
 
 def positions(model: Any, batch: dict[str, Any]) -> Tensor | None:

@@ -38,6 +38,7 @@ class Pruned:
     valid: [B, prefix] bool, False where a row stores padding; None if every stored prefix token is real.
     remask: the mask the caller keeps has other zeros in the prefix than what is stored there.
     shift: [B] int64, how much lower than the logical position a new token's position id is (positions="compact").
+    lag: [B] int64, how much lower still it is at this layer, behind a stage that renumbers; None if not at all.
     """
 
     dropped: int
@@ -45,6 +46,12 @@ class Pruned:
     valid: Tensor | None
     remask: bool
     shift: Tensor | None
+    lag: Tensor | None
+
+    @property
+    def needs_patch(self) -> bool:
+        """True if only a patched model can mask or place what comes next."""
+        return self.valid is not None or self.shift is not None or self.lag is not None
 
     def get_seq_length(self) -> Any:
         """Tokens fed so far, dropped ones included."""
@@ -57,7 +64,7 @@ class Pruned:
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As the base class; refuses to continue where only a patched model can mask or place the new tokens."""
-        if (self.valid is not None or self.shift is not None) and not getattr(_inside, "on", False):
+        if self.needs_patch and not getattr(_inside, "on", False):
             raise UnsupportedCall(
                 "this cache was filled by a patched model and its rows kept different numbers of tokens (or compact "
                 "positions), so an unpatched model would mask it wrongly: continue with the patched model, or start "
@@ -67,7 +74,8 @@ class Pruned:
 
     def reset(self) -> None:
         """Empty: nothing is stored, nothing dropped."""
-        self.dropped, self.prefix, self.valid, self.remask, self.shift = 0, 0, None, False, None
+        self.dropped, self.prefix, self.valid, self.remask = 0, 0, None, False
+        self.shift = self.lag = None
         super().reset()  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -85,6 +93,7 @@ class Pruned:
     def _select(self, rows: Any) -> None:
         self.valid = None if self.valid is None else rows(self.valid)
         self.shift = None if self.shift is None else rows(self.shift)
+        self.lag = None if self.lag is None else rows(self.lag)
 
     def __reduce__(self) -> Any:
         return _rebuild, (type(self).__mro__[2], self.__dict__)
@@ -134,10 +143,12 @@ def shrink(
     valid: Tensor | None,
     remask: bool,
     shift: Tensor | None,
+    lag: Tensor | None = None,
 ) -> None:
     """Tell layer i that this call fed it `fed` tokens of which it stored `ran`.
 
-    past: logical length before the call. valid: [B, ran] of the new tokens, or None. remask: see `Pruned`.
+    past: logical length before the call. valid: [B, ran] of the new tokens, or None. remask: see `Pruned`. shift, lag:
+    by how much this call lowered the ids of what follows, which adds to what earlier calls did.
     """
     layer = cache.layers[i]
     if not hasattr(layer, "get_mask_sizes") or getattr(layer, "keys", None) is None:
@@ -158,8 +169,29 @@ def shrink(
     new.dropped = (was.dropped if was else 0) + fed - ran
     new.prefix, new.valid = before + ran, valid
     new.remask = remask or valid is not None or (was.remask if was else False)
-    new.shift = shift
+    new.shift, new.lag = _sum(was.shift if was else None, shift), _sum(was.lag if was else None, lag)
     cache.layers[i] = new
+
+
+def _sum(before: Tensor | None, now: Tensor | None) -> Tensor | None:
+    if before is None or now is None:
+        return now if before is None else before
+    return before + now.to(before.device)
+
+
+class Glance:
+    """Stands in for a cache while a layer is looked at before it runs: past keys are seen, nothing is stored."""
+
+    def __init__(self, cache: Any, past: int) -> None:
+        self._cache, self._past = cache, past
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Past and new keys and values of a layer, side by side."""
+        if not self._past:
+            return keys, values
+        held = self._cache.layers[layer]
+        past = slice(0, self._past)
+        return torch.cat([held.keys[:, :, past], keys], 2), torch.cat([held.values[:, :, past], values], 2)
 
 
 def past_mask_2d(mask: Tensor, layer: Pruned) -> Tensor:

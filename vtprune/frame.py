@@ -113,6 +113,7 @@ class Frame:
     lengths: list[int] = field(default_factory=list)
     valids: list[Tensor | None] = field(default_factory=list)
     shift: Tensor | None = None
+    lags: list[Tensor | None] = field(default_factory=list)
     state: dict[int, dict[str, Any]] = field(default_factory=dict)
     rows: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict)
@@ -165,7 +166,8 @@ class Frame:
                 self.tower_lengths[modality] = found.tower.lengths
         self.counts = (self.host != 0).sum(1).tolist()
         self.text = [runs_of(row == 1) for row in self.host]
-        self.lengths, self.valids = [length] * len(self.adapter.layers), [None] * len(self.adapter.layers)
+        depth = len(self.adapter.layers)
+        self.lengths, self.valids, self.lags = [length] * depth, [None] * depth, [None] * depth
         self.dtype, self.opened = embeds.dtype, True
 
     def _real(self, mask: Any, length: int) -> Tensor | None:
@@ -483,13 +485,50 @@ class Frame:
 
     # -- inside the LLM ---------------------------------------------------------------------------------------------
 
-    def run_layer(self, i: int, hidden: Tensor) -> Tensor:
-        """Hidden states entering layer i, after the stages there."""
-        if not any(s.where == i for s in self.stages) or not self.run_stages(i, hidden):
+    def run_layer(self, i: int, hidden: Tensor, ids: Tensor | None) -> Tensor:
+        """Hidden states entering layer i, after the stages there. ids: position ids as the text model was given."""
+        if not any(s.where == i for s in self.stages):
+            return hidden
+        before, real = self._ids_at(i, ids), self._real_slots()
+        if not self.run_stages(i, hidden):
             return hidden
         kv.enter()
         self.inner = self.cut_now if self.inner is None else self.inner.then(self.cut_now)
+        if any(s.compact for s in self.stages if s.where == i):
+            self._renumber(i, ids, before, real)
+        elif (lag := self.lags[i]) is not None:
+            self.lags[i:] = [self.cut_now.cut(lag, 1)] * len(self.lags[i:])
         return self.cut_now.cut(self.hidden, 1)
+
+    def _real_slots(self) -> Tensor:
+        """[B, n] bool: which of the current slots hold no padding."""
+        c = self.compaction
+        if c is None:
+            return self.code != 0
+        return c.valid if c.valid is not None else torch.ones_like(c.index, dtype=torch.bool)
+
+    def _ids_at(self, i: int, ids: Tensor | None) -> Tensor | None:
+        """Position ids [B or 1, n] of the current slots at layer i, earlier calls left out of account."""
+        if ids is None:
+            return None
+        cut = ids if self.inner is None else self.inner.cut(ids, -1)
+        lag = self.lags[i]
+        return cut if lag is None else cut - lag
+
+    def _renumber(self, i: int, ids: Tensor | None, before: Tensor | None, real: Tensor) -> None:
+        """positions="compact": from layer i on ids go up by one from the row's first, which is `before` the cut."""
+        if ids is None or before is None:
+            raise UnsupportedCall(
+                f"{self.adapter.model_type} hands its decoder layers no position ids, so they cannot be renumbered "
+                "inside the LLM: use positions='keep'"
+            )
+        last = torch.iinfo(before.dtype).max
+        before = before.expand(len(real), -1)
+        first = before.masked_fill(~real.to(before.device), last).amin(1, keepdim=True)
+        real = self._real_slots().to(before.device)
+        compact = (first + real.cumsum(1) - 1).clamp(min=0)
+        assert self.inner is not None
+        self.lags[i:] = [self.inner.cut(ids, -1) - compact] * len(self.lags[i:])
 
     def cut_layer_call(self, i: int, call: dict[str, Any]) -> None:
         """Give a layer behind a stage the mask and positions of the tokens that are left."""
@@ -506,6 +545,10 @@ class Frame:
         elif c.valid is not None:
             call["attention_mask"] = self._once(c, lambda _: self.causal_mask(c.valid))
 
+    def past_at(self, layer: int) -> int:
+        """Tokens of earlier calls that a layer of the cache stores."""
+        return self.past - getattr(kv.state(self.cache, layer), "dropped", 0) if self.cache is not None else 0
+
     def _once(self, value: Any, cut: Any) -> Any:
         """Layers share their arguments: cut each object once per stage (and keep it alive while its id is a key)."""
         key = (id(value), len(self.results))
@@ -517,7 +560,7 @@ class Frame:
         self, kind: str, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
     ) -> None:
         """Keep what a signal needs of this layer's attention, mean over heads: [B, n] for the slots of this call."""
-        past = self.past - getattr(kv.state(self.cache, layer), "dropped", 0) if self.cache is not None else 0
+        past = self.past_at(layer)
         tap, clock = _Tap(q, k, mask, scaling, past), Clock(q.device)
         with recording(self.kernels):
             here = v[:, :, past : past + q.shape[2]]
@@ -576,11 +619,12 @@ class Frame:
     def shrink_cache(self, cache: Any) -> None:
         """Let every layer of the cache answer for what it did not store."""
         length = self.host.shape[1]
+        lags = {id(lag): lag[:, -1] for lag in self.lags if lag is not None}  # rows end with a real token
         for i in range(min(len(cache.layers), len(self.lengths))):
             if self.lengths[i] < length or kv.state(cache, i) is not None:
                 kv.shrink(
                     cache, i, past=self.past, fed=length, ran=self.lengths[i], valid=self.valids[i],
-                    remask=self.holes, shift=self.shift,
+                    remask=self.holes, shift=self.shift, lag=lags.get(id(self.lags[i])),
                 )  # fmt: skip
 
     def report(self) -> Last:

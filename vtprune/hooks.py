@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,6 +32,8 @@ class Local(threading.local):
         self.features: dict[str, Features | None] = {}
         self.observing = False
         self.last: Last | None = None
+        self.ahead = False  # a layer is being looked at before it runs
+        self.placed: tuple[Any, ...] = ()  # the last position ids that were lowered, and what came of them
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Local:
         return Local()
@@ -127,12 +130,17 @@ class Observer:
         return output
 
 
+class _Looked(Exception):
+    """Ends a layer's forward once its queries and keys are known."""
+
+
 class Session:
     """Everything that is installed on one model. `remove()` takes it off."""
 
     def __init__(self, model: nn.Module, stages: list[Stage]) -> None:
         self.adapter = Adapter(model)
-        self.stages = stages
+        self.notes: list[str] = []
+        self.stages = [self._placeable(stage) for stage in stages]
         self.local = Local()
         self.seen = Seen()
         self.latest: Last | None = None
@@ -150,9 +158,24 @@ class Session:
         return min((s.where for s in self.stages if isinstance(s.where, int)), default=len(self.adapter.layers))
 
     @property
+    def first_hook(self) -> int:
+        """The first decoder layer whose arguments are looked after."""
+        return 0 if "flash" in self.adapter.attention() else self.first_layer
+
+    @property
     def tower_needs(self) -> set[Signal]:
         """Signals that stages before the LLM read from the vision tower."""
         return {n for s in self.stages if s.where == "llm" for n in s.method.needs}
+
+    def _placeable(self, stage: Stage) -> Stage:
+        """The stage, which keeps positions where its method would renumber by default and the model cannot."""
+        if stage.positions is not None or not stage.compact or not self.adapter.mrope:
+            return stage
+        name = stage.method.name or type(stage.method).__name__
+        note = f"{name}: positions are kept, because renumbering is undefined for M-RoPE ({self.adapter.model_type})"
+        if note not in self.notes:
+            self.notes.append(note)
+        return replace(stage, positions="keep")
 
     def _check(self) -> None:
         """Refuse stages this model cannot hold, by name."""
@@ -162,8 +185,8 @@ class Session:
             if isinstance(stage.where, str) and stage.where != "llm":
                 raise ValueError(f"where={stage.where!r}: choose 'llm', a decoder layer 0..{depth - 1} or ('vit', k)")
             if isinstance(stage.where, int):
-                self._check_layer(name, stage.where, stage.compact)
-            elif stage.compact and a.mrope:
+                self._check_layer(name, stage.where)
+            if stage.compact and a.mrope:
                 raise UnsupportedModel(
                     f"{name}: positions='compact' is undefined for M-RoPE position ids ({a.model_type}); use 'keep'"
                 )
@@ -171,7 +194,7 @@ class Session:
         if inner != sorted(inner):
             raise ValueError(f"stages at layers {inner} must stand in increasing order")
 
-    def _check_layer(self, name: str, layer: int, compact: bool) -> None:
+    def _check_layer(self, name: str, layer: int) -> None:
         a, depth = self.adapter, len(self.adapter.layers)
         if not 0 <= layer < depth:
             raise ValueError(f"{name} at layer {layer}: the model has layers 0..{depth - 1}")
@@ -187,10 +210,6 @@ class Session:
                 f"{name} at layer {layer}: {a.model_type} adds visual features after its first {len(deep)} layers; use "
                 f"layer {len(deep)} or later"
             )
-        if compact:
-            raise UnsupportedModel(
-                f"{name} at layer {layer}: positions='compact' works before the LLM only; use 'keep'"
-            )
 
     # -- installing and removing ------------------------------------------------------------------------------------
 
@@ -201,8 +220,7 @@ class Session:
         self._undo.append(a.base.register_forward_hook(self._base_post, always_call=True).remove)
         self._undo.append(a.text.register_forward_pre_hook(self._text_pre, with_kwargs=True).remove)
         self._undo.append(a.text.register_forward_hook(self._text_post, with_kwargs=True).remove)
-        first = 0 if "flash" in a.attention() else self.first_layer
-        for i in range(first, len(a.layers)):
+        for i in range(self.first_hook, len(a.layers)):
             hook = partial(self._layer_pre, i)
             self._undo.append(a.layers[i].register_forward_pre_hook(hook, with_kwargs=True).remove)
         self._tap_layers()
@@ -224,8 +242,21 @@ class Session:
                         f"{stage.method.name} at layer {stage.where} reads layer {layer}: use layer {-need.offset} or "
                         "later"
                     )
-                attention = attention_of(self.adapter.layers[layer])
-                self._undo.append(attach(attention, partial(self._row_sink, need.kind, layer)))
+                if need.offset > 0:
+                    raise ValueError(
+                        f"{stage.method.name} at layer {stage.where} reads layer {layer}, which has not run yet: use "
+                        "the offset 0 (the layer itself) or a negative one"
+                    )
+                attention, own = attention_of(self.adapter.layers[layer]), need.offset == 0
+                self._undo.append(attach(attention, partial(self._row_sink, need.kind, layer, own), before=own))
+        for layer in self.looked_at:
+            self._undo.append(attach(attention_of(self.adapter.layers[layer]), self._stop, before=True))
+
+    @property
+    def looked_at(self) -> set[int]:
+        """Layers whose own attention a stage that stands there reads."""
+        inside = [s for s in self.stages if isinstance(s.where, int)]
+        return {s.where for s in inside for need in s.method.needs if need.layer == 0}  # type: ignore[misc]
 
     def _observe_towers(self) -> None:
         base = self.adapter.base
@@ -274,22 +305,23 @@ class Session:
                 encoded = encoded if isinstance(encoded, dict) else {}
                 # Pixels are encoded during this very call; encoded features must be recognised, not taken for the last.
                 self.local.features = {m: self.seen.find(v) for m, v in encoded.items() if v is not None}
-                frame = self.local.frame = Frame(self.adapter, self.stages, code)
+                frame = self.local.frame = Frame(self.adapter, self.stages, code, notes=list(self.notes))
                 frame.foresee(call)
         if self.adapter.masks_in_base:
             call = self._past_mask_2d(call, call.get("past_key_values"))
         return None if call is kwargs else ((), call)
 
     def _base_post(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.local.frame = None
+        self.local.frame, self.local.placed = None, ()
         kv.leave()
 
     def _text_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = self.adapter.bind(module, args, kwargs)
         cache = call.get("past_key_values")
         layer = kv.state(cache, kv.reference_layer(cache)) if cache is not None else None
+        self._check_places(cache)
         if layer is not None:
-            if layer.valid is not None or layer.shift is not None:
+            if layer.needs_patch:
                 kv.enter()
             if not self.adapter.masks_in_base:
                 call = self._past_mask_2d(call, cache)
@@ -327,20 +359,24 @@ class Session:
         hidden = args[0] if args else kwargs["hidden_states"]
         if frame is None and hidden.shape[1] == 1 and kwargs.get("attention_mask") is None:
             held = kv.state(kwargs.get("past_key_values"), i)
-            if held is None or held.valid is None:
+            if held is None or (held.valid is None and held.lag is None):
                 return None  # decode without padding: every layer sees all it stores, so there is nothing to change
         call = self.adapter.bind(module, args, kwargs)
         cache = call.get("past_key_values")
         reference = kv.reference_layer(cache) if cache is not None else 0
-        layer = kv.state(cache, i) if cache is not None and i != reference else None
+        held = kv.state(cache, i) if cache is not None else None
+        layer = held if i != reference else None
         changed = dict(call)
+        if held is not None and held.needs_patch:
+            kv.enter()
         if layer is not None:
-            if layer.valid is not None:
-                kv.enter()
             self._past_mask_layer(changed, layer, kv.state(cache, reference))
         if frame is not None:
-            changed["hidden_states"] = frame.run_layer(i, call["hidden_states"])
+            if i in self.looked_at:
+                self._look(i, module, dict(changed), frame)
+            changed["hidden_states"] = frame.run_layer(i, call["hidden_states"], call.get("position_ids"))
             frame.cut_layer_call(i, changed)
+        self._lower_positions(changed, frame.lags[i] if frame else None, held.lag if held else None)
         if "flash" in self.adapter.attention():
             # Flash attention takes gaps in position ids for packed sequences; rotary embeddings are already made.
             width = changed["hidden_states"].shape[1]
@@ -352,6 +388,7 @@ class Session:
         self,
         kind: str,
         layer: int,
+        own: bool,
         module: nn.Module,
         q: Tensor,
         k: Tensor,
@@ -360,8 +397,30 @@ class Session:
         scaling: float,
     ) -> None:
         frame = self.local.frame
-        if frame is not None and frame.opened and q.shape[2] > 1:
+        if frame is not None and frame.opened and q.shape[2] > 1 and self.local.ahead == own:
             frame.read_rows(kind, layer, q, k, v, mask, scaling)
+
+    def _look(self, i: int, layer: nn.Module, call: dict[str, Any], frame: Frame) -> None:
+        """Run layer i up to its attention product on what enters it, for the signals of stages that stand there."""
+        frame.cut_layer_call(i, call)
+        cache = call.get("past_key_values")
+        held = kv.state(cache, i) if cache is not None else None
+        self._lower_positions(call, frame.lags[i], held.lag if held else None)
+        if cache is not None:
+            call["past_key_values"] = kv.Glance(cache, frame.past_at(i))
+        self.local.ahead = True
+        try:
+            with torch.no_grad():
+                layer.forward(**call)
+        except _Looked:
+            return
+        finally:
+            self.local.ahead = False
+        raise UnsupportedModel(f"{type(layer).__name__} ran without an attention product that could be looked at")
+
+    def _stop(self, *_: Any) -> None:
+        if self.local.ahead:
+            raise _Looked
 
     # -- what the hooks do ------------------------------------------------------------------------------------------
 
@@ -452,6 +511,33 @@ class Session:
             ids = torch.arange(embeds.shape[1], device=embeds.device)[None] + layer.get_seq_length()
         assert layer.shift is not None
         return {**call, "position_ids": ids - layer.shift.to(ids.device)[:, None]}
+
+    def _lower_positions(self, call: dict[str, Any], lag: Tensor | None, held: Tensor | None) -> None:
+        """positions="compact" inside the LLM: this layer's own ids, by `lag` [B, n] of this call and `held` [B]."""
+        if lag is None and held is None:
+            return
+        key = (call["position_ids"], lag, held)
+        if (
+            not torch.compiler.is_compiling()
+            and self.local.placed
+            and all(a is b for a, b in zip(key, self.local.placed))
+        ):
+            ids, embeddings = self.local.placed[3:]
+        else:
+            ids = call["position_ids"] if lag is None else call["position_ids"] - lag
+            ids = ids if held is None else ids - held.to(ids.device)[:, None]
+            embeddings = self.adapter.text.rotary_emb(call["hidden_states"], ids)
+            if not torch.compiler.is_compiling():
+                self.local.placed = (*key, ids, embeddings)
+        call["position_ids"], call["position_embeddings"] = ids, embeddings
+
+    def _check_places(self, cache: Any) -> None:
+        """Refuse a cache whose layers renumber where this patch does not look."""
+        if any(getattr(layer, "lag", None) is not None for layer in getattr(cache, "layers", ())[: self.first_hook]):
+            raise UnsupportedCall(
+                "this cache was filled by a patched model that renumbered positions inside the LLM, at layers where "
+                "this patch has no stage: continue with the same patch, or start a new cache"
+            )
 
     def _cut_text_call(self, frame: Frame, call: dict[str, Any]) -> dict[str, Any]:
         """Every sequence-length argument of the text model, cut."""

@@ -26,8 +26,10 @@ KINDS = (
 LOGIT_CHANGES = ("softcap", "s_aux", "position_bias")
 
 
-def attach(module: nn.Module, sink: Sink) -> Callable[[], None]:
+def attach(module: nn.Module, sink: Sink, before: bool = False) -> Callable[[], None]:
     """Call `sink(module, q, k, v, mask, scaling)` after every attention product of `module`; return the undo.
+
+    before: call it before the product instead, which it may stop by an exception.
 
     q: [B, H, M, d]; k, v: [B, G, N, d], all after RoPE and norms, detached, under no_grad.
     mask: None, or broadcastable to [B, H, M, N], boolean (True = attend) or additive. scaling: factor on q.k.
@@ -39,12 +41,12 @@ def attach(module: nn.Module, sink: Sink) -> Callable[[], None]:
     if tap is None:
         tap = Tap(module)
         module.config = tap.config
-    entry = [sink]  # a fresh object: the same sink may be attached twice
+    entry = [sink, before]  # a fresh object: the same sink may be attached twice
     tap.entries = (*tap.entries, entry)
     return partial(_detach, module, tap, entry)  # not a closure, so that a copied model's undo undoes the copy
 
 
-def _detach(module: nn.Module, tap: Tap, entry: list[Sink]) -> None:
+def _detach(module: nn.Module, tap: Tap, entry: list[Any]) -> None:
     tap.entries = tuple(e for e in tap.entries if e is not entry)
     if not tap.entries and module.config is tap.config:
         module.config = tap.original
@@ -70,7 +72,7 @@ class Tap:
         self.function = names["ALL_ATTENTION_FUNCTIONS"].get_interface(base, eager)
         self.flash = "flash" in base
         self.sdpa = base == "sdpa"
-        self.entries: tuple[list[Sink], ...] = ()
+        self.entries: tuple[list[Any], ...] = ()
         # transformers recognises flash attention by name, so the tap's name contains that of its base.
         name = f"{base}+vtprune"
         AttentionInterface.register(name, tapped_attention)
@@ -108,14 +110,25 @@ def tapped_attention(
             "patch again"
         )
     owner = _Untapped(module, tap.original) if tap.flash else module
+    _show(tap, True, module, query, key, value, attention_mask, kwargs)
     result = tap.function(owner, query, key, value, attention_mask, **kwargs)
+    _show(tap, False, module, query, key, value, attention_mask, kwargs)
+    return result
+
+
+def _show(
+    tap: Tap, before: bool, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, kwargs: dict[str, Any]
+) -> None:
+    """Call the sinks that stand before or behind the product."""
+    sinks = [sink for sink, early in tap.entries if early == before]
+    if not sinks:
+        return
     with torch.no_grad():
         scaling = kwargs.get("scaling")
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        for q, k, v, mask in _products(tap, module, query, key, value, attention_mask, kwargs):
-            for (sink,) in tap.entries:
-                sink(module, q.detach(), k.detach(), v.detach(), mask, scaling)
-    return result
+        scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
+        for queries, keys, values, seen in _products(tap, module, q, k, v, mask, kwargs):
+            for sink in sinks:
+                sink(module, queries.detach(), keys.detach(), values.detach(), seen, scaling)
 
 
 def _products(

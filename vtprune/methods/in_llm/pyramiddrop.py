@@ -1,0 +1,61 @@
+"""PyramidDrop: fewer visual tokens from stage to stage of the LLM, each ranked by the layer about to run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ...kernels import check_finite
+from ...registry import register
+from ...types import Assignment, Method, Positions, Signal, Stage, Visual, Where
+from .. import best_first, budget_of, select, signal_of
+from .schedule import check_layers, check_shares, pyramid, quarters
+
+ROW = Signal("last_row", 0)
+
+
+@register("pyramiddrop", paper="https://arxiv.org/abs/2410.17247", seam="in_llm")
+@dataclass(frozen=True)
+class PyramidDrop(Method):
+    """Top-k of the last query's softmax row at three layers, averaged over heads, with fewer tokens each time.
+
+    The row is that of the layer a stage stands at, computed from the states that enter it. `keep` is what the last
+    stage leaves. A share is reached in equal factors (keep=0.125 gives the published 0.5, 0.25, 0.125); a count is
+    doubled for each stage before the last. Without keep: the published list. All shares are of the tokens as the
+    model sees them unpruned, rounded (officially cut off), so that counts may differ by one. Position ids are
+    renumbered at every stage, as officially; where they have several axes (M-RoPE) they are kept, and a note says so.
+
+    layers: decoder layers whose input is pruned, ascending; None: at 1/4, 1/2 and 3/4 of the depth (8, 16, 24 of 32).
+    ratios: shares that stay at each of `layers`, none above the one before, in place of `keep`.
+    """
+
+    positions: ClassVar[Positions] = "compact"
+    layers: tuple[int, ...] | None = None
+    ratios: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_layers(self.name, self.layers)
+        check_shares(self.name, self.ratios, 3 if self.layers is None else len(self.layers))
+
+    @property
+    def adaptive(self) -> bool:
+        return True
+
+    @property
+    def needs(self) -> tuple[Signal, ...]:
+        return (ROW,)
+
+    def default_where(self) -> Where:
+        return self.layers[0] if self.layers else 8
+
+    def stages(self, keep: float | int | None, depth: int) -> list[Stage]:
+        if keep is not None and self.ratios is not None:
+            raise TypeError(f"{self.name}: keep={keep} and ratios={self.ratios}: give one of them")
+        layers = self.layers or quarters(depth)
+        shares = self.ratios or pyramid(0.125 if keep is None else keep, len(layers))
+        return [Stage(layer, self, keep=share) for layer, share in zip(layers, shares)]
+
+    def __call__(self, v: Visual) -> Assignment:
+        row = signal_of(v, ROW, self.name)
+        check_finite([row], "last-query attention rows")
+        return select(best_first(row)[: budget_of(v, self.name)], scores=row)

@@ -1,0 +1,37 @@
+"""Where the stages of a schedule stand, and how many tokens each leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def quarters(depth: int) -> tuple[int, ...]:
+    """The layers at 1/4, 1/2 and 3/4 of the depth; fewer in a model of fewer than four layers."""
+    return tuple(sorted({depth * i // 4 for i in (1, 2, 3)}))
+
+
+def pyramid(keep: float | int, stages: int) -> list[float | int]:
+    """What each stage leaves until `keep`: a share is reached in equal factors, a count doubles towards the front."""
+    if isinstance(keep, int):
+        return [keep << later for later in reversed(range(stages))]
+    return [keep ** ((i + 1) / stages) for i in range(stages - 1)] + [keep]
+
+
+def check_layers(name: str, layers: Sequence[int] | None) -> None:
+    """Raise unless the layers are ints >= 0 that ascend, or None."""
+    if layers is None:
+        return
+    if not layers or any(isinstance(k, bool) or not isinstance(k, int) for k in layers):
+        raise TypeError(f"layers={layers!r}: {name} takes a tuple of decoder layers, such as (8, 16, 24)")
+    if min(layers) < 0 or list(layers) != sorted(set(layers)):
+        raise ValueError(f"layers={layers!r}: {name} needs ascending layers >= 0")
+
+
+def check_shares(name: str, shares: Sequence[float] | None, stages: int) -> None:
+    """Raise unless there is one share in (0, 1] for each stage, none above the one before, or None."""
+    if shares is None:
+        return
+    if len(shares) != stages:
+        raise ValueError(f"ratios={shares!r}: {name} has {stages} stages, give one share for each")
+    if not all(isinstance(s, float) and 0.0 < s <= 1.0 for s in shares) or list(shares) != sorted(shares)[::-1]:
+        raise ValueError(f"ratios={shares!r}: {name} needs floats in (0, 1], none above the one before")
