@@ -15,7 +15,7 @@ from vtprune.evals import parity
 
 FAMILIES = (
     *("divprune_", "fastv_kvcache", "fastv_prefill", "flowcut_", "flowcutqwen_", "hiprune_", "recoverable_"),
-    *("todre_spec_", "video_llava_pool", "visionzip_"),
+    *("pyramiddrop_", "todre_spec_", "transprune_", "video_llava_pool", "visionzip_"),
 )
 
 

@@ -21,7 +21,8 @@ class PyramidDrop(Method):
 
     The row is that of the layer a stage stands at, computed from the states that enter it. `keep` is what the last
     stage leaves. A share is reached in equal factors (keep=0.125 gives the published 0.5, 0.25, 0.125); a count is
-    doubled for each stage before the last. Without keep: the published list. All shares are of the tokens as the
+    doubled for each stage before the last. Without keep: the published list, and in a `Stage` of your own half of the
+    tokens it sees. All shares are of the tokens as the
     model sees them unpruned, rounded (officially cut off), so that counts may differ by one. Position ids are
     renumbered at every stage, as officially; where they have several axes (M-RoPE) they are kept, and a note says so.
 
@@ -58,4 +59,5 @@ class PyramidDrop(Method):
     def __call__(self, v: Visual) -> Assignment:
         row = signal_of(v, ROW, self.name)
         check_finite([row], "last-query attention rows")
-        return select(best_first(row)[: budget_of(v, self.name)], scores=row)
+        count = max(1, v.n // 2) if v.budget is None else budget_of(v, self.name)
+        return select(best_first(row)[:count], scores=row)
