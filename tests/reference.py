@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,10 +117,10 @@ def _see_layer(record: Dense, i: int, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 @torch.no_grad()
-def pruned_logits(model: Any, full: Dense, cuts: dict[Any, list[Cut]], compact: bool = False) -> Tensor:
+def pruned_logits(model: Any, full: Dense, cuts: dict[Any, list[Cut]], compact: Collection[Any] = ()) -> Tensor:
     """Logits [n, V] of the tokens that reach the last layer, in order.
 
-    cuts: {"llm" or layer index: the units cut there}. compact: renumber positions after a cut.
+    cuts: {"llm" or layer index: the units cut there}. compact: those behind which positions are renumbered.
     """
     text = decoder(model)
     streams = [full.hidden, *full.deepstack]
@@ -129,8 +129,9 @@ def pruned_logits(model: Any, full: Dense, cuts: dict[Any, list[Cut]], compact: 
     for i, layer in enumerate(text.layers):
         for where in ("llm", i) if i == 0 else (i,):
             if where in cuts:
+                before = alive
                 streams, alive = _apply(streams, alive, cuts[where])
-                slots = torch.arange(len(alive)) if compact else alive
+                slots = torch.arange(len(alive)) if where in compact else slots[torch.isin(before, alive)]
         kwargs = _layer_kwargs(full.layers[i], alive, slots, full.hidden)
         if getattr(layer.self_attn if hasattr(layer, "self_attn") else None, "is_sliding", False):
             kwargs["attention_mask"] = _window(kwargs["attention_mask"], full, alive, model)
@@ -289,10 +290,11 @@ def cuts_of_chat(log: Sequence[Call], turns: Sequence[Sequence[Sequence[int]]]) 
     return out
 
 
-def renumbers(model: Any, log: Sequence[Call]) -> bool:
-    """Whether the stages that ran give the kept tokens new, gapless positions; multi-axis ones are kept by default."""
+def renumbers(model: Any, log: Sequence[Call]) -> set[Any]:
+    """Where stages that ran give the kept tokens new, gapless positions; multi-axis ones are kept by default."""
     mrope = "mrope_section" in (getattr(model.config.get_text_config(), "rope_parameters", None) or {})
-    return not mrope and any((call.stage.positions or call.stage.method.positions) == "compact" for call in log)
+    chosen = {call.stage.where for call in log if (call.stage.positions or call.stage.method.positions) == "compact"}
+    return set() if mrope else chosen
 
 
 def positions(model: Any, batch: dict[str, Any]) -> Tensor | None:
