@@ -403,6 +403,14 @@ def pyramiddrop(arrays: Arrays, folder: Path) -> str:
     return _renumbering(arrays, folder, "pyramiddrop", {"keep": float(arrays["ratio_list"][-1])})
 
 
+@case("transprune_")
+def transprune(arrays: Arrays, folder: Path) -> str:
+    """As PyramidDrop, at the stored layers and shares."""
+    shares = tuple(float(share) for share in arrays["ratio_list"])
+    options = {"layers": tuple(arrays["layer_list"].tolist()), "ratios": shares}
+    return _renumbering(arrays, folder, "transprune", options)
+
+
 def _renumbering(arrays: Arrays, folder: Path, method: str, options: dict[str, Any]) -> str:
     """A schedule of stages that renumber positions, against the stored run of its official code."""
     from ..handle import patch

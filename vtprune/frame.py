@@ -20,7 +20,7 @@ from .units import Alive, arange_of, begin, groups, kept_by_crop
 
 ROWS = 64  # softmax rows held at a time
 # Signals of the decoder's attention.
-LLM_KINDS = ("last_row", "last_visual", "last_value", "value_norm", "from_text", "to_text")
+LLM_KINDS = ("last_row", "last_visual", "last_value", "value_norm", "from_text", "to_text", "transition")
 # Arguments of text models that have the sequence length and no say in which tokens are visual.
 CUT_AS_IDS = ("token_type_ids", "mm_token_type_ids", "visual_pos_masks")
 KNOWN = (
@@ -494,6 +494,7 @@ class Frame:
             return hidden
         kv.enter()
         self.inner = self.cut_now if self.inner is None else self.inner.then(self.cut_now)
+        self.rows = {key: self.cut_now.cut(row, 1) for key, row in self.rows.items()}
         if any(s.compact for s in self.stages if s.where == i):
             self._renumber(i, ids, before, real)
         elif (lag := self.lags[i]) is not None:
@@ -576,6 +577,17 @@ class Frame:
                 self.rows[kind, layer] = torch.stack([read(row, tap.of(row)) for row in range(len(self.host))])
         self.clocks.append(clock.stop())
 
+    def read_transition(self, layer: int, before: Tensor, after: Tensor) -> None:
+        """Add what one module of a layer does to its tokens, before and after [B, n, D]."""
+        clock, real = Clock(before.device), self._real_slots().to(before.device)
+        x, y = before.float(), after.float()
+        ratio = y.norm(dim=-1) / x.norm(dim=-1).clamp(min=torch.finfo(x.dtype).tiny)
+        turned = 1 - torch.cosine_similarity(x, y, dim=-1)
+        share = ratio.masked_fill(~real, 0) * turned.masked_fill(~real, -torch.inf).softmax(-1)
+        key = ("transition", layer)
+        self.rows[key] = self.rows[key] + share if key in self.rows else share
+        self.clocks.append(clock.stop())
+
     def _among_visual(self, rows: Tensor) -> Tensor:
         """Softmax rows [B, H, n] as if only the visual tokens of this call had been there."""
         c = self.compaction
@@ -588,7 +600,9 @@ class Frame:
     def _from_text(self, row: int, tap: _Tap) -> Tensor:
         """[n] attention that each slot gets from the text behind the first visual token, mean over its queries."""
         texts = self._slots(row, arange_of(self._text_behind(row), tap.q.device))
-        return sum(tap.rows(part[None]).mean(1)[0].sum(0) for part in texts.split(ROWS)) / max(1, len(texts))  # type: ignore
+        if not len(texts):  # a row without visual tokens
+            return tap.q.new_zeros(tap.q.shape[2], dtype=torch.float32)
+        return sum(tap.rows(part[None]).mean(1)[0].sum(0) for part in texts.split(ROWS)) / len(texts)  # type: ignore
 
     def _to_text(self, row: int, tap: _Tap) -> Tensor:
         """[n] share of each visual token's attention that goes to that text; 0 wherever it comes later."""

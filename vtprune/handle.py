@@ -152,4 +152,4 @@ def _stages(model: nn.Module, method: Any, keep: float | int | None, options: di
 
     # Options are those of the method's own rule; the other parts of a schedule have their own policy.
     stages = made.stages(keep, len(Adapter(model).layers))
-    return [dataclasses.replace(stage, **where) if stage.method is made else stage for stage in stages]
+    return [dataclasses.replace(stage, **where) if isinstance(stage.method, type(made)) else stage for stage in stages]

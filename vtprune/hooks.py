@@ -229,6 +229,7 @@ class Session:
     def _tap_layers(self) -> None:
         from .tap import attach
 
+        self._watched: set[int] = set()
         for stage in self.stages:
             for need in stage.method.needs if isinstance(stage.where, int) else ():
                 layer = stage.where + need.offset  # type: ignore[operator]
@@ -247,10 +248,25 @@ class Session:
                         f"{stage.method.name} at layer {stage.where} reads layer {layer}, which has not run yet: use "
                         "the offset 0 (the layer itself) or a negative one"
                     )
+                if need.kind == "transition":
+                    self._watch_transitions(stage, layer)
+                    continue
                 attention, own = attention_of(self.adapter.layers[layer]), need.offset == 0
                 self._undo.append(attach(attention, partial(self._row_sink, need.kind, layer, own), before=own))
         for layer in self.looked_at:
             self._undo.append(attach(attention_of(self.adapter.layers[layer]), self._stop, before=True))
+
+    def _watch_transitions(self, stage: Stage, layer: int) -> None:
+        if layer == stage.where:
+            raise ValueError(
+                f"{stage.method.name} at layer {layer} reads the transition of that layer, which has not run yet: use "
+                "a negative offset"
+            )
+        if layer in self._watched:
+            return
+        self._watched.add(layer)
+        for module in (attention_of(self.adapter.layers[layer]), mlp_of(self.adapter.layers[layer])):
+            self._undo.append(module.register_forward_hook(partial(self._transition, layer), with_kwargs=True).remove)
 
     @property
     def looked_at(self) -> set[int]:
@@ -399,6 +415,13 @@ class Session:
         frame = self.local.frame
         if frame is not None and frame.opened and q.shape[2] > 1 and self.local.ahead == own:
             frame.read_rows(kind, layer, q, k, v, mask, scaling)
+
+    def _transition(self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        frame = self.local.frame
+        before = args[0] if args else kwargs["hidden_states"]
+        if frame is not None and frame.opened and not self.local.ahead and before.shape[1] > 1:
+            with torch.no_grad():
+                frame.read_transition(i, before, out[0] if isinstance(out, tuple) else out)
 
     def _look(self, i: int, layer: nn.Module, call: dict[str, Any], frame: Frame) -> None:
         """Run layer i up to its attention product on what enters it, for the signals of stages that stand there."""
@@ -561,6 +584,14 @@ class Session:
 def _uncover(base: nn.Module, name: str) -> None:
     """Let the class's own method show again."""
     base.__dict__.pop(name, None)
+
+
+def mlp_of(layer: nn.Module) -> nn.Module:
+    """The feed-forward module of a decoder layer."""
+    for name in ("mlp", "feed_forward"):
+        if hasattr(layer, name):
+            return getattr(layer, name)
+    raise UnsupportedModel(f"{type(layer).__name__} has no feed-forward module whose transitions could be read")
 
 
 def attention_of(layer: nn.Module) -> nn.Module:

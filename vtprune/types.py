@@ -47,7 +47,10 @@ class Signal:
         "last_visual" (the same over the sample's visual tokens only, each head's row summing to 1), "last_value" (the
         same of v_last . v_j / sqrt(d)),
         "from_text" (the mean of the rows of all text behind the first visual token, [N]), "to_text" (the share of its
-        attention that a visual token gives to that text, [N]); these five inside the LLM only.
+        attention that a visual token gives to that text, [N]), "transition" (how much a layer turns and stretches a
+        token: sum over its attention and its MLP of |out| / |in| times the softmax of 1 - cos(in, out) over the
+        sample's tokens, where `in` is the module's normalised input and `out` what it adds, [N]; of layers that ran
+        before only); these six inside the LLM only.
     layer: for seam "llm" the tower layer: an int counts as in Python (-1 is the last); None is the layer whose output
         feeds the projector; a float in (0, 1) is a share of the depth L: layer round(layer * L) counted from 1, or
         where the tower attends within windows the next one that attends to the whole image. For a stage at decoder
@@ -59,7 +62,7 @@ class Signal:
 
     kind: Literal[
         "cls", "cls_full", "cls_value", "received", "mean_query", "keys", "mean_keys", "values", "value_norm", "hidden",
-        "last_row", "last_visual", "last_value", "from_text", "to_text", "kept",
+        "last_row", "last_visual", "last_value", "from_text", "to_text", "transition", "kept",
     ]  # fmt: skip
     layer: int | float | None = -1
     without_cls: bool = False
