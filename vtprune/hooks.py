@@ -547,7 +547,7 @@ class Session:
         ):
             ids, embeddings = self.local.placed[3:]
         else:
-            ids = call["position_ids"] if lag is None else call["position_ids"] - lag
+            ids = call["position_ids"] if lag is None else call["position_ids"] - lag.to(call["position_ids"].device)
             ids = ids if held is None else ids - held.to(ids.device)[:, None]
             embeddings = self.adapter.text.rotary_emb(call["hidden_states"], ids)
             if not torch.compiler.is_compiling():

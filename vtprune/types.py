@@ -54,7 +54,8 @@ class Signal:
     layer: for seam "llm" the tower layer: an int counts as in Python (-1 is the last); None is the layer whose output
         feeds the projector; a float in (0, 1) is a share of the depth L: layer round(layer * L) counted from 1, or
         where the tower attends within windows the next one that attends to the whole image. For a stage at decoder
-        layer or tower block k it is the offset from k (an int; -1 is the layer that ran just before).
+        layer or tower block k it is the offset from k (an int; -1 is the layer that ran just before,
+        0 inside the LLM the layer itself, on all that enters it).
     without_cls: True asks only towers without a CLS token, as a fallback that costs nothing elsewhere.
 
     Raises ValueError on a float outside (0, 1).

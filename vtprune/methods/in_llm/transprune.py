@@ -79,7 +79,7 @@ class TransPrune(Method):
 
     def batch(self, units: Sequence[Visual]) -> list[Assignment]:
         all_scores = [self._scores(v) for v in units]
-        check_finite(all_scores, "transitions and attention")
+        check_finite(all_scores, "scores of transitions and attention")
         counts = [max(1, v.n // 2) if v.budget is None else budget_of(v, self.name) for v in units]
         return [select(best_first(s)[:count], scores=s) for s, count in zip(all_scores, counts)]
 
