@@ -362,7 +362,8 @@ def holitom_inner(arrays: Arrays, folder: Path) -> str:
     if not int(arrays["layer_Km1_is_causal"]):  # the official slip: that layer looked ahead
         return f"order and tokens kept; scores and merge within {max(worst):.1g}; the rest is of a layer without mask"
     worst.append(close("states", out.last_hidden_state[0, last.index[0]], arrays["last_hidden_state"]))
-    return f"stock LLaVA with Qwen2, order, tokens and {_decode(model, out, arrays, worst)}"
+    decoded, cached = _decode(model, out, arrays)
+    return f"stock LLaVA with Qwen2, order and {cached} tokens; all within {max(worst + decoded):.1g}"
 
 
 @case("video_holitom_inner")
@@ -387,14 +388,70 @@ def video_holitom_inner(arrays: Arrays, folder: Path) -> str:
     return f"tokens and targets at {_list(counts)} of {n}; states within {max(worst):.1g}"
 
 
-def _decode(model: LlavaForConditionalGeneration, out: Any, arrays: Arrays, worst: list[float]) -> str:
-    """Cached tokens per layer, and one decode step on the returned cache; a summary of all differences so far."""
+@case("sparsevlm_rank")
+def sparsevlm_rank(arrays: Arrays, folder: Path) -> str:
+    """The rank rule of the first release, and that of the video branch, from the raters' rows."""
+    from ..methods.in_llm.sparsevlm import RELEVANCE, ROWS
+
+    rows, n = torch.from_numpy(arrays["attn_mean_heads_rater_rows"]), int(arrays["vis_len"])
+    relevance = torch.cat([torch.ones(len(rows)), torch.zeros(1)])  # one more text token, which is no rater
+    signals = {ROWS: torch.cat([rows.T, torch.ones(n, 1)], dim=1), RELEVANCE: relevance}
+    x, counts = torch.randn(n, 4, generator=torch.Generator().manual_seed(0)), []
+    for tag, scale, bias in (("v1", float(arrays["v1_scale"]), float(arrays["v1_bias"])), ("video", 1.0, 0.0)):
+        answer = create("sparsevlm", scale=scale, bias=bias)(Visual(x, None, signals=signals))
+        stored = np.flatnonzero(arrays[f"{tag}_keep_mask"])
+        same(f"kept by {tag}", _ordered(answer)[: len(stored)].sort().values, stored)
+        if (len(answer.idx) > len(stored)) != bool(arrays[f"{tag}_merge_flag"]):
+            raise Mismatch(f"{tag}: {len(answer.idx) - len(stored)} merged tokens, stored flag says otherwise")
+        assert answer.scores is not None
+        worst = close("scores", answer.scores, arrays["score_visual"])
+        counts.append(len(stored))
+    return f"tokens by rank {int(arrays['rank'])}: {_list(counts)} of {n}; scores within {worst:.1g}"
+
+
+@case("sparsevlm_")
+def sparsevlm(arrays: Arrays, folder: Path) -> str:
+    """The whole path on two stages: scores, kept tokens, merged states, prefill, cache and one decode step."""
+    from ..handle import patch
+    from ..types import Stage
+
+    plus = "stage0_merge_output" not in arrays
+    heads = arrays["num_heads"]
+    weights = dict(np.load(folder / "model_llama.npz"), num_heads=heads, num_kv_heads=heads)
+    visual = _visual(arrays)
+    model, inputs = stock_llava(weights, torch.from_numpy(arrays["inputs_embeds"]), visual)
+    layers, counts = tuple(arrays["pruning_layers"].tolist()), arrays["keep_list"].tolist()
+    method = create("sparsevlm", layers=layers, version="plus" if plus else "v1", heads=14, order="official")
+    merged = [0 if plus else int(arrays[f"stage{i}_merge_cluster_num"]) for i in range(len(counts))]
+    stages = [
+        Stage(layer + 1, method, keep=count + more, positions="keep" if plus else "compact")
+        for layer, count, more in zip(layers, counts, merged)
+    ]
+    with patch(model, stages) as handle:
+        out = _run(model, inputs)
+        last, states = handle.last, out.last_hidden_state[0]
+        worst, cached = _decode(model, out, arrays)
+    assert last is not None
+    for i, unit in enumerate(last.units):
+        assert unit.scores is not None
+        stored = arrays[f"stage{i}_score_visual"]
+        # Division by nearly zero rotary weights amplifies rounding.
+        loose = TOLERANCE / (1e-3 + 1e-3 * torch.from_numpy(stored).abs()) if plus else torch.ones(unit.n)
+        worst.append(close(f"scores of stage {i}", unit.scores * loose, torch.from_numpy(stored) * loose))
+        kept = _ordered(unit.assignment)[: counts[i]].sort().values
+        same(f"kept at stage {i}", kept, np.flatnonzero(arrays[f"stage{i}_keep_mask"]))
+    worst.append(close("states", states[last.index[0]], arrays["last_hidden_state"]))
+    return f"stock LLaVA, tokens of {len(counts)} stages, {cached} tokens; all within {max(worst):.1g}"
+
+
+def _decode(model: LlavaForConditionalGeneration, out: Any, arrays: Arrays) -> tuple[list[float], str]:
+    """One decode step on the returned cache: [difference of its state], and the cached tokens per layer in words."""
     stored = torch.tensor([layer.keys.shape[2] for layer in out.past_key_values.layers])
     same("cached tokens per layer", stored, arrays["kv_lengths_after_prefill"])
     step = {"inputs_embeds": torch.from_numpy(arrays["decode_embed"])[None], "past_key_values": out.past_key_values}
     state = _run(model, step).last_hidden_state[0]
-    worst.append(close("decoded state", state, arrays["decode_last_hidden_state"].reshape(1, -1)))
-    return f"cache of {_list(stored.tolist())} tokens; all within {max(worst):.1g}"
+    worst = close("decoded state", state, arrays["decode_last_hidden_state"].reshape(1, -1))
+    return [worst], f"cache of {_list(stored.tolist())}"
 
 
 @case("pyramiddrop_")

@@ -20,7 +20,10 @@ from .units import Alive, arange_of, begin, groups, kept_by_crop
 
 ROWS = 64  # softmax rows held at a time
 # Signals of the decoder's attention.
-LLM_KINDS = ("last_row", "last_visual", "last_value", "value_norm", "from_text", "to_text", "transition")
+LLM_KINDS = (
+    "last_row", "last_visual", "last_value", "value_norm", "from_text", "to_text", "transition",
+    "relevance", "text_rows", "text_rows_by_head", "rope_weight",
+)  # fmt: skip
 # Arguments of text models that have the sequence length and no say in which tokens are visual.
 CUT_AS_IDS = ("token_type_ids", "mm_token_type_ids", "visual_pos_masks")
 KNOWN = (
@@ -116,6 +119,7 @@ class Frame:
     lags: list[Tensor | None] = field(default_factory=list)
     state: dict[int, dict[str, Any]] = field(default_factory=dict)
     rows: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    relevance: list[Tensor] = field(default_factory=list)
     memo: dict[Any, Any] = field(default_factory=dict)
     clocks: list[Clock] = field(default_factory=list)
     merges: list[tuple[int, Tensor, Assignment]] = field(default_factory=list)
@@ -298,8 +302,11 @@ class Frame:
             x = self.hidden[row].index_select(0, slots.to(self.hidden.device))
         signals: dict[Signal, Tensor] = {}
         for need in stage.method.needs:
-            if isinstance(stage.where, int):
-                signals[need] = self.rows[need.kind, stage.where + need.offset][row].index_select(0, slots)
+            if need.kind == "relevance":
+                signals[need] = self.relevance[row]
+            elif isinstance(stage.where, int):
+                rows = self.rows[need.kind, stage.where + need.offset][row].index_select(0, slots)
+                signals[need] = rows if rows.dim() == 1 else rows[..., : self._words(row)]
             elif all(need in a.unit.signals for a in group):
                 joined = torch.cat([a.unit.signals[need].to(a.origin.device).index_select(0, a.origin) for a in group])
                 signals[need] = joined if order is None else joined.index_select(0, order)
@@ -572,6 +579,11 @@ class Frame:
                 last = to_device(self._last_slot(q.shape[2]), q.device)
                 rows = tap.rows(last[:, None])[:, :, 0]
                 self.rows[kind, layer] = (rows if kind == "last_row" else self._among_visual(rows)).mean(1)
+            elif kind.startswith("text_rows"):
+                mean = kind == "text_rows"
+                self.rows[kind, layer] = _padded(
+                    [self._text_rows(row, tap.of(row), mean) for row in range(len(self.host))]
+                )
             else:
                 read = self._from_text if kind == "from_text" else self._to_text
                 self.rows[kind, layer] = torch.stack([read(row, tap.of(row)) for row in range(len(self.host))])
@@ -603,6 +615,45 @@ class Frame:
         if not len(texts):  # a row without visual tokens
             return tap.q.new_zeros(tap.q.shape[2], dtype=torch.float32)
         return sum(tap.rows(part[None]).mean(1)[0].sum(0) for part in texts.split(ROWS)) / len(texts)  # type: ignore
+
+    def _text_rows(self, row: int, tap: _Tap, mean: bool) -> Tensor:
+        """[n, T] what every slot gets from each token of that text, mean over heads; else [n, H, T]."""
+        texts, n, heads = self._texts(row, tap.q.device), tap.q.shape[2], tap.q.shape[1]
+        if not len(texts):  # a row without visual tokens
+            return tap.q.new_zeros((n, 0) if mean else (n, heads, 0), dtype=torch.float32)
+        parts = [tap.rows(part[None])[0] for part in texts.split(ROWS)]
+        if mean:
+            return torch.cat([part.mean(0) for part in parts]).T
+        return torch.cat(parts, dim=1).permute(2, 0, 1)
+
+    def _texts(self, row: int, device: torch.device) -> Tensor:
+        """Current slots of the text behind the row's first visual token."""
+        return self._slots(row, arange_of(self._text_behind(row), device))
+
+    def _words(self, row: int) -> int:
+        """Number of tokens of that text."""
+        return sum(length for _, length in self._text_behind(row))
+
+    def read_embeds(self, x: Tensor) -> None:
+        """Keep how much each token of that text has to do with the images: x [B, n, D] enters the first layer."""
+        self.relevance = []
+        for row in range(len(self.host)):
+            mine = [a.positions for a in self.alive if a.row == row]
+            visual = x[row].index_select(0, self._slots(row, torch.cat(mine) if mine else x.new_zeros(0).long()))
+            text = x[row].index_select(0, self._texts(row, x.device)).float()
+            total = text.new_zeros(len(text))
+            for some in visual.split(ROWS):
+                total = total + (some.float() @ text.T).softmax(1).sum(0)
+            self.relevance.append(total / max(1, len(visual)))
+
+    def read_places(self, layer: int, rope: tuple[Tensor, Tensor]) -> None:
+        """Keep what rotary embeddings (cos, sin) [B or 1, n, d] alone contribute to the attention of that text."""
+        cos, sin = (part.float() for part in rope)
+        half = cos.shape[-1] // 2
+        ones = torch.cat([(cos - sin)[..., :half], (cos + sin)[..., half:]], dim=-1).expand(len(self.host), -1, -1)
+        self.rows["rope_weight", layer] = _padded(
+            [x @ x.index_select(0, self._texts(row, x.device)).T / (2 * half) ** 0.5 for row, x in enumerate(ones)]
+        )
 
     def _to_text(self, row: int, tap: _Tap) -> Tensor:
         """[n] share of each visual token's attention that goes to that text; 0 wherever it comes later."""
@@ -708,6 +759,12 @@ def _check(stage: Stage, views: list[Visual], answers: list[Assignment]) -> None
         )
 
     check((torch.cat(steps) > 0).all(), error)
+
+
+def _padded(rows: list[Tensor]) -> Tensor:
+    """Rows of a batch whose last dimensions differ, with zeros at their ends."""
+    longest = max(row.shape[-1] for row in rows)
+    return torch.stack([torch.nn.functional.pad(row, (0, longest - row.shape[-1])) for row in rows])
 
 
 def _cut_any(value: Any, c: Compaction) -> Any:

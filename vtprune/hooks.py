@@ -248,6 +248,13 @@ class Session:
                         f"{stage.method.name} at layer {stage.where} reads layer {layer}, which has not run yet: use "
                         "the offset 0 (the layer itself) or a negative one"
                     )
+                if need.kind == "relevance":
+                    continue
+                if need.kind == "rope_weight":
+                    attention = attention_of(self.adapter.layers[layer])
+                    hook = attention.register_forward_pre_hook(partial(self._rope_sink, layer), with_kwargs=True)
+                    self._undo.append(hook.remove)
+                    continue
                 if need.kind == "transition":
                     self._watch_transitions(stage, layer)
                     continue
@@ -350,6 +357,8 @@ class Session:
             if frame.run_stages("llm", call["inputs_embeds"]):
                 kv.enter()
                 call = self._cut_text_call(frame, call)
+            if any(need.kind == "relevance" for stage in self.stages for need in stage.method.needs):
+                frame.read_embeds(call["inputs_embeds"])
         return None if call is kwargs else ((), call)
 
     def _text_post(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -444,6 +453,17 @@ class Session:
     def _stop(self, *_: Any) -> None:
         if self.local.ahead:
             raise _Looked
+
+    def _rope_sink(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        frame, rope = self.local.frame, kwargs.get("position_embeddings")
+        if frame is None or not frame.opened or (args[0] if args else kwargs["hidden_states"]).shape[1] == 1:
+            return
+        if not isinstance(rope, tuple) or rope[0].dim() != 3:
+            raise UnsupportedModel(
+                f"{type(module).__name__} has no rotary embedding [B, n, d] of a single axis, which the signal "
+                "'rope_weight' divides out: choose a method or version without it"
+            )
+        frame.read_places(layer, rope)
 
     # -- what the hooks do ------------------------------------------------------------------------------------------
 

@@ -50,7 +50,10 @@ class Signal:
         attention that a visual token gives to that text, [N]), "transition" (how much a layer turns and stretches a
         token: sum over its attention and its MLP of |out| / |in| times the softmax of 1 - cos(in, out) over the
         sample's tokens, where `in` is the module's normalised input and `out` what it adds, [N]; of layers that ran
-        before only); these six inside the LLM only.
+        before only), of the T tokens of that text "text_rows" (their softmax rows, mean over heads, [N, T]),
+        "text_rows_by_head" ([N, H, T]), "rope_weight" (q.k / sqrt(d) that rotary positions alone give to queries and
+        keys of ones, [N, T]) and "relevance" (mean over the row's visual tokens of the softmax of x . x_t over that
+        text, of the embeddings entering the LLM, [T]); these ten inside the LLM only.
     layer: for seam "llm" the tower layer: an int counts as in Python (-1 is the last); None is the layer whose output
         feeds the projector; a float in (0, 1) is a share of the depth L: layer round(layer * L) counted from 1, or
         where the tower attends within windows the next one that attends to the whole image. For a stage at decoder
@@ -64,6 +67,7 @@ class Signal:
     kind: Literal[
         "cls", "cls_full", "cls_value", "received", "mean_query", "keys", "mean_keys", "values", "value_norm", "hidden",
         "last_row", "last_visual", "last_value", "from_text", "to_text", "transition", "kept",
+        "relevance", "text_rows", "text_rows_by_head", "rope_weight",
     ]  # fmt: skip
     layer: int | float | None = -1
     without_cls: bool = False
