@@ -130,7 +130,7 @@ def test_equal_densities_fall_back_on_the_order() -> None:
     assert member[centres].tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "mistral3"])
+@pytest.mark.parametrize("family", ["llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "mistral3"])
 def test_signals_are_those_of_the_whole_map(family: str) -> None:
     """Rows of the text behind the first image against the eager map; relevance against the embeddings."""
     batch, layer = families.inputs(family, rows=(1,)), 2
