@@ -11,7 +11,7 @@ from torch import Tensor
 from ...kernels import check_finite
 from ...registry import register
 from ...types import Assignment, Method, Positions, Signal, Stage, Visual
-from .. import best_first, select, signal_of
+from .. import best_first, budget_of, select, signal_of
 from ..density_peaks import density_peaks
 
 Version = Literal["v1", "plus"]
@@ -100,6 +100,8 @@ class SparseVLM(Method):
         return [Stage(layer + 1, self, keep=share, positions=positions) for layer, share in zip(behind, shares)]
 
     def __call__(self, v: Visual) -> Assignment:
+        if v.budget is not None:
+            budget_of(v, self.name)  # checks its range
         relevance, rows = (signal_of(v, need, self.name) for need in (RELEVANCE, ROWS))
         raters = relevance > relevance.mean()
         weight = torch.where(raters.any(), raters, True).float()
