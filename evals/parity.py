@@ -23,7 +23,7 @@ from torch import Tensor
 from vtprune.kernels import attention_received
 
 from ..registry import create
-from ..types import Assignment, Signal, Span, Visual
+from ..types import Assignment, Method, Signal, Span, Visual
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
@@ -503,6 +503,84 @@ def _renumbering(arrays: Arrays, folder: Path, method: str, options: dict[str, A
     worst.append(close("decoded state", decoded, arrays["decode_last_hidden_state"]))
     counts = _list([len(unit.idx) for unit in last.units])
     return f"stock LLaVA, {counts} tokens kept, ids renumbered, one decode step; all within {max(worst):.1g}"
+
+
+@case("aim_inllm")
+def aim_inllm(arrays: Arrays, folder: Path) -> str:
+    """Importance and tokens of the first stage; with the stored choices, dropping must give what masking gave.
+
+    Later choices of ours may differ: a masked token still hands out its start in the next PageRank, a dropped one does
+    not.
+    """
+    from ..handle import patch
+    from ..methods.in_llm.withdraw import Withdraw
+    from ..types import Stage
+
+    visual, embeds = _visual(arrays), torch.from_numpy(arrays["inputs_embeds"])
+    model, inputs = stock_llava(np.load(folder / "model_qwen2_28l.npz"), embeds, visual)
+    with patch(model, "aim_inllm") as handle:
+        _run(model, inputs)
+        last = handle.last
+    assert last is not None
+    places = [unit.where for unit in last.units if isinstance(unit.where, int)]
+    masks = {place: arrays["keep_mask_after_layer"][place - 1, visual].astype(bool) for place in places}
+    first = last.units[0]
+    assert first.scores is not None
+    worst = [close("importance", first.scores, arrays["importance_all_layers"][places[0] - 1, visual])]
+    same("kept at the first stage", first.idx, np.flatnonzero(masks[places[0]]))
+    counts = [len(unit.idx) for unit in last.units]
+    same("tokens per stage", torch.tensor(counts), [int(mask.sum()) for mask in masks.values()])
+    stages, before = [], np.ones_like(masks[places[0]])
+    for place in places[:-1]:
+        chosen = torch.from_numpy(np.flatnonzero(masks[place][before]))
+        stages.append(Stage(place, Chosen(chosen), keep=len(chosen)))
+        before = masks[place]
+    with patch(model, [*stages, Stage(places[-1], Withdraw(None))]) as handle:
+        out = _run(model, inputs)
+        left = handle.last
+        step = {"inputs_embeds": torch.from_numpy(arrays["decode_embed"])[None], "past_key_values": out.past_key_values}
+        decoded = _run(model, step).last_hidden_state[0]
+    assert left is not None
+    worst.append(close("states", out.last_hidden_state[0, left.index[0]], arrays["last_hidden_state"][left.index[0]]))
+    worst.append(close("decoded state", decoded, arrays["decode_last_hidden_state"].reshape(1, -1)))
+    return f"stock LLaVA with Qwen2, {_list(counts)} tokens; on the stored choices all within {max(worst):.1g}"
+
+
+class Chosen(Method):
+    """Keeps what a stored run kept: idx among the tokens that are there."""
+
+    per = "sample"
+
+    def __init__(self, idx: Tensor) -> None:
+        self.idx = idx
+
+    def __call__(self, v: Visual) -> Assignment:
+        return Assignment(self.idx)
+
+
+@case("video_aim_prune")
+def video_aim_prune(arrays: Arrays, folder: Path) -> str:
+    """Importance of every stored layer, masked tokens left in as officially, and the tokens kept behind it."""
+    from ..kernels import page_rank
+
+    start, stop, n = arrays["bounds"].tolist()
+    method, worst, counts = create("aim_inllm"), [], []
+    masks = torch.from_numpy(arrays["mask_after_layer"])
+    for layer, logits, stored in zip(arrays["layers"].tolist(), arrays["logits"], arrays["importance"]):
+        seen = masks[layer - 1] if layer else torch.ones(n, dtype=torch.bool)
+        z = torch.from_numpy(logits)[None]
+        mask = z.isfinite() & seen
+        keys = torch.eye(n).expand(*z.shape)  # so that q.k are the stored logits
+        score = page_rank(z.masked_fill(~mask, 0), keys, mask, 10.0, 5)[0].square().mean(0).sqrt()
+        worst.append(close(f"importance at layer {layer}", score, stored))
+        there = seen[start:stop].nonzero().flatten()
+        kept = int(masks[layer, start:stop].sum())
+        if 0 < kept < len(there):
+            signals = {method.needs[0]: score[start:stop][there]}
+            answer = method(Visual(torch.zeros(len(there), 1), kept, signals=signals))
+            same(f"kept behind layer {layer}", there[answer.idx], np.flatnonzero(masks[layer, start:stop]))
+        counts.append(kept)
+    return f"{_list(counts)} of {stop - start} tokens behind {len(counts)} layers; importance within {max(worst):.1g}"
 
 
 class Stored(torch.nn.Module):

@@ -15,7 +15,16 @@ from vtprune.evals import parity
 
 FAMILIES = (
     *("divprune_", "fastv_kvcache", "fastv_prefill", "flowcut_", "flowcutqwen_", "hiprune_", "recoverable_"),
-    *("holitom_inner_", "pyramiddrop_", "sparsevlm_", "todre_spec_", "transprune_", "video_holitom_inner"),
+    *(
+        "aim_inllm",
+        "video_aim_prune",
+        "holitom_inner_",
+        "pyramiddrop_",
+        "sparsevlm_",
+        "todre_spec_",
+        "transprune_",
+        "video_holitom_inner",
+    ),
     *("video_llava_pool", "visionzip_"),
 )
 

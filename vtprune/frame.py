@@ -12,17 +12,18 @@ from torch import Tensor
 from . import cache as kv
 from .clock import Clock, capturing
 from .compact import Compaction, mask_for, tensor_mask
-from .kernels import Arriving, Verdict, attention_rows, check, compact, deferring, recording, to_device
+from .kernels import Arriving, Verdict, attention_rows, check, compact, deferring, page_rank, recording, to_device
 from .kernels.dispatch import Backend
 from .model_adapters.generic import MODALITIES, Adapter, Features, runs_of
 from .types import KEPT, Assignment, Signal, Span, Stage, UnsupportedCall, Visual, VtpruneError, Where
 from .units import Alive, arange_of, begin, groups, kept_by_crop
 
 ROWS = 64  # softmax rows held at a time
+SHARPNESS, STEPS = 10, 5  # of the PageRank in AIM (https://arxiv.org/abs/2412.03248)
 # Signals of the decoder's attention.
 LLM_KINDS = (
     "last_row", "last_visual", "last_value", "value_norm", "from_text", "to_text", "transition",
-    "relevance", "text_rows", "text_rows_by_head", "rope_weight",
+    "relevance", "text_rows", "text_rows_by_head", "rope_weight", "page_rank",
 )  # fmt: skip
 # Arguments of text models that have the sequence length and no say in which tokens are visual.
 CUT_AS_IDS = ("token_type_ids", "mm_token_type_ids", "visual_pos_masks")
@@ -579,6 +580,8 @@ class Frame:
                 last = to_device(self._last_slot(q.shape[2]), q.device)
                 rows = tap.rows(last[:, None])[:, :, 0]
                 self.rows[kind, layer] = (rows if kind == "last_row" else self._among_visual(rows)).mean(1)
+            elif kind == "page_rank":
+                self.rows[kind, layer] = tap.page_rank(self._real_slots().to(q.device)).square().mean(1).sqrt()
             elif kind.startswith("text_rows"):
                 mean = kind == "text_rows"
                 self.rows[kind, layer] = _padded(
@@ -737,6 +740,19 @@ class _Tap:
                 allowed = allowed & mask.reshape(batch, -1)[:, None, :seen].bool()
             bias = allowed[:, None]
         return attention_rows(queries, self.k[:, :, :seen], bias, self.scaling)[..., self.past :]
+
+    def page_rank(self, real: Tensor) -> Tensor:
+        """Importance [B, H, n] of the slots of this call among themselves; real [B, n] are no padding."""
+        n = self.q.shape[2]
+        mask = self.mask
+        if mask is not None and mask.shape[-2] == n:
+            mask = mask[..., self.past : self.past + n]
+        else:  # causal, with no mask or (flash attention) one that knows padding only
+            allowed = torch.ones(n, n, dtype=torch.bool, device=real.device).tril()
+            mask = allowed[None, None] & real[:, None, None]
+        start = real.float() / real.sum(1, keepdim=True)
+        keys = self.k[:, :, self.past : self.past + n]
+        return page_rank(self.q, keys, mask, SHARPNESS * self.scaling, STEPS, start[:, None])
 
 
 def _check(stage: Stage, views: list[Visual], answers: list[Assignment]) -> None:

@@ -1,0 +1,58 @@
+"""AIM inside the LLM: from the middle layers on, visual tokens leave little by little, the least important first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ...kernels import check_finite
+from ...registry import register
+from ...types import Assignment, Method, Per, Signal, Stage, Visual
+from .. import best_first, budget_of, select, signal_of
+from .withdraw import Withdraw
+
+IMPORTANCE = Signal("page_rank", -1)
+START, SPAN, OF = 14, 8, 28  # all visual tokens up to layer 14 of 28, none from the eighth layer behind it on
+
+
+@register("aim_inllm", paper="https://arxiv.org/abs/2412.03248", seam="in_llm")
+@dataclass(frozen=True)
+class AIMInLLM(Method):
+    """Top-k of the PageRank importance in the layer before: five steps on its attention, ten times as sharp.
+
+    From the middle of the depth on each layer leaves 1/8 of the visual tokens fewer (of 28 layers; in proportion
+    elsewhere), rounded, until none is left. With keep as a share that is where it ends; a count is reached at once, at
+    the first of these layers. A stage of one's own without keep leaves half. Position ids are kept.
+
+    The official code masks tokens and never drops them. Dropping gives the others the same states, but a masked token
+    still hands out its 1 / N in the first step of later layers' PageRank, so later choices may differ from the
+    official ones. Nothing is computed in layers that no stage stands behind.
+    """
+
+    per: ClassVar[Per] = "sample"
+
+    @property
+    def adaptive(self) -> bool:
+        return True
+
+    @property
+    def needs(self) -> tuple[Signal, ...]:
+        return (IMPORTANCE,)
+
+    def stages(self, keep: float | int | None, depth: int) -> list[Stage]:
+        first = max(1, min(depth - 1, depth * START // OF + 1))
+        if isinstance(keep, int):
+            return [Stage(first, self, keep=keep)]
+        end, out = 0.0 if keep is None else keep, []
+        for layer in range(first, depth):
+            share = max(1 - (layer - depth * START / OF) * OF / (SPAN * depth), end)
+            out.append(Stage(layer, self, keep=share) if share > 0 else Stage(layer, Withdraw(None)))
+            if share <= end:
+                break
+        return out
+
+    def __call__(self, v: Visual) -> Assignment:
+        scores = signal_of(v, IMPORTANCE, self.name)
+        check_finite([scores], "importance scores")
+        count = max(1, v.n // 2) if v.budget is None else budget_of(v, self.name)
+        return select(best_first(scores)[:count], scores=scores)
