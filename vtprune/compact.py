@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .kernels.compact.reference import places
 from .types import UnsupportedCall
 
 
@@ -28,15 +29,7 @@ class Compaction:
     @classmethod
     def of(cls, keep: Tensor, counts: Sequence[int]) -> Compaction:
         """From a mask [B, L] (bool, True = stays) and its row sums, which the host knows: no device sync."""
-        length, n = keep.shape[1], max(counts)
-        # A stable sort by "stays" puts the kept positions last, in order; whatever stands before them is padding.
-        index = torch.argsort(keep.to(torch.int8), dim=1, stable=True)[:, length - n :]
-        pads = n - keep.sum(1, keepdim=True)
-        valid = None
-        if min(counts) != n:
-            valid = torch.arange(n, device=keep.device)[None] >= pads
-        src = (keep.cumsum(1) - 1).clamp(min=0) + pads
-        return cls(index, valid, src.clamp(max=n - 1))
+        return cls(*places(keep, counts))
 
     @property
     def n(self) -> int:

@@ -614,7 +614,7 @@ class Frame:
 
     def _from_text(self, row: int, tap: _Tap) -> Tensor:
         """[n] attention that each slot gets from the text behind the first visual token, mean over its queries."""
-        texts = self._slots(row, arange_of(self._text_behind(row), tap.q.device))
+        texts = self._texts(row, tap.q.device)
         if not len(texts):  # a row without visual tokens
             return tap.q.new_zeros(tap.q.shape[2], dtype=torch.float32)
         return sum(tap.rows(part[None]).mean(1)[0].sum(0) for part in texts.split(ROWS)) / len(texts)  # type: ignore
@@ -665,7 +665,7 @@ class Frame:
         seen = runs_of(self.host[row] > 1)
         if not seen or not behind or behind[0][0] > seen[-1][0]:
             return out
-        texts = self._slots(row, arange_of(behind, tap.q.device))
+        texts = self._texts(row, tap.q.device)
         for slots in self._slots(row, torch.cat([a.positions for a in self.alive if a.row == row])).split(ROWS):
             out[slots] = tap.rows(slots[None]).mean(1)[0].index_select(1, texts).sum(1)
         return out

@@ -34,6 +34,17 @@ class Compacted:
     cu_seqlens: Tensor
 
 
+def places(keep: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`index`, `valid` and `src` of `Compacted`, from a mask [B, L] and its row sums, which the host knows."""
+    length, n = keep.shape[1], max(counts)
+    pads = n - keep.sum(1, keepdim=True)
+    # A stable sort by "stays" puts the kept positions last, in order; whatever stands before them is padding.
+    index = torch.argsort(keep.to(torch.int8), dim=1, stable=True)[:, length - n :]
+    valid = None if min(counts) == n else torch.arange(n, device=keep.device)[None] >= pads
+    src = ((keep.cumsum(1) - 1).clamp(min=0) + pads).clamp(max=n - 1)
+    return index, valid, src
+
+
 def compact(
     keep: Tensor,
     counts: Sequence[int],
@@ -47,12 +58,7 @@ def compact(
 ) -> Compacted:
     """As `kernels.compact`, arguments checked."""
     (batch, length), n = keep.shape, max(counts)
-    sums = keep.sum(1)
-    pads = n - sums[:, None]
-    # A stable sort by "stays" puts the kept positions last, in order; whatever stands before them is padding.
-    index = torch.argsort(keep.to(torch.int8), dim=1, stable=True)[:, length - n :]
-    valid = None if min(counts) == n else torch.arange(n, device=keep.device)[None] >= pads
-    src = ((keep.cumsum(1) - 1).clamp(min=0) + pads).clamp(max=n - 1)
+    index, valid, src = places(keep, counts)
 
     ids = position_ids
     if ids is not None:
@@ -82,5 +88,5 @@ def compact(
         mask=mask,
         visual=stays,
         deepstack=layers,
-        cu_seqlens=pad(sums.cumsum(0), (1, 0)).to(torch.int32),
+        cu_seqlens=pad(keep.sum(1).cumsum(0), (1, 0)).to(torch.int32),
     )

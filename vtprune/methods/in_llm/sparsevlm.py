@@ -13,13 +13,15 @@ from ...registry import register
 from ...types import Assignment, Method, Positions, Signal, Stage, Visual
 from .. import best_first, budget_of, select, signal_of
 from ..density_peaks import density_peaks
+from .schedule import pyramid
 
 Version = Literal["v1", "plus"]
 Order = Literal["positional", "official"]
 RELEVANCE, ROWS = Signal("relevance"), Signal("text_rows")
 HEADS, WEIGHT = Signal("text_rows_by_head"), Signal("rope_weight")
 BEHIND, OF = (2, 6, 15), 32  # the published layers, and the depth they are meant for
-# Visual tokens behind each of them, of 576, by the published average; those of v1 with its merged tokens.
+PUBLISHED = 576  # visual tokens of the model the lists below were published for; here they only become shares
+# Visual tokens behind each of them, of those, by the published average; those of v1 with its merged tokens.
 PRESETS = {
     "v1": {192: (309, 204, 113), 128: (312, 117, 39), 96: (249, 55, 27), 64: (82, 32, 18)},
     "plus": {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)},
@@ -93,9 +95,9 @@ class SparseVLM(Method):
         if self.preset is not None:
             if keep is not None:
                 raise TypeError(f"{self.name}: keep={keep} and preset={self.preset}: give one of them")
-            shares += [count / 576 for count in PRESETS[self.version][self.preset][-n:]]
+            shares += [count / PUBLISHED for count in PRESETS[self.version][self.preset][-n:]]
         elif keep is not None:
-            shares += [keep << n - i if isinstance(keep, int) else keep ** (i / n) for i in range(1, n + 1)]
+            shares += pyramid(keep, n)
         positions: Positions | None = "keep" if self.version == "plus" else None
         return [Stage(layer + 1, self, keep=share, positions=positions) for layer, share in zip(behind, shares)]
 
