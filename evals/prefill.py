@@ -17,12 +17,13 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from vtprune import cache as kv
 from vtprune.compact import mask_for
 from vtprune.types import UnsupportedCall, UnsupportedModel
 
 MODES = ("eager", "graph", "compile")
 # Whatever else the text model is handed is refused: it would have to be padded too, or be answered.
-KNOWN = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict")
+KNOWN = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values", "cache", "use_cache", "return_dict")
 
 
 class Bucketed:
@@ -75,7 +76,7 @@ class Bucketed:
 
     def forward(self, *args: Any, **call: Any) -> Any:
         """The text model's forward, bucketed where it can be; returns BaseModelOutputWithPast like it."""
-        embeds, cache = call.get("inputs_embeds"), call.get("past_key_values")
+        embeds, cache = call.get("inputs_embeds"), call.get(kv.NAME)
         past = cache is not None and cache.get_seq_length() > 0
         if args or embeds is None or past or call.get("use_cache") is False:
             return self._forward(*args, **call)
@@ -88,7 +89,7 @@ class Bucketed:
         cache = DynamicCache(config=self.config) if cache is None else cache
         for i, (keys, values) in enumerate(zip(stored[::2], stored[1::2])):
             cache.update(keys[:, :, :length], values[:, :, :length], i)  # copies: a graph will write there again
-        return BaseModelOutputWithPast(last_hidden_state=hidden[:, :length].clone(), past_key_values=cache)
+        return BaseModelOutputWithPast(hidden[:, :length].clone(), cache)  # by place: the name has changed
 
     def _prefill(self, embeds: Tensor, ids: Tensor | None, mask: Any) -> tuple[Tensor, ...]:
         batch, length = embeds.shape[:2]
@@ -112,7 +113,7 @@ class Bucketed:
         cache = DynamicCache(config=self.config)
         cache.layers = [_Once() for _ in self.text.layers]  # type: ignore[union-attr]
         out = self._forward(
-            inputs_embeds=embeds, position_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True
+            inputs_embeds=embeds, position_ids=ids, attention_mask=mask, use_cache=True, **{kv.NAME: cache}
         )
         stored = [x for layer in cache.layers for x in (layer.keys, layer.values)]  # type: ignore[union-attr]
         return (out.last_hidden_state, *stored)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtprune.cache import renamed
 from vtprune.types import Signal, Span, UnsupportedCall, UnsupportedModel
 
 from .layouts import spans_of
@@ -160,7 +161,8 @@ class Adapter:
         return self.config.get_text_config(decoder=True)._attn_implementation or "eager"  # type: ignore[union-attr]
 
     def bind(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """All arguments of a forward call by name."""
+        """All arguments of a forward call by name; the cache under `vtprune.cache.NAME`."""
+        kwargs = renamed(kwargs)
         if not args:
             return kwargs
         forward = type(module).forward

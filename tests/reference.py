@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from vtprune import Assignment, Method, Stage, Visual
+from vtprune import cache as kv
 
 
 @dataclass
@@ -167,7 +168,7 @@ def _apply(streams: list[Tensor], alive: Tensor, cuts: Sequence[Cut]) -> tuple[l
 
 def _layer_kwargs(kwargs: dict[str, Any], alive: Tensor, slots: Tensor, like: Tensor) -> dict[str, Any]:
     length = like.shape[0]
-    out = dict(kwargs, past_key_values=None, use_cache=False)
+    out = dict(kwargs, use_cache=False, **{kv.NAME: None})
     out["attention_mask"] = _mask(kwargs.get("attention_mask"), alive)
     out["position_embeddings"] = tuple(t.index_select(-2, slots) for t in kwargs["position_embeddings"])
     ids = kwargs.get("position_ids")

@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import AttentionInterface, DynamicCache, GenerationMixin, StaticCache, cache_utils
 
+from vtprune import cache as kv
+
 every_family = pytest.mark.parametrize("family", families.NAMES)
 
 
@@ -67,7 +69,7 @@ def test_what_the_text_model_receives(family: str) -> None:
     (call,) = seen(model.get_decoder(), lambda: model(**batch, use_cache=True))
     args, kwargs = call
     assert not args, "base_model must call the text model by keyword, so that a pre-hook can replace arguments"
-    needed = {"inputs_embeds", "attention_mask", "position_ids", "past_key_values"}
+    needed = {"inputs_embeds", "attention_mask", "position_ids", kv.NAME}
     assert needed <= set(kwargs), f"the text model must receive {sorted(needed)}"
     embeds = kwargs["inputs_embeds"]
     assert embeds.shape == (*batch["input_ids"].shape, families.WIDTH), "features must be inside inputs_embeds already"
@@ -87,7 +89,7 @@ def test_what_a_decoder_layer_receives(family: str) -> None:
     hook.remove()
     args, kwargs = call
     assert len(args) <= 1, "only hidden_states may be positional in a decoder layer's call"
-    needed = {"attention_mask", "position_embeddings", "past_key_values"}
+    needed = {"attention_mask", "position_embeddings", kv.NAME}
     assert needed <= set(kwargs), f"decoder layers must receive {sorted(needed)} by keyword"
     cos = kwargs["position_embeddings"][0]
     assert cos.shape[-2] == batch["input_ids"].shape[1], "rotary embeddings must have the sequence in dimension -2"

@@ -24,7 +24,7 @@ def _fresh() -> None:
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 @pytest.mark.parametrize("rows", [(1,), (2, 1)], ids=["one row", "ragged rows"])
 def test_bucketed_prefill_and_decode_equal_eager(family: str, rows: tuple[int, ...]) -> None:
-    model, inputs = families.model(family), dict(families.inputs(family, rows=rows))
+    model, inputs = families.fresh(family), dict(families.inputs(family, rows=rows))
     how = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     runner = Bucketed(model, "compile", bucket=64, backend="eager")
     for keep in (1.0, 0.5):
@@ -40,7 +40,7 @@ def test_bucketed_prefill_and_decode_equal_eager(family: str, rows: tuple[int, .
 
 
 def test_lengths_of_one_bucket_share_one_compilation() -> None:
-    model, inputs = families.model("llava"), dict(families.inputs("llava", rows=(1,)))  # 10 words, 25 visual tokens
+    model, inputs = families.fresh("llava"), dict(families.inputs("llava", rows=(1,)))  # 10 words, 25 visual tokens
     counter = CompileCounter()
     runner = Bucketed(model, "compile", bucket=16, backend=counter)
     with torch.inference_mode():
@@ -73,7 +73,7 @@ def test_bench_runs_both_ways_side_by_side(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_what_cannot_be_bucketed_is_refused() -> None:
-    model = families.model("llava")
+    model = families.fresh("llava")
     with pytest.raises(ValueError, match="'fast': choose one of eager, graph, compile"):
         Bucketed(model, "fast")
     with pytest.raises(ValueError, match="captures CUDA graphs"):
@@ -81,13 +81,13 @@ def test_what_cannot_be_bucketed_is_refused() -> None:
     with pytest.raises(ValueError, match="bucket=0"):
         Bucketed(model, "compile", bucket=0)
     with pytest.raises(UnsupportedModel, match="causal full attention"):
-        Bucketed(families.model("gemma3"), "compile")
+        Bucketed(families.fresh("gemma3"), "compile")
     runner = Bucketed(model, "compile", backend="eager")
     with vtprune.patch(model, "fastv", keep=0.5, layer=1), pytest.raises(UnsupportedModel, match="stages inside"):
         runner.__enter__()
     with torch.inference_mode(), runner, pytest.raises(UnsupportedCall, match="cannot serve output_hidden_states"):
         model(**families.inputs("llava"), output_hidden_states=True)
-    deep = families.model("qwen3_vl")
+    deep = families.fresh("qwen3_vl")
     with (
         torch.inference_mode(),
         Bucketed(deep, "compile", backend="eager"),

@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .compact import hidden_like, hide
 from .types import UnsupportedCall
 
+# What transformers calls a cache among arguments and outputs; renamed in 5.24.
+NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 _inside = threading.local()
 
 
@@ -28,6 +31,13 @@ def enter() -> None:
 def leave() -> None:
     """The patched model has returned."""
     _inside.on = False
+
+
+def renamed(call: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call with its cache under the name of today, as transformers itself takes the old one."""
+    if NAME in call or "past_key_values" not in call:
+        return call
+    return {NAME if key == "past_key_values" else key: value for key, value in call.items()}
 
 
 class Pruned:

@@ -33,6 +33,7 @@ KNOWN = (
     "inputs_embeds",
     "deepstack_visual_embeds",
     "past_key_values",
+    "cache",
     *CUT_AS_IDS,
 )
 
@@ -135,7 +136,7 @@ class Frame:
     def foresee(self, call: dict[str, Any]) -> None:
         """From the arguments of the base model: send what the host must know on its way while the tower runs."""
         length = self.code.shape[1]
-        self.cache = call.get("past_key_values")
+        self.cache = call.get(kv.NAME)
         self.past = int(self.cache.get_seq_length()) if self.cache is not None else 0
         real = self._real(call.get("attention_mask"), length)
         if real is not None:

@@ -331,7 +331,7 @@ class Session:
                 frame = self.local.frame = Frame(self.adapter, self.stages, code, notes=list(self.notes))
                 frame.foresee(call)
         if self.adapter.masks_in_base:
-            call = self._past_mask_2d(call, call.get("past_key_values"))
+            call = self._past_mask_2d(call, call.get(kv.NAME))
         return None if call is kwargs else ((), call)
 
     def _base_post(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -340,7 +340,7 @@ class Session:
 
     def _text_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = self.adapter.bind(module, args, kwargs)
-        cache = call.get("past_key_values")
+        cache = call.get(kv.NAME)
         layer = kv.state(cache, kv.reference_layer(cache)) if cache is not None else None
         self._check_places(cache)
         if layer is not None:
@@ -367,7 +367,7 @@ class Session:
             return None
         frame.settle()
         if frame.compaction is not None:
-            cache = getattr(output, "past_key_values", None)
+            cache = getattr(output, kv.NAME, None)
             cache = cache if cache is not None else frame.cache
             if cache is not None:
                 frame.shrink_cache(cache)
@@ -383,11 +383,11 @@ class Session:
         frame = self.local.frame if self.local.frame is not None and self.local.frame.opened else None
         hidden = args[0] if args else kwargs["hidden_states"]
         if frame is None and hidden.shape[1] == 1 and kwargs.get("attention_mask") is None:
-            held = kv.state(kwargs.get("past_key_values"), i)
+            held = kv.state(kv.renamed(kwargs).get(kv.NAME), i)
             if held is None or (held.valid is None and held.lag is None):
                 return None  # decode without padding: every layer sees all it stores, so there is nothing to change
         call = self.adapter.bind(module, args, kwargs)
-        cache = call.get("past_key_values")
+        cache = call.get(kv.NAME)
         reference = kv.reference_layer(cache) if cache is not None else 0
         held = kv.state(cache, i) if cache is not None else None
         layer = held if i != reference else None
@@ -435,11 +435,11 @@ class Session:
     def _look(self, i: int, layer: nn.Module, call: dict[str, Any], frame: Frame) -> None:
         """Run layer i up to its attention product on what enters it, for the signals of stages that stand there."""
         frame.cut_layer_call(i, call)
-        cache = call.get("past_key_values")
+        cache = call.get(kv.NAME)
         held = kv.state(cache, i) if cache is not None else None
         self._lower_positions(call, frame.lags[i], held.lag if held else None)
         if cache is not None:
-            call["past_key_values"] = kv.Glance(cache, frame.past_at(i))
+            call[kv.NAME] = kv.Glance(cache, frame.past_at(i))
         self.local.ahead = True
         try:
             with torch.no_grad():
@@ -471,7 +471,7 @@ class Session:
         """Calls that cannot be pruned right."""
         from transformers.cache_utils import Cache, EncoderDecoderCache
 
-        cache = call.get("past_key_values")
+        cache = call.get(kv.NAME)
         if "paged" in self.adapter.attention() or (cache is not None and not isinstance(cache, Cache)):
             raise UnsupportedCall(
                 f"paged caches and continuous batching ({type(cache).__name__}) cannot hold pruned prompts: use "
