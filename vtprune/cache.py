@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .compact import hidden_like, hide
+from .compact import Compaction, hidden_like, hide
 from .types import UnsupportedCall
 
 # What transformers calls a cache among arguments and outputs; renamed in 5.24.
@@ -49,6 +49,9 @@ class Pruned:
     remask: the mask the caller keeps has other zeros in the prefix than what is stored there.
     shift: [B] int64, how much lower than the logical position a new token's position id is (positions="compact").
     lag: [B] int64, how much lower still it is at this layer, behind a stage that renumbers; None if not at all.
+    aside: all keys and values of the prompt, while the layer shows a selection of them (`show`). shown: that selection.
+    back: how many of the next keys are of tokens that come back: they join those aside.
+    recall: state of the stage that acts here at decode (`vtprune.recall`), or None.
     """
 
     dropped: int
@@ -57,11 +60,17 @@ class Pruned:
     remask: bool
     shift: Tensor | None
     lag: Tensor | None
+    aside: tuple[Tensor, Tensor] | None = None
+    shown: Compaction | None = None
+    back: int = 0
+    recall: Any = None
+    keys: Tensor
+    values: Tensor
 
     @property
     def needs_patch(self) -> bool:
-        """True if only a patched model can mask or place what comes next."""
-        return self.valid is not None or self.shift is not None or self.lag is not None
+        """True if only a patched model can mask, place or choose for what comes next."""
+        return any(x is not None for x in (self.valid, self.shift, self.lag, self.shown))
 
     def get_seq_length(self) -> Any:
         """Tokens fed so far, dropped ones included."""
@@ -77,15 +86,18 @@ class Pruned:
         if self.needs_patch and not getattr(_inside, "on", False):
             raise UnsupportedCall(
                 "this cache was filled by a patched model and its rows kept different numbers of tokens (or compact "
-                "positions), so an unpatched model would mask it wrongly: continue with the patched model, or start "
-                "a new cache"
+                "positions, or a choice made at every decode step), so an unpatched model would mask it wrongly: "
+                "continue with the patched model, or start a new cache"
             )
+        if self.back:
+            key_states, value_states = self._take_back(key_states, value_states)
         return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
 
     def reset(self) -> None:
         """Empty: nothing is stored, nothing dropped."""
         self.dropped, self.prefix, self.valid, self.remask = 0, 0, None, False
-        self.shift = self.lag = None
+        self.shift = self.lag = self.aside = self.shown = self.recall = None
+        self.back = 0
         super().reset()  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -104,6 +116,31 @@ class Pruned:
         self.valid = None if self.valid is None else rows(self.valid)
         self.shift = None if self.shift is None else rows(self.shift)
         self.lag = None if self.lag is None else rows(self.lag)
+        self.aside = None if self.aside is None else (rows(self.aside[0]), rows(self.aside[1]))
+        if self.shown is not None:  # no longer what any selection of the stage says: it is made anew
+            self.shown = Compaction(rows(self.shown.index), self.valid, rows(self.shown.src))
+        if self.recall is not None:
+            self.recall.select(rows)
+
+    def _take_back(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the first keys and values aside with the others, show what is chosen of all; return what is left."""
+        assert self.aside is not None
+        assert self.shown is not None
+        new, self.back = self.back, 0
+        self.aside = (
+            torch.cat([self.aside[0], keys[:, :, :new]], 2),
+            torch.cat([self.aside[1], values[:, :, :new]], 2),
+        )
+        self._gather(self.shown.index)
+        return keys[:, :, new:], values[:, :, new:]
+
+    def _gather(self, index: Tensor | None) -> None:
+        """Keys and values of what is aside, at index [B, n] or all, in place of the first `prefix` that are shown."""
+        assert self.aside is not None
+        self.keys, self.values = (
+            torch.cat([x if index is None else _along(x, index), held[:, :, self.prefix :]], 2)
+            for x, held in zip(self.aside, (self.keys, self.values))
+        )
 
     def __reduce__(self) -> Any:
         return _rebuild, (type(self).__mro__[2], self.__dict__)
@@ -181,6 +218,61 @@ def shrink(
     new.remask = remask or valid is not None or (was.remask if was else False)
     new.shift, new.lag = _sum(was.shift if was else None, shift), _sum(was.lag if was else None, lag)
     cache.layers[i] = new
+
+
+def stored(layer: Any) -> int:
+    """Tokens a layer without preallocated storage holds, or shows."""
+    return layer.keys.shape[2]
+
+
+def show(layer: Pruned, shown: Compaction, size: int, back: int) -> None:
+    """Let a layer show a cut of the first `size` tokens it stores, and all that came behind them.
+
+    shown: cut of the size + back tokens that there will be once `back` come back with the next update.
+    A static layer hides the others instead.
+    """
+    if layer.shown is shown and not back:
+        return
+    if is_static(layer):
+        layer.valid, layer.prefix, layer.remask, layer.shown = shown.kept, size, True, shown
+        return
+    length = layer.get_seq_length()
+    if layer.aside is None:
+        layer.aside, layer.prefix = (layer.keys[:, :, :size], layer.values[:, :, :size]), size
+    index = shown.index.clamp(max=size - 1)  # of those that come back nothing is there yet
+    layer._gather(index)
+    layer.prefix, layer.valid, layer.remask = shown.n, shown.valid, True
+    layer.dropped, layer.shown, layer.back = length - stored(layer), shown, back
+
+
+def recalls(cache: Any) -> bool:
+    """True if stages act on this cache at decode."""
+    return any(getattr(layer, "recall", None) is not None for layer in getattr(cache, "layers", ()))
+
+
+def show_all(cache: Any) -> None:
+    """Let every layer show all it stores, for a call of several tokens; what stages at decode remember starts anew."""
+    order = None
+    for layer in cache.layers:
+        if not isinstance(layer, Pruned):
+            continue
+        if layer.recall is not None:
+            layer.recall.forget()
+            order = layer.recall.order
+        if layer.shown is None or order is None:
+            continue
+        real, length = order >= 0, layer.get_seq_length()
+        if layer.aside is not None:
+            layer._gather(None)
+            layer.prefix, layer.dropped = order.shape[1], length - stored(layer)
+        layer.valid = None if bool(real.all()) else real
+        layer.aside = layer.shown = None
+
+
+def _along(x: Tensor, index: Tensor) -> Tensor:
+    """x [B, G, P, d] at index [B or 1, n]."""
+    index = index.to(x.device)[:, None, :, None]
+    return x.gather(2, index.expand(x.shape[0], x.shape[1], -1, x.shape[3]))
 
 
 def _sum(before: Tensor | None, now: Tensor | None) -> Tensor | None:

@@ -32,6 +32,12 @@ class Compaction:
         return cls(*places(keep, counts))
 
     @property
+    def kept(self) -> Tensor:
+        """[B, L] bool: which of the original positions stay."""
+        kept = self.index.gather(1, self.src) == torch.arange(self.length, device=self.src.device)
+        return kept if self.valid is None else kept & self.valid.gather(1, self.src)
+
+    @property
     def n(self) -> int:
         """Kept tokens per row, pads included."""
         return self.index.shape[1]
@@ -121,9 +127,16 @@ def causal_mask(valid: Tensor, queries: int, dtype: torch.dtype | None) -> Tenso
     keys = valid.shape[1]
     rows = torch.arange(keys - queries, keys, device=valid.device)[:, None]
     allowed = (torch.arange(keys, device=valid.device)[None] <= rows)[None, None] & valid[:, None, None, :]
-    if dtype is None:
-        return allowed
-    return torch.zeros(allowed.shape, dtype=dtype, device=valid.device).masked_fill(~allowed, torch.finfo(dtype).min)
+    return allowed if dtype is None else _additive(allowed, dtype)
+
+
+def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+def mask_of(allowed: Tensor, attention: str, dtype: torch.dtype) -> Tensor:
+    """allowed [B, 1, Q, K] bool, as a layer takes it that is no flash kernel."""
+    return _additive(allowed, dtype) if attention == "eager" else allowed
 
 
 def mask_for(attention: str, valid: Tensor, queries: int, dtype: torch.dtype) -> Tensor:

@@ -12,10 +12,11 @@ from torch import Tensor
 from . import cache as kv
 from .clock import Clock, capturing
 from .compact import Compaction, mask_for, tensor_mask
-from .kernels import Arriving, Verdict, attention_rows, check, compact, deferring, page_rank, recording, to_device
+from .kernels import Arriving, Verdict, attention_rows, compact, deferring, page_rank, recording, to_device
 from .kernels.dispatch import Backend
 from .model_adapters.generic import MODALITIES, Adapter, Features, runs_of
-from .types import KEPT, Assignment, Signal, Span, Stage, UnsupportedCall, Visual, VtpruneError, Where
+from .recall import Recall, pick
+from .types import KEPT, Assignment, Signal, Span, Stage, UnsupportedCall, Visual, Where, check_answers
 from .units import Alive, arange_of, begin, groups, kept_by_crop
 
 ROWS = 64  # softmax rows held at a time
@@ -80,6 +81,8 @@ class Last:
         `row` is the row of the tower's batch, `image` the crop's number, `positions` are its tokens; and by modality
         the rows each block ran on, of its longest crop (of all images where the tower packs them). `units` then starts
         with what all of them together left of each image.
+    recalled: of stages that act at decode, by layer: for each row the positions as fed [K] of the visual tokens that
+        the last decode step saw there; empty before the first step that chose.
     """
 
     index: Tensor
@@ -93,6 +96,7 @@ class Last:
     clocks: list[Clock] = field(default_factory=list, repr=False)
     tower_units: list[UnitResult] = field(default_factory=list)
     tower_lengths: dict[str, list[int]] = field(default_factory=dict)
+    recalled: dict[int, list[Tensor]] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -130,6 +134,7 @@ class Frame:
     verdicts: list[Verdict] = field(default_factory=list)
     tower_units: list[UnitResult] = field(default_factory=list)
     tower_lengths: dict[str, list[int]] = field(default_factory=dict)
+    recalls: dict[int, Recall] = field(default_factory=dict)
 
     # -- setting up -------------------------------------------------------------------------------------------------
 
@@ -155,6 +160,7 @@ class Frame:
             )
         host = self._arriving.read()
         self.host, self.holes = host[:, :length], bool((host == 0).any())
+        self.real_past = host[:, length:].to(self.code.device) != 0 if host.shape[1] > length else None
         self.keep = (self.code != 0).to(embeds.device)
         self.units = self.adapter.units(self.host, features)
         if any(features.get(m) is None for m in self.modalities()):
@@ -212,7 +218,7 @@ class Frame:
         if where == "llm":
             self._drop_unseen()
         for number, stage in enumerate(self.stages):
-            if stage.where == where:
+            if stage.where == where and "prefill" in stage.method.phases:
                 self._run(number, stage)
         if sum(self.counts) == before:
             return False
@@ -257,9 +263,7 @@ class Frame:
         clock = Clock(self.hidden.device)
         with deferring() as checks, recording(self.kernels):
             answers = stage.method.batch(views)
-            if len(answers) != len(todo):
-                raise VtpruneError(f"{stage.method.name}.batch answered {len(answers)} of {len(todo)} units")
-            _check(stage, views, answers)
+            check_answers(stage, views, answers)
         self.clocks.append(clock.stop())
         if not capturing(self.hidden.device):  # a CUDA graph replays what its warm-up run has checked
             self.verdicts.append(Verdict(checks))
@@ -494,10 +498,21 @@ class Frame:
 
     # -- inside the LLM ---------------------------------------------------------------------------------------------
 
-    def run_layer(self, i: int, hidden: Tensor, ids: Tensor | None) -> Tensor:
-        """Hidden states entering layer i, after the stages there. ids: position ids as the text model was given."""
-        if not any(s.where == i for s in self.stages):
+    def run_layer(self, i: int, hidden: Tensor, ids: Tensor | None, rope: Any = None) -> Tensor:
+        """Hidden states entering layer i, after the stages there.
+
+        ids, rope: position ids and rotary embeddings as the text model was given them.
+        """
+        here = [s for s in self.stages if s.where == i]
+        if not here:
             return hidden
+        recall = self._remember(i, hidden, rope, [s for s in here if "decode" in s.method.phases])
+        hidden = self._run_layer(i, hidden, ids)
+        if recall is not None:
+            self._remembered(i, recall)
+        return hidden
+
+    def _run_layer(self, i: int, hidden: Tensor, ids: Tensor | None) -> Tensor:
         before, real = self._ids_at(i, ids), self._real_slots()
         if not self.run_stages(i, hidden):
             return hidden
@@ -509,6 +524,52 @@ class Frame:
         elif (lag := self.lags[i]) is not None:
             self.lags[i:] = [self.cut_now.cut(lag, 1)] * len(self.lags[i:])
         return self.cut_now.cut(self.hidden, 1)
+
+    def _remember(self, i: int, hidden: Tensor, rope: Any, stages: list[Stage]) -> Recall | None:
+        """What a stage at layer i that acts at decode will want to know of the visual tokens entering it."""
+        if not stages:
+            return None
+        first = next(iter(self.recalls.values()), None)
+        if first is None:
+            rows = [[a for a in self.alive if a.row == row] for row in range(len(self.host))]
+            counts, totals = [sum(a.m for a in row) for row in rows], [sum(a.n for a in row) for row in rows]
+            where = torch.full((len(rows), max(counts)), -1, dtype=torch.int64, device=hidden.device)
+            for line, row, n in zip(where, rows, counts):
+                line[:n] = torch.cat([line[:0], *(a.positions for a in row)]).sort().values
+        else:
+            where, counts, totals = first.where, first.counts, first.totals
+        if not max(counts):
+            return None
+        slots = where.clamp(min=0) if self.compaction is None else self.compaction.src.gather(1, where.clamp(min=0))
+        entry = slots.masked_fill(where < 0, -1) if first is None else first.entry
+        recall = Recall(where, where, slots, counts, totals, entry)
+        if any("prefill" in s.method.phases for s in stages):
+            recall.hidden = hidden.gather(1, slots[..., None].expand(-1, -1, hidden.shape[-1])).detach()
+            recall.rope = first.rope if first is not None else self._ropes(rope, slots)
+        return recall
+
+    def _ropes(self, rope: Any, slots: Tensor) -> tuple[Tensor, ...]:
+        """Rotary embeddings [.., B, V, d] of the current slots [B, V]."""
+        if not isinstance(rope, tuple) or not all(torch.is_tensor(x) and x.dim() >= 3 for x in rope):
+            raise UnsupportedCall(
+                f"{self.adapter.model_type} hands its layers no rotary embeddings (cos, sin) of shape [.., B, n, d], "
+                "so tokens cannot come back at decode: use a method that acts while the prompt is read"
+            )
+        rope = rope if self.inner is None else _cut_any(rope, self.inner)
+        return tuple(pick(x, slots) for x in rope)
+
+    def _remembered(self, i: int, recall: Recall) -> None:
+        """Where what the stages at layer i left is stored from there on, counted in this call alone."""
+        c, place = self.compaction, recall.where.clamp(min=0)
+        kept = (recall.where >= 0) & self.keep.gather(1, place)
+        slots = place if c is None else c.src.gather(1, place)
+        recall.slots = slots.masked_fill(~kept, -1)
+        if c is None:
+            order = torch.arange(self.code.shape[1], device=place.device).where(self.code != 0, -1)
+        else:
+            order = c.index if c.valid is None else c.index.masked_fill(~c.valid, -1)
+        recall.order = order
+        self.recalls[i] = recall
 
     def _real_slots(self) -> Tensor:
         """[B, n] bool: which of the current slots hold no padding."""
@@ -689,12 +750,44 @@ class Frame:
         """Let every layer of the cache answer for what it did not store."""
         length = self.host.shape[1]
         lags = {id(lag): lag[:, -1] for lag in self.lags if lag is not None}  # rows end with a real token
+        first = min(self.recalls, default=len(cache.layers))
+        befores = {i: self._stored_before(cache, i) for i in self.recalls}
+        entered = self.past_at(first - 1) if self.recalls else 0
         for i in range(min(len(cache.layers), len(self.lengths))):
-            if self.lengths[i] < length or kv.state(cache, i) is not None:
+            if self.lengths[i] < length or kv.state(cache, i) is not None or i >= first:
                 kv.shrink(
                     cache, i, past=self.past, fed=length, ran=self.lengths[i], valid=self.valids[i],
-                    remask=self.holes, shift=self.shift, lag=lags.get(id(self.lags[i])),
+                    remask=self.holes and self.lengths[i] < length, shift=self.shift, lag=lags.get(id(self.lags[i])),
                 )  # fmt: skip
+
+        for i, recall in self.recalls.items():
+            layer: Any = kv.state(cache, i)
+            before = befores[i]
+            later = replace(
+                recall,
+                where=recall.where + self.past * (recall.where >= 0),
+                order=torch.cat([before, recall.order + self.past * (recall.order >= 0)], 1),
+                slots=recall.slots + before.shape[1] * (recall.slots >= 0),
+                entry=recall.entry + entered * (recall.entry >= 0),
+                memory=[],
+            )
+            layer.recall = later if layer.recall is None else layer.recall.joined(later)
+
+    def _stored_before(self, cache: Any, i: int) -> Tensor:
+        """[B, P] positions as fed of what layer i stored before this call, -1 for padding."""
+        was = kv.state(cache, i)
+        order = torch.arange(self.past, device=self.code.device).expand(len(self.code), -1)
+        if self.real_past is not None:
+            order = order.where(self.real_past, -1)
+        if was is None:
+            return order
+        order = order[:, was.dropped :]
+        if was.recall is not None:
+            return torch.cat([was.recall.order, order[:, was.recall.order.shape[1] :]], 1)
+        if was.valid is not None:
+            head = order[:, : was.prefix].where(was.valid, -1)
+            order = torch.cat([head, order[:, was.prefix :]], 1)
+        return order
 
     def report(self) -> Last:
         """What `Handle.last` shows."""
@@ -754,28 +847,6 @@ class _Tap:
         start = real.float() / real.sum(1, keepdim=True)
         keys = self.k[:, :, self.past : self.past + n]
         return page_rank(self.q, keys, mask, SHARPNESS * self.scaling, STEPS, start[:, None])
-
-
-def _check(stage: Stage, views: list[Visual], answers: list[Assignment]) -> None:
-    """Raise unless every answer is a selection of its budget; what only the device knows is one deferrable check."""
-    name = stage.method.name or type(stage.method).__name__
-    steps = []
-    for view, answer in zip(views, answers):
-        if not isinstance(answer, Assignment) or answer.idx.dim() != 1 or answer.idx.dtype != torch.int64:
-            raise VtpruneError(f"{name} must answer an Assignment with idx [K] int64, not {answer!r:.80}")
-        count = answer.idx.shape[0]
-        if view.budget is not None and (count > view.budget or (stage.method.exact and count < view.budget)):
-            raise VtpruneError(f"{name} kept {count} tokens of {view.n}, but its budget is {view.budget}")
-        steps.append(torch.cat([answer.idx[:1] + 1, answer.idx.diff(), view.n - answer.idx[-1:]]))
-
-    def error() -> VtpruneError:
-        i = next(i for i, step in enumerate(steps) if not bool((step > 0).all()))
-        return VtpruneError(
-            f"{name} answered idx={answers[i].idx.tolist()!r:.80} for a unit of {views[i].n} tokens: kept positions "
-            f"must be distinct, ascending and within 0..{views[i].n - 1}; sort them (Assignment.order holds pick order)"
-        )
-
-    check((torch.cat(steps) > 0).all(), error)
 
 
 def _padded(rows: list[Tensor]) -> Tensor:

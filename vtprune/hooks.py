@@ -21,6 +21,7 @@ from .compact import hide, in_window, mask_for, tensor_mask
 from .frame import LLM_KINDS, Frame, Last
 from .kernels import recording
 from .model_adapters.generic import MODALITIES, Adapter, Features
+from .recall import ROW, Step
 from .types import KEPT, Signal, Stage, UnsupportedCall, UnsupportedModel
 
 
@@ -32,6 +33,7 @@ class Local(threading.local):
         self.features: dict[str, Features | None] = {}
         self.observing = False
         self.last: Last | None = None
+        self.step: Step | None = None  # a decode step at which stages act
         self.ahead = False  # a layer is being looked at before it runs
         self.placed: tuple[Any, ...] = ()  # the last position ids that were lowered, and what came of them
 
@@ -163,6 +165,11 @@ class Session:
         return 0 if "flash" in self.adapter.attention() else self.first_layer
 
     @property
+    def at_decode(self) -> list[Stage]:
+        """Stages that act at decode."""
+        return [s for s in self.stages if "decode" in s.method.phases]
+
+    @property
     def tower_needs(self) -> set[Signal]:
         """Signals that stages before the LLM read from the vision tower."""
         return {n for s in self.stages if s.where == "llm" for n in s.method.needs}
@@ -190,9 +197,38 @@ class Session:
                 raise UnsupportedModel(
                     f"{name}: positions='compact' is undefined for M-RoPE position ids ({a.model_type}); use 'keep'"
                 )
+        self._check_decode()
         inner = [s.where for s in self.stages if isinstance(s.where, int)]
         if inner != sorted(inner):
             raise ValueError(f"stages at layers {inner} must stand in increasing order")
+
+    def _check_decode(self) -> None:
+        stages = self.at_decode
+        for stage in stages:
+            name, last = stage.method.name, stages[0].where
+            if not isinstance(stage.where, int) or stage.where < 1:
+                raise ValueError(
+                    f"{name} at {stage.where!r}: it acts at decode, on the attention of the layer before, so place it "
+                    "at a decoder layer >= 1"
+                )
+            if {s.method.name for s in stages} != {name} or len({s.where for s in stages}) != len(stages):
+                raise ValueError(
+                    f"stages of {', '.join(dict.fromkeys(s.method.name for s in stages))} act at decode: choose one of "
+                    "these methods, at most once a layer"
+                )
+            deeper = [s for s in self.stages if isinstance(s.where, int) and s.where > last and s not in stages]  # type: ignore[operator]
+            if deeper:
+                raise ValueError(
+                    f"{deeper[0].method.name} at layer {deeper[0].where} drops tokens behind {name} at layer {last}, "
+                    f"which chooses among them at decode: let {name} stand behind all other stages"
+                )
+            if stage.compact:
+                raise ValueError(f"{name}: positions='compact' is undefined where tokens come back; use 'keep'")
+            if "prefill" in stage.method.phases and "flash" in self.adapter.attention():
+                raise UnsupportedModel(
+                    f"{name} lets tokens come back at decode, which needs masks that flash attention does not take: "
+                    "load the model with attn_implementation='sdpa'"
+                )
 
     def _check_layer(self, name: str, layer: int) -> None:
         a, depth = self.adapter, len(self.adapter.layers)
@@ -259,6 +295,12 @@ class Session:
                     self._watch_transitions(stage, layer)
                     continue
                 attention, own = attention_of(self.adapter.layers[layer]), need.offset == 0
+                if "decode" in stage.method.phases:
+                    if need != ROW:
+                        raise ValueError(f"{stage.method.name} reads {need} at decode, where there is only {ROW}")
+                    self._undo.append(attach(attention, partial(self._step_sink, layer)))
+                if "prefill" not in stage.method.phases:
+                    continue
                 self._undo.append(attach(attention, partial(self._row_sink, need.kind, layer, own), before=own))
         for layer in self.looked_at:
             self._undo.append(attach(attention_of(self.adapter.layers[layer]), self._stop, before=True))
@@ -335,7 +377,7 @@ class Session:
         return None if call is kwargs else ((), call)
 
     def _base_post(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.local.frame, self.local.placed = None, ()
+        self.local.frame, self.local.step, self.local.placed = None, None, ()
         kv.leave()
 
     def _text_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -343,6 +385,7 @@ class Session:
         cache = call.get(kv.NAME)
         layer = kv.state(cache, kv.reference_layer(cache)) if cache is not None else None
         self._check_places(cache)
+        self._open_step(cache, call)
         if layer is not None:
             if layer.needs_patch:
                 kv.enter()
@@ -362,33 +405,54 @@ class Session:
         return None if call is kwargs else ((), call)
 
     def _text_post(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        frame = self.local.frame
+        frame, step = self.local.frame, self.local.step
+        if step is not None:
+            return self._close_step(step, output)
         if frame is None or not frame.opened:
             return None
         frame.settle()
-        if frame.compaction is not None:
+        if frame.compaction is not None or frame.recalls:
             cache = getattr(output, kv.NAME, None)
             cache = cache if cache is not None else frame.cache
             if cache is not None:
                 frame.shrink_cache(cache)
-            hidden = frame.compaction.restore(output[0])
-            if isinstance(output, tuple):
-                output = (hidden, *output[1:])
-            else:
-                output.last_hidden_state = hidden
+        if frame.compaction is not None:
+            output = _with_hidden(output, frame.compaction.restore(output[0]))
         self.local.last = self.latest = frame.report()
         return output
 
+    def _open_step(self, cache: Any, call: dict[str, Any]) -> None:
+        """Before a call on a cache with stages that act at decode: one token is a step, several see everything."""
+        if not kv.recalls(cache):
+            return
+        kv.enter()
+        embeds = call.get("inputs_embeds")
+        if embeds is None or embeds.shape[1] > 1:
+            kv.show_all(cache)
+        elif all(getattr(kv.state(cache, s.where), "recall", None) is not None for s in self.at_decode):  # type: ignore
+            self.local.step = Step(cache, self.at_decode)
+
+    def _close_step(self, step: Step, output: Any) -> Any:
+        step.settle()
+        last = self.local.last or self.latest
+        if last is not None:
+            last.recalled.update(step.kept())
+        return _with_hidden(output, output[0][:, -1:]) if step.back else output
+
     def _layer_pre(self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         frame = self.local.frame if self.local.frame is not None and self.local.frame.opened else None
+        step = self.local.step
         hidden = args[0] if args else kwargs["hidden_states"]
-        if frame is None and hidden.shape[1] == 1 and kwargs.get("attention_mask") is None:
+        if frame is None and step is None and hidden.shape[1] == 1 and kwargs.get("attention_mask") is None:
             held = kv.state(kv.renamed(kwargs).get(kv.NAME), i)
             if held is None or (held.valid is None and held.lag is None):
                 return None  # decode without padding: every layer sees all it stores, so there is nothing to change
         call = self.adapter.bind(module, args, kwargs)
         cache = call.get(kv.NAME)
         reference = kv.reference_layer(cache) if cache is not None else 0
+        if step is not None:
+            hidden = step.enter(i, hidden)
+            call = {**call, "hidden_states": hidden[:, -1:]}
         held = kv.state(cache, i) if cache is not None else None
         layer = held if i != reference else None
         changed = dict(call)
@@ -399,9 +463,12 @@ class Session:
         if frame is not None:
             if i in self.looked_at:
                 self._look(i, module, dict(changed), frame)
-            changed["hidden_states"] = frame.run_layer(i, call["hidden_states"], call.get("position_ids"))
+            ids, rope = call.get("position_ids"), call.get("position_embeddings")
+            changed["hidden_states"] = frame.run_layer(i, call["hidden_states"], ids, rope)
             frame.cut_layer_call(i, changed)
         self._lower_positions(changed, frame.lags[i] if frame else None, held.lag if held else None)
+        if step is not None:
+            step.extend(i, hidden, changed, self.adapter.attention())
         if "flash" in self.adapter.attention():
             # Flash attention takes gaps in position ids for packed sequences; rotary embeddings are already made.
             width = changed["hidden_states"].shape[1]
@@ -424,6 +491,10 @@ class Session:
         frame = self.local.frame
         if frame is not None and frame.opened and q.shape[2] > 1 and self.local.ahead == own:
             frame.read_rows(kind, layer, q, k, v, mask, scaling)
+
+    def _step_sink(self, layer: int, module: nn.Module, *product: Any) -> None:
+        if self.local.step is not None:
+            self.local.step.read_row(layer, module, *product)
 
     def _transition(self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         frame = self.local.frame
@@ -599,6 +670,14 @@ class Session:
             past = real.new_ones(real.shape[0], frame.past)
             new["attention_mask"] = torch.cat([past, real if c.valid is None else hide(real, c.valid)], dim=1)
         return new
+
+
+def _with_hidden(output: Any, hidden: Tensor) -> Any:
+    """The output of a text model, a tuple or a dataclass, with other hidden states."""
+    if isinstance(output, tuple):
+        return (hidden, *output[1:])
+    output.last_hidden_state = hidden
+    return output
 
 
 def _uncover(base: nn.Module, name: str) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .clock import timed
 from .compact import Compaction
-from .frame import UnitResult, _check
+from .frame import UnitResult
 from .kernels import Verdict, deferring, to_device
 from .model_adapters.tower_tokens import TowerTokens, blocks_of, tokens_of
 from .model_adapters.towers import (
@@ -39,7 +39,17 @@ from .model_adapters.towers import (
     tower_of,
 )
 from .tap import KINDS, attach, read
-from .types import Assignment, Signal, Span, Stage, UnsupportedCall, UnsupportedModel, Visual, VtpruneError
+from .types import (
+    Assignment,
+    Signal,
+    Span,
+    Stage,
+    UnsupportedCall,
+    UnsupportedModel,
+    Visual,
+    VtpruneError,
+    check_answers,
+)
 
 INSIDE_LLM = ("last_row",)
 SEQUENCE_LENGTHS = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")
@@ -378,7 +388,7 @@ class TowerStages:
             return x
         with deferring() as checks, timed(x.device):
             answers = stage.method.batch(views)
-            _check(stage, _bounded(views, answers, k == last), answers)
+            check_answers(stage, _bounded(views, answers, k == last), answers)
         run.verdicts.append(Verdict(checks))
         if not x.is_cuda or not type(stage.method).__module__.startswith("vtprune."):
             run.settle()

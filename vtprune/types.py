@@ -8,13 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
+import torch
 from torch import Tensor
 
-from .kernels import merge
+from .kernels import check, merge
 
 Positions = Literal["keep", "compact"]
 Per = Literal["image", "crop", "frame", "sample"]
 Newlines = Literal["compete", "keep", "drop"]
+Phase = Literal["prefill", "decode"]
 Where = str | int | tuple[str, int | slice]
 
 
@@ -188,6 +190,10 @@ class Method(ABC):
     per: ClassVar[Per] = "image"
     newlines: ClassVar[Newlines] = "compete"
     positions: ClassVar[Positions] = "keep"
+    # When a stage inside the LLM asks: while the prompt is read, at every step of decoding, or both. At decode a unit
+    # is a row, `x` is empty, the signal is the new token's "last_row" of the layer before, and `state` stays with the
+    # cache from step to step (tensors of one row). A method asked at both times lets dropped tokens come back.
+    phases: ClassVar[tuple[Phase, ...]] = ("prefill",)
 
     @property
     def adaptive(self) -> bool:
@@ -206,7 +212,7 @@ class Method(ABC):
 
     @property
     def exact(self) -> bool:
-        """False if an answer may hold fewer tokens than its budget, as a few official codes do; never more."""
+        """False if an answer may hold fewer tokens than its budget or all there are, as a few official codes do."""
         return True
 
     @abstractmethod
@@ -302,6 +308,31 @@ class Stage:
             )
         # Everybody gets one token first; what is left is shared in proportion to what each could still take.
         return [1 + more for more in spread(total - len(sizes), [n - 1 for n in sizes])]
+
+
+def check_answers(stage: Stage, views: Sequence[Visual], answers: Sequence[Assignment]) -> None:
+    """Raise unless every answer is a selection of its budget; what only the device knows is one deferrable check."""
+    name = stage.method.name or type(stage.method).__name__
+    if len(answers) != len(views):
+        raise VtpruneError(f"{name}.batch answered {len(answers)} of {len(views)} units")
+    steps = []
+    for view, answer in zip(views, answers):
+        if not isinstance(answer, Assignment) or answer.idx.dim() != 1 or answer.idx.dtype != torch.int64:
+            raise VtpruneError(f"{name} must answer an Assignment with idx [K] int64, not {answer!r:.80}")
+        count = answer.idx.shape[0]
+        most = view.budget if stage.method.exact or count < view.n else view.n
+        if view.budget is not None and most is not None and (count > most or (stage.method.exact and count < most)):
+            raise VtpruneError(f"{name} kept {count} tokens of {view.n}, but its budget is {view.budget}")
+        steps.append(torch.cat([answer.idx[:1] + 1, answer.idx.diff(), view.n - answer.idx[-1:]]))
+
+    def error() -> VtpruneError:
+        i = next(i for i, step in enumerate(steps) if not bool((step > 0).all()))
+        return VtpruneError(
+            f"{name} answered idx={answers[i].idx.tolist()!r:.80} for a unit of {views[i].n} tokens: kept positions "
+            f"must be distinct, ascending and within 0..{views[i].n - 1}; sort them (Assignment.order holds pick order)"
+        )
+
+    check((torch.cat(steps) > 0).all(), error)
 
 
 def check_keep(keep: object, name: str = "keep") -> None:
