@@ -762,6 +762,10 @@ class Frame:
 
         for i, recall in self.recalls.items():
             layer: Any = kv.state(cache, i)
+            if recall.hidden is not None and kv.is_static(layer):
+                raise UnsupportedCall(
+                    "a static cache has no room for tokens that come back at decode: use the default dynamic cache"
+                )
             before = befores[i]
             later = replace(
                 recall,

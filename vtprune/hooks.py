@@ -229,6 +229,11 @@ class Session:
                     f"{name} lets tokens come back at decode, which needs masks that flash attention does not take: "
                     "load the model with attn_implementation='sdpa'"
                 )
+            if "prefill" in stage.method.phases and self.adapter.masks_in_base:
+                raise UnsupportedModel(
+                    f"{name} lets tokens come back at decode, but {self.adapter.model_type} reads its prompt in both "
+                    "directions, so they would see later tokens: use a method that acts while the prompt is read"
+                )
 
     def _check_layer(self, name: str, layer: int) -> None:
         a, depth = self.adapter, len(self.adapter.layers)
