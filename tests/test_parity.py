@@ -17,7 +17,9 @@ FAMILIES = (
     *("divprune_", "fastv_kvcache", "fastv_prefill", "flowcut_", "flowcutqwen_", "hiprune_", "recoverable_"),
     *(
         "aim_inllm",
+        "dycoke_kv_",
         "video_aim_prune",
+        "video_dycoke_kv_",
         "holitom_inner_",
         "pyramiddrop_",
         "sparsevlm_",
