@@ -11,7 +11,8 @@ import vtprune
 from vtprune import Stage
 
 BEFORE = [m.name for m in vtprune.methods() if m.seam == "pre_llm"]
-INSIDE = [m.name for m in vtprune.methods() if m.seam == "in_llm"]
+# Those that act at decode are composed in test_decode_stages.py.
+INSIDE = [m.name for m in vtprune.methods() if m.seam == "in_llm" and "decode" not in m.phases]
 ROWS = (1, 2)
 
 
