@@ -30,7 +30,8 @@ test-oldest: .venv-oldest/.ready
 # A GPU machine brings its own torch: nothing is installed there, the checkout is put on the path as it is.
 # No speed without correctness: every benchmark waits for the stamp that the GPU tests leave for exactly this code, and
 # looks for it again before it starts (make -i would go on). Most wanted first; each target is sized for ten minutes.
-GPU := PYTHONPATH=$(CURDIR)/out/site $(PYTHON)
+# "Safe path", or the checkout's own folder vtprune/, which is half of the package, would be found first.
+GPU := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/out/site $(PYTHON)
 STAMP := out/gpu-tests-$(shell cat $$(find vtprune kernels evals model_adapters tests -name '*.py' | LC_ALL=C sort) | sha1sum | cut -c1-12)
 BENCH := test -f $(STAMP) && $(GPU) -m vtprune.cli bench --device cuda --commit "$(COMMIT)" --out benchmarks
 GPU_PARTS := gpu-next gpu-kernels gpu-video gpu-batch gpu-small

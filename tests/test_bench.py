@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -416,3 +418,19 @@ def test_make_gpu_tests_first_and_again_once_the_code_has_changed(checkout: Path
     status, ran = make(checkout, "gpu-video", red=True)
     assert status != 0
     assert not [line for line in ran if " bench " in line]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="PYTHONSAFEPATH came with Python 3.11")
+def test_make_gpu_finds_the_whole_package_without_an_install(checkout: Path) -> None:
+    """A Python that knows our dependencies but no editable install: `python -m` must not start from the checkout."""
+    for name in ("vtprune", "kernels", "evals", "model_adapters"):
+        (checkout / name / "code.py").unlink(missing_ok=True)
+        (checkout / name).rmdir()
+        (checkout / name).symlink_to(ROOT / name)
+    libraries = sysconfig.get_path("purelib")
+    (checkout / "stub").write_text(
+        f'#!/bin/bash\n[[ "$*" == *pytest* ]] && set -- -m vtprune.cli --help\n[[ "$*" == "-c "* ]] && exit 0\n'
+        f'PYTHONPATH=$PYTHONPATH:{libraries} exec {sys.executable} -S "$@" >> log 2>&1\n'
+    )
+    _, ran = make(checkout, "gpu-test")
+    assert any("train-tiny" in line for line in ran), ran[-3:]
