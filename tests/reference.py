@@ -145,6 +145,30 @@ def pruned_logits(model: Any, full: Dense, cuts: dict[Any, list[Cut]], compact: 
     return model.get_output_embeddings()(text.norm(streams[0]))
 
 
+@torch.no_grad()
+def masked_logits(model: Any, batch: dict[str, Any], cuts: dict[Any, list[Cut]], answer: Sequence[int] = ()) -> Tensor:
+    """Logits [L, V] of the unpatched model on one row plus `answer`: nothing is dropped, but no key that a stage cut is
+    visible from its layer on. Equals pruning only where kept tokens are not merged and keep their positions."""
+    handles = []
+    for i, layer in enumerate(decoder(model).layers):
+        gone = [c for k, found in cuts.items() if k == "llm" or k <= i for c in found]
+        dropped = torch.tensor([p for c in gone for p in c.positions.tolist() if p not in c.positions[c.answer.idx]])
+
+        def hide(module: Any, args: Any, kwargs: dict[str, Any], dropped: Tensor = dropped) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            mask = _mask(kwargs.get("attention_mask"), torch.arange(hidden.shape[1]))
+            mask = mask.clamp(min=torch.finfo(mask.dtype).min)  # a dropped query may have nothing left to see
+            return args, {**kwargs, "attention_mask": mask.index_fill(-1, dropped.long(), torch.finfo(mask.dtype).min)}
+
+        handles.append(layer.register_forward_pre_hook(hide, with_kwargs=True))
+    try:
+        whole = extended(batch, answer, model.config.model_type == "paligemma")
+        return model(**whole, use_cache=False).logits[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @dataclass
 class Cut:
     """A unit's tokens (original positions, ascending) and the method's answer about them."""

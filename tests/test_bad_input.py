@@ -136,9 +136,10 @@ def test_a_layer_that_does_not_exist(model: Any) -> None:
         vtprune.patch(model, Stage("vision", fastv, keep=0.5))
 
 
-def test_a_stage_below_the_last_deepstack_layer() -> None:
+def test_a_stage_below_a_deepstack_layer_that_cannot_be_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = families.model("qwen3_vl")
-    with reference.untouched(model), pytest.raises(UnsupportedModel, match=r"layer 1.*layer 2 or later"):
+    monkeypatch.delattr(type(model.get_decoder()), "_deepstack_process")
+    with reference.untouched(model), pytest.raises(UnsupportedModel, match=r"layer 1.*use layer 2 or later"):
         vtprune.patch(model, Stage(1, vtprune.create("fastv"), keep=0.5))
 
 

@@ -104,6 +104,10 @@ class Last:
         return sum(clock.seconds() for clock in self.clocks)
 
 
+# A merge in a row: the slots of a unit's tokens when a stage saw them, and the answer.
+Merge = tuple[int, Tensor, Assignment]
+
+
 @dataclass
 class Frame:
     """One forward pass of the text model. `code` is [B, L] int8 on the device: 1 text, 2.. visual."""
@@ -128,8 +132,9 @@ class Frame:
     relevance: list[Tensor] = field(default_factory=list)
     memo: dict[Any, Any] = field(default_factory=dict)
     clocks: list[Clock] = field(default_factory=list)
-    merges: list[tuple[int, Tensor, Assignment]] = field(default_factory=list)
+    merges: list[Merge] = field(default_factory=list)
     inner: Compaction | None = None
+    inner_cuts: list[tuple[list[Merge], Compaction]] = field(default_factory=list)
     kernels: dict[str, Backend] = field(default_factory=dict)
     verdicts: list[Verdict] = field(default_factory=list)
     tower_units: list[UnitResult] = field(default_factory=list)
@@ -213,7 +218,7 @@ class Frame:
 
     def run_stages(self, where: Where, hidden: Tensor) -> bool:
         """Run the stages at `where` on hidden [B, n, D] (n = current slots). True if tokens were dropped."""
-        self.hidden = hidden
+        self.hidden, self.merges = hidden, []
         before = sum(self.counts)
         if where == "llm":
             self._drop_unseen()
@@ -342,9 +347,10 @@ class Frame:
         if answer.merges:
             with recording(self.kernels):
                 merged = answer.apply(view.x)
-            slots = self._slots(row, positions).index_select(0, answer.idx).to(self.hidden.device)
-            self.hidden = self.hidden.index_put((torch.full_like(slots, row), slots), merged)
-            self.merges.append((row, positions, answer))
+            slots = self._slots(row, positions).to(self.hidden.device)
+            places = slots.index_select(0, answer.idx)
+            self.hidden = self.hidden.index_put((torch.full_like(places, row), places), merged)
+            self.merges.append((row, slots, answer))
         first = group[0]
         self.results.append(
             UnitResult(
@@ -466,19 +472,14 @@ class Frame:
         embeds, where = call.get("deepstack_visual_embeds"), call.get("visual_pos_masks")
         if embeds is None or where is None:
             return
-        c = self.compaction
-        assert c is not None
-        where = where[..., 0] if where.dim() == 3 else where
-        now = c.cut(where, 1)
-        now = now if c.valid is None else now & c.valid
-        out = []
-        for layer in embeds:
-            full = layer.new_zeros(*where.shape, layer.shape[-1])
-            full[where] = layer
-            for row, positions, answer in self.merges:
-                full[row, positions[answer.idx]] = answer.apply(full[row, positions])
-            out.append(c.cut(full, 1)[now])
-        call["deepstack_visual_embeds"], call["visual_pos_masks"] = out, now
+        assert self.compaction is not None
+        cuts = [(self.merges, self.compaction)]
+        cut = [_cut_features(where, layer, cuts) for layer in embeds]
+        call["deepstack_visual_embeds"], call["visual_pos_masks"] = [rows for _, rows in cut], cut[0][0]
+
+    def cut_features(self, where: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [S, D] of the True positions of where [B, L] as the text model has them, for the layer running."""
+        return _cut_features(where, features, self.inner_cuts) if self.inner_cuts else (where, features)
 
     def cut_rest(self, call: dict[str, Any]) -> None:
         """Known arguments of sequence length; an unknown one would go out of step, so it is refused."""
@@ -518,6 +519,7 @@ class Frame:
             return hidden
         kv.enter()
         self.inner = self.cut_now if self.inner is None else self.inner.then(self.cut_now)
+        self.inner_cuts.append((self.merges, self.cut_now))
         self.rows = {key: self.cut_now.cut(row, 1) for key, row in self.rows.items()}
         if any(s.compact for s in self.stages if s.where == i):
             self._renumber(i, ids, before, real)
@@ -857,6 +859,23 @@ def _padded(rows: list[Tensor]) -> Tensor:
     """Rows of a batch whose last dimensions differ, with zeros at their ends."""
     longest = max(row.shape[-1] for row in rows)
     return torch.stack([torch.nn.functional.pad(row, (0, longest - row.shape[-1])) for row in rows])
+
+
+def _cut_features(where: Tensor, features: Tensor, cuts: list[tuple[list[Merge], Compaction]]) -> tuple[Tensor, Tensor]:
+    """Features [S, D] of the True positions of where [B, L] (or [B, L, D]) and those positions, after some cuts.
+
+    A merged token gets its members' features by the weights that merged their states: had they been added before the
+    merge, it would hold the same.
+    """
+    where = where[..., 0] if where.dim() == 3 else where
+    full = features.new_zeros(*where.shape, features.shape[-1])
+    full[where] = features
+    for merges, c in cuts:
+        for row, slots, answer in merges:
+            full[row, slots[answer.idx]] = answer.apply(full[row, slots])
+        full, where = c.cut(full, 1), c.cut(where, 1)
+        where = where if c.valid is None else where & c.valid.to(where.device)
+    return where, full[where]
 
 
 def _cut_any(value: Any, c: Compaction) -> Any:

@@ -25,6 +25,10 @@ from .recall import ROW, Step
 from .types import KEPT, Signal, Stage, UnsupportedCall, UnsupportedModel
 
 
+# The method of a text model that adds visual features to its hidden states between layers.
+DEEPSTACK = "_deepstack_process"
+
+
 class Local(threading.local):
     """Per-thread state of one patched model; a copy or an unpickled one starts empty."""
 
@@ -160,6 +164,11 @@ class Session:
         return min((s.where for s in self.stages if isinstance(s.where, int)), default=len(self.adapter.layers))
 
     @property
+    def deep(self) -> int:
+        """How many of the first decoder layers have visual features added behind them."""
+        return len(getattr(getattr(self.adapter.config, "vision_config", None), "deepstack_visual_indexes", None) or ())
+
+    @property
     def first_hook(self) -> int:
         """The first decoder layer whose arguments are looked after."""
         return 0 if "flash" in self.adapter.attention() else self.first_layer
@@ -224,6 +233,11 @@ class Session:
                 )
             if stage.compact:
                 raise ValueError(f"{name}: positions='compact' is undefined where tokens come back; use 'keep'")
+            if "prefill" in stage.method.phases and stage.where < self.deep:
+                raise UnsupportedModel(
+                    f"{name} at layer {stage.where} lets tokens come back at decode, when {self.adapter.model_type} no "
+                    f"longer adds visual features after its first {self.deep} layers: use layer {self.deep} or later"
+                )
             if "prefill" in stage.method.phases and "flash" in self.adapter.attention():
                 raise UnsupportedModel(
                     f"{name} lets tokens come back at decode, which needs masks that flash attention does not take: "
@@ -245,11 +259,10 @@ class Session:
                 f"{name} at layer {layer}: {a.model_type} has layers of kinds {kinds}, and a stage inside the LLM "
                 "needs full attention throughout; use one that acts before the LLM"
             )
-        deep = getattr(getattr(a.config, "vision_config", None), "deepstack_visual_indexes", None) or ()
-        if layer < len(deep):
+        if layer < self.deep and not hasattr(type(a.text), DEEPSTACK):
             raise UnsupportedModel(
-                f"{name} at layer {layer}: {a.model_type} adds visual features after its first {len(deep)} layers; use "
-                f"layer {len(deep)} or later"
+                f"{name} at layer {layer}: {a.model_type} adds visual features after its first {self.deep} layers in a "
+                f"way that cannot be followed (no {DEEPSTACK}); use layer {self.deep} or later"
             )
 
     # -- installing and removing ------------------------------------------------------------------------------------
@@ -264,6 +277,9 @@ class Session:
         for i in range(self.first_hook, len(a.layers)):
             hook = partial(self._layer_pre, i)
             self._undo.append(a.layers[i].register_forward_pre_hook(hook, with_kwargs=True).remove)
+        if self.first_layer < self.deep:
+            a.text.__dict__[DEEPSTACK] = self._add_features
+            self._undo.append(partial(_uncover, a.text, DEEPSTACK))
         self._tap_layers()
         self._observe_towers()
 
@@ -481,6 +497,13 @@ class Session:
                 changed["position_ids"] = torch.arange(width, device=changed["position_ids"].device)[None]
         return ((), changed)
 
+    def _add_features(self, hidden: Tensor, where: Tensor, features: Tensor) -> Tensor:
+        """The text model's own step on what its layers run on by now: hidden [B, n, D], where [B, L], [S, D]."""
+        if self.local.frame is not None:
+            where, features = self.local.frame.cut_features(where, features)
+        text = self.adapter.text
+        return getattr(type(text), DEEPSTACK)(text, hidden, where, features)
+
     def _row_sink(
         self,
         kind: str,
@@ -685,9 +708,9 @@ def _with_hidden(output: Any, hidden: Tensor) -> Any:
     return output
 
 
-def _uncover(base: nn.Module, name: str) -> None:
+def _uncover(module: nn.Module, name: str) -> None:
     """Let the class's own method show again."""
-    base.__dict__.pop(name, None)
+    module.__dict__.pop(name, None)
 
 
 def mlp_of(layer: nn.Module) -> nn.Module:
