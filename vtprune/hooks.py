@@ -24,7 +24,6 @@ from .model_adapters.generic import MODALITIES, Adapter, Features
 from .recall import ROW, Step
 from .types import KEPT, Signal, Stage, UnsupportedCall, UnsupportedModel
 
-
 # The method of a text model that adds visual features to its hidden states between layers.
 DEEPSTACK = "_deepstack_process"
 
