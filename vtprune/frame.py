@@ -729,8 +729,8 @@ class Frame:
         seen = runs_of(self.host[row] > 1)
         if not seen or not behind or behind[0][0] > seen[-1][0]:
             return out
-        texts = self._texts(row, tap.q.device)
-        for slots in self._slots(row, torch.cat([a.positions for a in self.alive if a.row == row])).split(ROWS):
+        texts, visual = self._texts(row, tap.q.device), torch.cat([a.positions for a in self.alive if a.row == row])
+        for slots in self._slots(row, visual).split(ROWS) if len(visual) else ():
             out[slots] = tap.rows(slots[None]).mean(1)[0].index_select(1, texts).sum(1)
         return out
 
