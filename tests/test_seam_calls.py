@@ -108,6 +108,23 @@ def test_static_cache_equals_dynamic(family: str, method: str) -> None:
     close(static, dynamic)
 
 
+@some_methods
+@some_families
+def test_a_row_that_keeps_all_it_has_is_the_longest(family: str, method: str) -> None:
+    """The batch is as long as before, and still the other row stores other tokens than it was fed."""
+    model, image = families.model(family), families.turn(family, 1, seed=3)
+    words = [families.Piece([families.BOS]), families.text(8, sum(len(p.ids) for p in image) + 3)]
+    batch, single = families.build(family, [words, image]), families.build(family, [image])
+    stages, log = reference.spy(vtprune.create(method).stages(0.5, families.depth(model)))
+    with patch(model, stages) as handle:
+        tokens, ours = reference.greedy(model, batch, 4)
+    assert handle.last.lengths[-1] == batch["input_ids"].shape[1]
+    cuts = reference.cuts_of_row(log, [1], [[], single.units[0]])[0]
+    full = reference.dense(model, single, tokens[1][:-1].tolist())
+    close(ours[1], reference.pruned_logits(model, full, cuts)[-4:])
+    close(ours[0], reference.greedy(model, families.build(family, [words]), 4)[1][0])
+
+
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 @some_methods
 def test_compiled_decode_is_one_graph(family: str, method: str) -> None:

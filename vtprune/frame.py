@@ -27,16 +27,8 @@ LLM_KINDS = (
     "relevance", "text_rows", "text_rows_by_head", "rope_weight", "page_rank",
 )  # fmt: skip
 # Arguments of text models that have the sequence length and no say in which tokens are visual.
-CUT_AS_IDS = ("token_type_ids", "mm_token_type_ids", "visual_pos_masks")
-KNOWN = (
-    "attention_mask",
-    "position_ids",
-    "inputs_embeds",
-    "deepstack_visual_embeds",
-    "past_key_values",
-    "cache",
-    *CUT_AS_IDS,
-)
+CUT_AS_IDS = ("token_type_ids", "mm_token_type_ids")
+CUT_BEFORE = ("attention_mask", "position_ids", "inputs_embeds", "deepstack_visual_embeds", "visual_pos_masks")
 
 
 @dataclass(frozen=True)
@@ -486,7 +478,7 @@ class Frame:
         c = self.compaction
         assert c is not None
         for name, value in call.items():
-            if not torch.is_tensor(value) or value.dim() < 1 or name in KNOWN[:4]:
+            if not torch.is_tensor(value) or value.dim() < 1 or name in CUT_BEFORE:
                 continue
             if name in CUT_AS_IDS:
                 if value.shape[1] == c.length:
@@ -756,7 +748,9 @@ class Frame:
         befores = {i: self._stored_before(cache, i) for i in self.recalls}
         entered = self.past_at(first - 1) if self.recalls else 0
         for i in range(min(len(cache.layers), len(self.lengths))):
-            if self.lengths[i] < length or kv.state(cache, i) is not None or i >= first:
+            # A row that keeps all it has may hold the length up while others are cut.
+            cut = self.lengths[i] < length or self.valids[i] is not None
+            if cut or kv.state(cache, i) is not None or i >= first:
                 kv.shrink(
                     cache, i, past=self.past, fed=length, ran=self.lengths[i], valid=self.valids[i],
                     remask=self.holes and self.lengths[i] < length, shift=self.shift, lag=lags.get(id(self.lags[i])),

@@ -104,8 +104,11 @@ def groups(alive: list[Alive], stage: Stage) -> tuple[list[Alive], list[list[Ali
         keys = [(a.row,) for a in seen]
     else:
         keys = [(a.row, a.image, number) for number, a in enumerate(seen)]
-    order = list(dict.fromkeys(keys))
-    return alive, [[a for a, k in zip(seen, keys) if k == key and a.m] for key in order]
+    members: dict[tuple[int, ...], list[Alive]] = {}
+    for a, key in zip(seen, keys):
+        if a.m:  # a unit of which nothing is left is none
+            members.setdefault(key, []).append(a)
+    return alive, list(members.values())
 
 
 def divide(a: Alive, stage: Stage) -> list[Alive]:
