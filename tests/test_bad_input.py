@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import families
@@ -15,6 +16,7 @@ from transformers import AutoConfig, StaticCache
 
 import vtprune
 from vtprune import Assignment, Stage, UnsupportedCall, UnsupportedModel, Visual
+from vtprune.methods.in_llm.withdraw import Withdraw
 
 ENCODES_FIRST = "mm_encoder_outputs" in inspect.signature(transformers.LlavaForConditionalGeneration.forward).parameters
 RANGE = r"float in \(0, 1\].*int >= 1"
@@ -333,3 +335,136 @@ def test_gradient_checkpointing_with_a_stage_inside_the_llm() -> None:
             model(**batch)
         model.gradient_checkpointing_disable()
         assert model(**batch).logits.isfinite().all()
+
+
+IN_LLM = [cls.name for cls in vtprune.methods() if cls.seam == "in_llm"]
+WITH_LAYERS = ["pyramiddrop", "transprune", "sparsevlm", "lazyllm"]
+
+
+@pytest.mark.parametrize("method", IN_LLM)
+def test_any_in_llm_stage_outside_the_model(model: Any, method: str) -> None:
+    for layer in (4, -1):
+        with reference.untouched(model), pytest.raises(ValueError, match=rf"{method} at layer {layer}: .*0\.\.3"):
+            vtprune.patch(model, Stage(layer, vtprune.create(method), keep=0.5))
+
+
+@pytest.mark.parametrize("method", WITH_LAYERS)
+def test_a_schedule_that_leaves_the_model(model: Any, method: str) -> None:
+    """Layers meant for a deeper model are named, not wrapped around or left out."""
+    with reference.untouched(model), pytest.raises(ValueError, match=rf"{method} at layer (9|10): .*0\.\.3"):
+        vtprune.patch(model, method, keep=0.5, layers=(1, 2, 9))
+
+
+@pytest.mark.parametrize("where", [1.0, True, None, "1"])
+def test_a_place_that_is_none(model: Any, where: Any) -> None:
+    """Not quietly never run."""
+    with reference.untouched(model), pytest.raises(ValueError, match=rf"where={where!r}: choose 'llm'.*0\.\.3"):
+        vtprune.patch(model, Stage(where, vtprune.create("fastv"), keep=0.5))
+
+
+@pytest.mark.parametrize("method", WITH_LAYERS)
+@pytest.mark.parametrize("layers", [(3, 2), (2, 2), (-1, 2)])
+def test_layers_that_do_not_ascend(method: str, layers: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=rf"layers=\({layers[0]}, {layers[1]}\).*ascending"):
+        vtprune.create(method, layers=layers)
+
+
+def test_stages_that_do_not_ascend(model: Any) -> None:
+    stages = [Stage(layer, vtprune.create("fastv"), keep=0.5) for layer in (3, 1)]
+    with reference.untouched(model), pytest.raises(ValueError, match=r"\[3, 1\] must stand in increasing order"):
+        vtprune.patch(model, stages)
+
+
+@pytest.mark.parametrize("method", ["pyramiddrop", "transprune", "lazyllm"])
+@pytest.mark.parametrize(
+    ("ratios", "message"),
+    [
+        ((0.5, 0.25, 0.0), r"ratios=\(0.5, 0.25, 0.0\).*floats in \(0, 1\]"),
+        ((0.5, 0.25, -0.1), r"floats in \(0, 1\]"),
+        ((1.5, 0.5, 0.2), r"floats in \(0, 1\]"),
+        ((0.2, 0.4, 0.1), r"none above the one before"),
+        ((0.5, 0.2), r"3 stages, give one share for each"),
+        ((0.5, 0.2, float("nan")), r"floats in \(0, 1\]"),
+    ],
+)
+def test_ratios_that_keep_nothing_or_grow(method: str, ratios: tuple[float, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        vtprune.create(method, ratios=ratios, layers=(1, 2, 3))
+
+
+@pytest.mark.parametrize("method", IN_LLM)
+def test_a_keep_that_keeps_nothing(model: Any, method: str) -> None:
+    for keep in (0, 0.0):
+        with reference.untouched(model), pytest.raises(ValueError, match=rf"keep={keep} .*{RANGE}"):
+            vtprune.patch(model, method, keep=keep)
+
+
+@pytest.mark.parametrize("stage", ["transprune", "sparsevlm", "withdraw"])
+def test_a_prompt_without_text_behind_the_image(model: Any, stage: str) -> None:
+    """Methods that ask the text take the last token, and say so."""
+    batch = families.inputs("llava")
+    end = batch.units[0][-1][-1] + 1
+    short = {k: v[:, :end] if k in ("input_ids", "attention_mask") else v for k, v in batch.items()}
+    method = Withdraw() if stage == "withdraw" else vtprune.create(stage)
+    with torch.no_grad(), vtprune.patch(model, Stage(2, method, keep=None if stage == "withdraw" else 0.5)) as handle:
+        assert model(**short).logits.isfinite().all()
+        assert [n for n in handle.last.notes if "no text stands behind the image" in n]
+        model(**batch)
+        assert not [n for n in handle.last.notes if "no text" in n]
+
+
+@torch.no_grad()
+def cache_of(model: Any, method: str | None, batch: dict[str, Any], static: bool = False) -> Any:
+    """The cache of a prompt that a model, patched or not, has read."""
+    cache = StaticCache(model.config.get_text_config(), max_cache_len=80) if static else None
+    if method is None:
+        return model(**batch, use_cache=True, past_key_values=cache).past_key_values
+    with vtprune.patch(model, method, keep=0.4):
+        return model(**batch, use_cache=True, past_key_values=cache).past_key_values
+
+
+@pytest.mark.parametrize("words", [1, 3])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("method", ["fastv", "pyramiddrop"])
+def test_a_cache_pruned_inside_the_llm_in_an_unpatched_model(
+    method: str, static: bool, attention: str, words: int
+) -> None:
+    """One mask cannot serve layers of several lengths: a static cache would even fit, and be wrong."""
+    model, batch = families.model("llava", attention), families.inputs("llava")
+    cache = cache_of(model, method, batch, static)
+    with torch.no_grad(), pytest.raises(UnsupportedCall, match=r"rows or layers.*unpatched model.*new cache"):
+        model(input_ids=torch.full((1, words), 40), past_key_values=cache)
+
+
+@pytest.mark.parametrize("other", [("divprune", {}), ("fastv", {"layer": 3})])
+def test_a_cache_pruned_inside_the_llm_under_another_patch(model: Any, other: tuple[str, dict[str, Any]]) -> None:
+    cache = cache_of(model, "fastv", families.inputs("llava"))
+    word: dict[str, Any] = {"input_ids": torch.tensor([[40]]), "past_key_values": cache}
+    with vtprune.patch(model, other[0], keep=0.4, **other[1]), torch.no_grad():
+        with pytest.raises(UnsupportedCall, match=r"layers where this patch has no stage: continue with the same"):
+            model(**word)
+        run(model)
+    with vtprune.patch(model, "fastv", keep=0.4), torch.no_grad():
+        model(**word)
+
+
+@pytest.mark.parametrize("method", ["divprune", "fastv", "transprune"])
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_a_cache_of_an_unpatched_model_in_a_patched_one(model: Any, method: str, static: bool) -> None:
+    """What the cache holds stays whole; an image of a later turn is pruned as if the patch had always been there."""
+    first = families.turn("llava", 1, seed=3)
+    second = families.turn("llava", 1, seed=4, first=False)
+    whole, new = families.build("llava", [[*first, *second]]), families.build("llava", [second])
+    length = sum(len(piece.ids) for piece in first)
+    new.update(input_ids=whole["input_ids"][:, length:], attention_mask=whole["attention_mask"])
+    cache = cache_of(model, None, families.build("llava", [first]), static)
+    stages = [replace(s, positions="keep") for s in vtprune.create(method).stages(0.4, 4)]
+    stages, log = reference.spy(stages)
+    with torch.no_grad(), vtprune.patch(model, stages):
+        out = [model(**new, past_key_values=cache).logits[0, -1]]
+        for word in (40, 41):
+            out.append(model(input_ids=torch.tensor([[word]]), past_key_values=cache).logits[0, -1])
+    cuts = reference.cuts_of_row(log, [0], [whole.units[0][1:]])[0]
+    theirs = reference.masked_logits(model, whole, cuts, [40, 41])[-3:]
+    torch.testing.assert_close(torch.stack(out), theirs, rtol=0, atol=1e-5)

@@ -48,6 +48,7 @@ class Pruned:
     valid: [B, prefix] bool, False where a row stores padding; None if every stored prefix token is real.
     remask: the mask the caller keeps has other zeros in the prefix than what is stored there.
     shift: [B] int64, how much lower than the logical position a new token's position id is (positions="compact").
+    uneven: it stores other tokens than the layer that masks are sized by (`reference_layer`).
     lag: [B] int64, how much lower still it is at this layer, behind a stage that renumbers; None if not at all.
     aside: all keys and values of the prompt, while the layer shows a selection of them (`show`). shown: that selection.
     back: how many of the next keys are of tokens that come back: they join those aside.
@@ -60,6 +61,7 @@ class Pruned:
     remask: bool
     shift: Tensor | None
     lag: Tensor | None
+    uneven: bool = False
     aside: tuple[Tensor, Tensor] | None = None
     shown: Compaction | None = None
     back: int = 0
@@ -70,7 +72,7 @@ class Pruned:
     @property
     def needs_patch(self) -> bool:
         """True if only a patched model can mask, place or choose for what comes next."""
-        return any(x is not None for x in (self.valid, self.shift, self.lag, self.shown))
+        return self.uneven or any(x is not None for x in (self.valid, self.shift, self.lag, self.shown))
 
     def get_seq_length(self) -> Any:
         """Tokens fed so far, dropped ones included."""
@@ -85,9 +87,9 @@ class Pruned:
         """As the base class; refuses to continue where only a patched model can mask or place the new tokens."""
         if self.needs_patch and not getattr(_inside, "on", False):
             raise UnsupportedCall(
-                "this cache was filled by a patched model and its rows kept different numbers of tokens (or compact "
-                "positions, or a choice made at every decode step), so an unpatched model would mask it wrongly: "
-                "continue with the patched model, or start a new cache"
+                "this cache was filled by a patched model and its rows or layers kept different numbers of tokens (or "
+                "compact positions, or a choice made at every decode step), so an unpatched model would mask it "
+                "wrongly: continue with the patched model, or start a new cache"
             )
         if self.back:
             key_states, value_states = self._take_back(key_states, value_states)
@@ -95,7 +97,7 @@ class Pruned:
 
     def reset(self) -> None:
         """Empty: nothing is stored, nothing dropped."""
-        self.dropped, self.prefix, self.valid, self.remask = 0, 0, None, False
+        self.dropped, self.prefix, self.valid, self.remask, self.uneven = 0, 0, None, False, False
         self.shift = self.lag = self.aside = self.shown = self.recall = None
         self.back = 0
         super().reset()  # type: ignore[misc]
@@ -191,11 +193,12 @@ def shrink(
     remask: bool,
     shift: Tensor | None,
     lag: Tensor | None = None,
+    uneven: bool = False,
 ) -> None:
     """Tell layer i that this call fed it `fed` tokens of which it stored `ran`.
 
-    past: logical length before the call. valid: [B, ran] of the new tokens, or None. remask: see `Pruned`. shift, lag:
-    by how much this call lowered the ids of what follows, which adds to what earlier calls did.
+    past: logical length before the call. valid: [B, ran] of the new tokens, or None. remask, uneven: see `Pruned`.
+    shift, lag: by how much this call lowered the ids of what follows, which adds to what earlier calls did.
     """
     layer = cache.layers[i]
     if not hasattr(layer, "get_mask_sizes") or getattr(layer, "keys", None) is None:
@@ -217,6 +220,7 @@ def shrink(
     new.prefix, new.valid = before + ran, valid
     new.remask = remask or valid is not None or (was.remask if was else False)
     new.shift, new.lag = _sum(was.shift if was else None, shift), _sum(was.lag if was else None, lag)
+    new.uneven = uneven or (was.uneven if was else False)
     cache.layers[i] = new
 
 

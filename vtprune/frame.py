@@ -21,6 +21,7 @@ from .units import Alive, arange_of, begin, groups, kept_by_crop
 
 ROWS = 64  # softmax rows held at a time
 SHARPNESS, STEPS = 10, 5  # of the PageRank in AIM (https://arxiv.org/abs/2412.03248)
+WORDLESS = "no text stands behind the image of a row: its last token is asked in place of that text"
 # Signals of the decoder's attention.
 LLM_KINDS = (
     "last_row", "last_visual", "last_value", "value_norm", "from_text", "to_text", "transition",
@@ -730,7 +731,11 @@ class Frame:
         """Runs of the text behind the row's first visual token; its last token, if the prompt ends with an image."""
         seen = runs_of(self.host[row] > 1)
         behind = [run for run in self.text[row] if seen and run[0] > seen[0][0]]
-        return behind or [(self.host.shape[1] - 1, 1)] * bool(seen)
+        if seen and not behind:
+            if WORDLESS not in self.notes:
+                self.notes.append(WORDLESS)
+            return [(self.host.shape[1] - 1, 1)]
+        return behind
 
     def _last_slot(self, n: int) -> Tensor:
         if self.compaction is not None:  # pads were dropped: rows end with a real token
@@ -747,6 +752,7 @@ class Frame:
         first = min(self.recalls, default=len(cache.layers))
         befores = {i: self._stored_before(cache, i) for i in self.recalls}
         entered = self.past_at(first - 1) if self.recalls else 0
+        reference = kv.reference_layer(cache)
         for i in range(min(len(cache.layers), len(self.lengths))):
             # A row that keeps all it has may hold the length up while others are cut.
             cut = self.lengths[i] < length or self.valids[i] is not None
@@ -754,6 +760,7 @@ class Frame:
                 kv.shrink(
                     cache, i, past=self.past, fed=length, ran=self.lengths[i], valid=self.valids[i],
                     remask=self.holes and self.lengths[i] < length, shift=self.shift, lag=lags.get(id(self.lags[i])),
+                    uneven=self.lengths[i] != self.lengths[reference] or self.valids[i] is not self.valids[reference],
                 )  # fmt: skip
 
         for i, recall in self.recalls.items():

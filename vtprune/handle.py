@@ -45,7 +45,11 @@ class Handle:
         return self._model.__dict__.get(_KEY) is self
 
     def remove(self) -> None:
-        """Leave the model as it was before `patch`; caches already produced stay valid. Safe to call twice."""
+        """Leave the model as it was before `patch`; safe to call twice.
+
+        Caches already produced stay valid where rows and layers store the same number of tokens; the others refuse to
+        go on without the patch.
+        """
         self._session.remove()
         if self.active:
             del self._model.__dict__[_KEY]

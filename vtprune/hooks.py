@@ -197,7 +197,7 @@ class Session:
         a, depth = self.adapter, len(self.adapter.layers)
         for stage in self.stages:
             name = stage.method.name or type(stage.method).__name__
-            if isinstance(stage.where, str) and stage.where != "llm":
+            if isinstance(stage.where, bool) or not (stage.where == "llm" or isinstance(stage.where, int | tuple)):
                 raise ValueError(f"where={stage.where!r}: choose 'llm', a decoder layer 0..{depth - 1} or ('vit', k)")
             if isinstance(stage.where, int):
                 self._check_layer(name, stage.where)
@@ -405,10 +405,10 @@ class Session:
         cache = call.get(kv.NAME)
         layer = kv.state(cache, kv.reference_layer(cache)) if cache is not None else None
         self._check_places(cache)
+        if any(getattr(layer, "needs_patch", False) for layer in getattr(cache, "layers", ())):
+            kv.enter()
         self._open_step(cache, call)
         if layer is not None:
-            if layer.needs_patch:
-                kv.enter()
             if not self.adapter.masks_in_base:
                 call = self._past_mask_2d(call, cache)
             if layer.shift is not None:
@@ -476,8 +476,6 @@ class Session:
         held = kv.state(cache, i) if cache is not None else None
         layer = held if i != reference else None
         changed = dict(call)
-        if held is not None and held.needs_patch:
-            kv.enter()
         if layer is not None:
             self._past_mask_layer(changed, layer, kv.state(cache, reference))
         if frame is not None:
@@ -673,12 +671,13 @@ class Session:
         call["position_ids"], call["position_embeddings"] = ids, embeddings
 
     def _check_places(self, cache: Any) -> None:
-        """Refuse a cache whose layers renumber where this patch does not look."""
-        if any(getattr(layer, "lag", None) is not None for layer in getattr(cache, "layers", ())[: self.first_hook]):
-            raise UnsupportedCall(
-                "this cache was filled by a patched model that renumbered positions inside the LLM, at layers where "
-                "this patch has no stage: continue with the same patch, or start a new cache"
-            )
+        """Refuse a cache whose layers renumber, or differ in what they store, where this patch does not look."""
+        for layer in getattr(cache, "layers", ())[: self.first_hook]:
+            if getattr(layer, "uneven", False) or getattr(layer, "lag", None) is not None:
+                raise UnsupportedCall(
+                    "this cache was filled by a patched model that dropped tokens (or renumbered them) inside the LLM, "
+                    "at layers where this patch has no stage: continue with the same patch, or start a new cache"
+                )
 
     def _cut_text_call(self, frame: Frame, call: dict[str, Any]) -> dict[str, Any]:
         """Every sequence-length argument of the text model, cut."""
