@@ -13,6 +13,12 @@ from torch.nn.functional import normalize
 from ..kernels import check_finite
 from ..types import Assignment, Span, Visual, spread
 from . import budget_of
+from .text import note
+
+ONE_FRAME = (
+    "{}: an image has no other frame to be compared with; where the frames of a video are passed as images, "
+    "per='sample' makes them one video"
+)
 
 
 class Clip(NamedTuple):
@@ -28,13 +34,15 @@ Reduce = Callable[[Clip, int | None], Assignment]
 def by_clip(v: Visual, name: str, reduce: Reduce) -> Assignment:
     """Let `reduce` answer for each clip, its tokens counted 0..T*P - 1, and join the answers.
 
-    A span is a clip; spans of equal frames that follow each other are one; a unit without spans is its grid, or one
-    frame. Clips share the budget in proportion to their tokens. Newlines and separators leave first and are never
+    A span is a clip; in a video spans of equal frames that follow each other are one; a unit without spans is its grid,
+    or one frame. Clips share the budget in proportion to their tokens. Newlines and separators leave first and are never
     merged. Without a budget `reduce` gets None, and newlines and separators stay.
     """
     total = None if v.budget is None else budget_of(v, name)
     check_finite([v.x])
     found, loose = clips(v)
+    if all(len(clip.at) == 1 for clip in found):
+        note(v, ONE_FRAME.format(name))
     sizes = [clip.at.numel() for clip in found]
     inside = None if total is None else min(total, sum(sizes))
     shares = [None] * len(found) if inside is None else list(spread(inside, sizes))
@@ -49,7 +57,8 @@ def clips(v: Visual) -> tuple[list[Clip], Tensor]:
     """The clips of a unit, and the positions of the tokens in none of them."""
     spans = sorted(v.spans or (Span(0, v.grid or (1, 1, v.n)),), key=lambda span: span.start)
     found, loose, end = [], [], 0
-    for _, group in groupby(enumerate(spans), _alike):
+    alike = _alike if v.video else _number
+    for _, group in groupby(enumerate(spans), alike):
         frames = []
         for _, span in group:
             t, h, w = span.grid
@@ -68,6 +77,10 @@ def _alike(numbered: tuple[int, Span]) -> tuple[int, ...]:
     """What spans that follow each other share if they are frames of one clip; mosaics stand alone."""
     number, span = numbered
     return (-1, *span.grid[1:]) if not span.newline else (number,)
+
+
+def _number(numbered: tuple[int, Span]) -> tuple[int, ...]:
+    return (numbered[0],)
 
 
 def _joined(v: Visual, parts: list[tuple[Tensor, Assignment]], rest: Tensor) -> Assignment:

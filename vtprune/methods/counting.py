@@ -41,9 +41,9 @@ def apportion(weights: Tensor, total: int, cap: int) -> Tensor:
     tensor([4, 2, 0])
     """
     tiny = torch.finfo(weights.dtype).tiny
-    exact = (weights * (total / weights.sum().clamp(min=tiny))).clamp(max=cap)
+    exact = (weights / weights.sum().clamp(min=tiny) * total).clamp(max=cap)
     room = cap - exact
-    exact = exact + room * ((total - exact.sum()) / room.sum().clamp(min=tiny)).clamp(min=0)
+    exact = exact + room / room.sum().clamp(min=tiny) * (total - exact.sum()).clamp(min=0)
     floor = exact.floor().clamp(max=cap)
     left = torch.where(floor < cap, exact - floor, -1.0)
     return floor.long() + (ranks(left) < total - floor.sum())
