@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,3 +69,39 @@ def dycoke(arrays: Arrays, folder: Path) -> str:
         same(f"tokens of {tag}", ordered(answer), arrays[f"{tag}_src_index"])
         counts.append(len(answer.idx))
     return f"{t} frames, {'/'.join(map(str, counts))} of {v.n} tokens in order"
+
+
+@case("video_holitom_outer")
+def holitom(arrays: Arrays, folder: Path) -> str:
+    """Segments, places and features of every token; in grid files with the newlines of rows that keep one."""
+    from ..methods.segments import cut, run_lengths, still_places
+    from ..methods.video.holitom import RECEIVED
+
+    seen = torch.from_numpy(arrays["attn"]).flatten()
+    v, (t, _, w) = video(arrays, signals={RECEIVED: seen})
+    worst, counts = [], []
+    for tag in budgets(arrays):
+        tau, beta = real(arrays[f"{tag}_tau"]), None if arrays[f"{tag}_no_beta"] else real(arrays["beta"])
+        found = cut(still_places(run_lengths(torch.from_numpy(arrays["sim"]) > tau)))
+        same(f"segments of {tag}", torch.tensor(found), arrays[f"{tag}_segments"])
+        answer = create("holitom", ratio=real(arrays[f"{tag}_retain_ratio"]), tau=tau, beta=beta)(v)
+        stored = arrays[f"{tag}_src_index"]
+        same(f"tokens of {tag}", answer.idx, np.sort(stored))
+        features = answer.apply(v.x)
+        if str(arrays["newline_mode"]) == "grid":
+            whole = _with_newlines(features, answer.idx // w, torch.from_numpy(arrays["newline"]))
+        else:
+            order = torch.searchsorted(answer.idx, torch.from_numpy(stored).long())
+            whole = torch.cat([features[order], torch.from_numpy(arrays["newline"])[None]])
+        worst.append(close(f"features of {tag}", whole, arrays[f"{tag}_tokens"]))
+        counts.append(len(answer.idx))
+    return f"{t} frames, {'/'.join(map(str, counts))} of {v.n} tokens; features within {max(worst):.1g}"
+
+
+def _with_newlines(x: Tensor, row: Tensor, newline: Tensor) -> Tensor:
+    """Tokens x [K, D] with one newline [D] behind the last of every row [K] that has any."""
+    ends = torch.cat([row[1:] != row[:-1], torch.ones(1, dtype=torch.bool)])
+    return torch.cat([torch.stack([token, newline]) if end else token[None] for token, end in zip(x, ends)])
+
+
+case("video_holitom_edge")(holitom)

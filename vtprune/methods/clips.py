@@ -35,8 +35,8 @@ def by_clip(v: Visual, name: str, reduce: Reduce) -> Assignment:
     """Let `reduce` answer for each clip, its tokens counted 0..T*P - 1, and join the answers.
 
     A span is a clip; in a video spans of equal frames that follow each other are one; a unit without spans is its grid,
-    or one frame. Clips share the budget in proportion to their tokens. Newlines and separators leave first and are never
-    merged. Without a budget `reduce` gets None, and newlines and separators stay.
+    or one frame. Clips share the budget in proportion to their tokens. Newlines and separators leave first and never
+    merge. Without a budget `reduce` gets None, and newlines and separators stay.
     """
     total = None if v.budget is None else budget_of(v, name)
     check_finite([v.x])
