@@ -6,6 +6,7 @@ x: [T][P] rows of float64 each; answers are flat positions t * P + p.
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import torch
 from oracles import cosine, middles, top
@@ -91,3 +92,104 @@ def vidcom2(x: Tensor, ratio: float) -> tuple[list[int], list[float]]:
         count = max(1, round(share * p))
         kept += [t * p + i for i in sorted(top(-torch.tensor(scores[t], dtype=torch.float64), count))]
     return kept, [s for frame in scores for s in frame]
+
+
+def dp_segments(same: list[list[bool]]) -> list[tuple[int, int]]:
+    """Windows that save most tokens, cell by cell. same[t][p]: place p is the same in frames t and t + 1."""
+    frames = len(same) + 1
+
+    def saved(a: int, b: int) -> int:
+        return (b - a) * sum(all(same[t][p] for t in range(a, b)) for p in range(len(same[0]))) if b > a else 0
+
+    best, width = [0], []
+    for i in range(frames):
+        value, w = best[i], 1
+        for size in range(2, i + 2):
+            other = best[i + 1 - size] + saved(i + 1 - size, i)
+            if other > value:
+                value, w = other, size
+        best.append(value)
+        width.append(w)
+    found, last = [], frames - 1
+    while last >= 0:
+        found.append((last - width[last] + 1, last))
+        last -= width[last]
+    return found[::-1]
+
+
+def peaks(points: Tensor, count: int, neighbours: int) -> list[int]:
+    """Density peaks: the `count` points of highest density times distance to a denser one, ascending."""
+    n, d = points.shape
+    far = [[float((a - b).norm()) / math.sqrt(d) for b in points] for a in points]
+    rho = [-sum(f * f for f in sorted(row)[:neighbours]) / neighbours for row in far]
+    most = max(max(row) for row in far)
+    score = []
+    for i in range(n):
+        denser = [far[i][j] for j in range(n) if (rho[j], -j) > (rho[i], -i)]
+        reach = min([*denser, most])
+        score.append(rho[i] + (math.log(reach) if reach > 0 else -math.inf))
+    return sorted(sorted(range(n), key=lambda i: (-score[i], i))[:count])
+
+
+def cluster(points: Tensor, count: int, neighbours: int = 7) -> dict[int, list[int]]:
+    """Each centre with the points that go to it."""
+    if not count:
+        return {}
+    centres = peaks(points, count, max(1, min(neighbours, count)))
+    out: dict[int, list[int]] = {c: [] for c in centres}
+    for i in range(len(points)):
+        if i not in out:
+            out[min(centres, key=lambda c: (float((points[i] - points[c]).norm()), c))].append(i)
+    return out
+
+
+def holitom(x: Tensor, seen: Tensor, tau: float, beta: float | None, ratio: float | None, budget: int | None):
+    """https://arxiv.org/abs/2505.21334 before the LLM: {position: feature}; `ratio` as published, or a budget."""
+    x, seen = x.double(), seen.double()
+    frames, p = x.shape[:2]
+    same = [[cosine(a, b) > tau for a, b in zip(x[t], x[t + 1])] for t in range(frames - 1)]
+    segments = dp_segments(same) if frames > 1 else [(0, 0)]
+    still = [[i for i in range(p) if b > a and all(same[t][i] for t in range(a, b))] for a, b in segments]
+    windows = [(s, places) for s, places in zip(segments, still) if s[1] > s[0]]
+    moving = {
+        t: [i for i in range(p) if i not in places] for (a, b), places in zip(segments, still) for t in range(a, b + 1)
+    }
+    sizes = [len(places) for _, places in windows] + [len(moving[t]) for t in range(frames)]
+    spare = 0
+    if budget is None:
+        assert ratio is not None
+        r = min(1.0, ratio / (sum(sizes) / (frames * p)))
+        shares = [round(s * r) for s in sizes[: len(windows)]] + [math.ceil(s * r) for s in sizes[len(windows) :]]
+    else:
+        spare = max(0, budget - sum(sizes))
+        shares = largest_remainder(budget - spare, sizes)
+    loose = [(t, i) for (a, b), places in windows for t in range(a + 1, b + 1) for i in places]
+    alone = sorted(sorted(loose, key=lambda c: (-float(seen[c]), c))[:spare])
+    out = {t * p + i: x[t, i] for t, i in alone}
+    for ((a, b), places), count in zip(windows, shares):
+        if not places:
+            continue
+        frames_of = {i: [t for t in range(a, b + 1) if (t, i) not in alone] for i in places}
+        means = {i: torch.stack([x[t, i] for t in frames_of[i]]).mean(0) for i in places}
+        points = torch.stack([x[a : b + 1, i].mean(0) for i in places])
+        for centre, members in cluster(points, count).items():
+            rows = [means[places[m]] for m in members]
+            own = means[places[centre]]
+            if rows and beta is not None:
+                own = beta * own + (1 - beta) * torch.stack(rows).mean(0)
+            elif rows:
+                own = torch.stack([own, *rows]).mean(0)
+            out[a * p + places[centre]] = own
+    for t, count in zip(range(frames), shares[len(windows) :]):
+        for i in sorted(moving[t], key=lambda i: (-float(seen[t, i]), i))[:count]:
+            out[t * p + i] = x[t, i]
+    return out
+
+
+def largest_remainder(total: int, sizes: list[int]) -> list[int]:
+    """Shares of `total` in proportion to sizes: cut off, then one more for the largest remainders, the first first."""
+    exact = [Fraction(total * s, max(1, sum(sizes))) for s in sizes]
+    given = [math.floor(e) for e in exact]
+    for i in sorted(range(len(sizes)), key=lambda i: (given[i] - exact[i], i))[: total - sum(given)]:
+        given[i] += 1
+    return given

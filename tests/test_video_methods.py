@@ -13,6 +13,8 @@ import vtprune
 from vtprune import Assignment, Span, Visual
 from vtprune.methods.clips import clips, evenly_shared
 from vtprune.methods.counting import apportion
+from vtprune.methods.segments import cut, run_lengths, still_places
+from vtprune.methods.video.holitom import RECEIVED
 
 GRIDS = [(1, 3, 4), (2, 3, 3), (3, 2, 5), (4, 3, 3), (5, 3, 3), (7, 2, 3), (8, 3, 4), (9, 2, 2), (13, 2, 3)]
 every_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -132,6 +134,77 @@ def test_apportion() -> None:
             assert float((shares - ideal).abs().max()) < 1 + 1e-4
     assert apportion(torch.zeros(3), 4, 2).tolist() == [2, 1, 1]
     assert evenly_shared(7, 3, torch.device("cpu")).tolist() == [2, 2, 3]
+
+
+# holitom
+
+
+def seen_of(grid: tuple[int, int, int], seed: int = 5) -> Tensor:
+    return torch.rand(grid[0], grid[1] * grid[2], generator=torch.Generator().manual_seed(seed))
+
+
+def agrees(answer: Assignment, v: Visual, expected: dict[int, Tensor]) -> None:
+    """The same tokens stand at the same places with the same features."""
+    assert answer.idx.tolist() == sorted(expected)
+    features = torch.stack([expected[i] for i in sorted(expected)])
+    torch.testing.assert_close(answer.apply(v.x).double(), features, rtol=0, atol=1e-5)
+
+
+@every_grid
+@pytest.mark.parametrize("beta", [0.6, None])
+def test_holitom(grid: tuple[int, int, int], beta: float | None) -> None:
+    x, seen = video(grid), seen_of(grid)
+    n = grid[0] * grid[1] * grid[2]
+    method = vtprune.create("holitom", beta=beta)
+    for budget in some(n):
+        v = unit(x, budget, grid, signals={RECEIVED: seen.flatten()})
+        answer = method(v)
+        assert len(answer.idx) == budget
+        agrees(answer, v, oracle.holitom(x, seen, 0.8, beta, None, budget))
+
+
+@every_grid
+@pytest.mark.parametrize("ratio", [0.1, 0.25, 0.9])
+def test_holitom_as_published(grid: tuple[int, int, int], ratio: float) -> None:
+    x, seen = video(grid), seen_of(grid)
+    v = unit(x, None, grid, signals={RECEIVED: seen.flatten()})
+    agrees(vtprune.create("holitom", ratio=ratio)(v), v, oracle.holitom(x, seen, 0.8, 0.6, ratio, None))
+
+
+@pytest.mark.parametrize("what", ["all still", "nothing still"])
+def test_holitom_on_extreme_videos(what: str) -> None:
+    """No dynamic token at all, and no static one."""
+    grid = (6, 2, 3)
+    x = torch.randn(6, 6, 8) if what == "nothing still" else torch.randn(1, 6, 8).expand(6, -1, -1).clone()
+    seen = seen_of(grid)
+    for budget in (1, 3, 6, 7, 20, 36):
+        v = unit(x, budget, grid, signals={RECEIVED: seen.flatten()})
+        answer = vtprune.create("holitom")(v)
+        assert len(answer.idx) == budget
+        if what == "nothing still":
+            assert torch.equal(answer.apply(v.x), v.x[answer.idx])
+        elif budget <= 6:
+            assert int(answer.idx.max()) < 6, "one segment, so all stand in its first frame"
+
+
+def test_segments_equal_the_cell_by_cell_programme() -> None:
+    """Ties and all: random videos of up to 14 frames with few places, so that many windows save the same."""
+    g = torch.Generator().manual_seed(0)
+    for _ in range(150):
+        t, p = int(torch.randint(2, 15, (), generator=g)), int(torch.randint(1, 6, (), generator=g))
+        same = torch.rand(t - 1, p, generator=g) < torch.rand((), generator=g) ** 0.5
+        assert cut(still_places(run_lengths(same))) == oracle.dp_segments(same.tolist())
+
+
+def test_holitom_stages_and_options() -> None:
+    first, second = vtprune.create("holitom").stages(0.15, 28)
+    assert (first.where, first.keep, first.compact) == ("llm", 0.15, True)
+    assert (second.where, second.method.name, second.keep) == (18, "holitom_inner", None)
+    assert len(vtprune.create("holitom", inner=False).stages(0.15, 28)) == 1
+    assert len(vtprune.create("holitom").stages(1.0, 28)) == 1
+    for option, value in (("tau", 1.5), ("beta", -0.1), ("ratio", 0.0)):
+        with pytest.raises(ValueError, match=f"{option}={value}"):
+            vtprune.create("holitom", **{option: value})
 
 
 # clips

@@ -50,7 +50,9 @@ def clusters(x: Tensor, real: Tensor, counts: Tensor, most: int) -> tuple[Tensor
     size = real.sum(1).clamp(min=1)[:, None, None]
     x = (x - (x * real[..., None]).sum(1, keepdim=True) / size) * real[..., None]
     square = x.square().sum(-1)
-    far = (square[:, :, None] + square[:, None, :] - 2 * x @ x.mT).clamp(min=0)
+    gram = x @ x.mT
+    # A product need not be symmetric to the last bit, and tokens that are each other's nearest are equally dense.
+    far = (square[:, :, None] + square[:, None, :] - (gram + gram.mT)).clamp(min=0)
     far.diagonal(dim1=1, dim2=2).zero_()
     far = (far / x.shape[2]).sqrt()
     order = peaks(far, real, counts.clamp(1, most), most).argsort(dim=1, descending=True, stable=True)

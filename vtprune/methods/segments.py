@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import to_device
-from ..types import Assignment, spread
-from .clips import places
+from ..types import spread
 
 Segment = tuple[int, int]  # first and last frame
 
@@ -97,13 +96,3 @@ class Split(NamedTuple):
         sizes = [*(n for _, n in self.windows), *self.dynamic]
         given = list(spread(min(budget, sum(sizes)), sizes))
         return given[: len(self.windows)], given[len(self.windows) :], budget - sum(given)
-
-
-def assignment(
-    split: Split, kept: Tensor, used: Tensor, to: Tensor, w: Tensor, scores: Tensor, k: int, e: int
-) -> Assignment:
-    """kept [T, P] bool, k of them: the tokens that stay; used [T, P] bool, e of them: the tokens that flow, weighted by
-    w [T, P] float32, into the kept token at the flat place to [T, P]."""
-    idx, src = places(kept, k), places(used, e)
-    row = kept.flatten().cumsum(0) - 1
-    return Assignment(idx, None, src, row[to.flatten()[src]], w.flatten()[src], scores.flatten())

@@ -13,10 +13,10 @@ from ...kernels import check_finite, to_device
 from ...registry import register
 from ...types import Assignment, Method, Newlines, Positions, Signal, Stage, Visual
 from .. import best_first, signal_of
-from ..clips import Clip, by_clip, check_ratio, likeness, ranks_in_rows
+from ..clips import Clip, by_clip, check_ratio, flow, likeness, ranks_in_rows
 from ..density_peaks import clusters
 from ..in_llm.holitom_inner import HoliTomInner
-from ..segments import Split, assignment, cut, run_lengths, still_places
+from ..segments import Split, cut, run_lengths, still_places
 
 RECEIVED = Signal("received", None)
 NEIGHBOURS = 7
@@ -94,7 +94,7 @@ class HoliTom(Method):
             used = used | flows
         flowing = sum((b - a + 1) * n for ((a, b), n), m in zip(split.windows, still) if m)
         sizes = sum(still) + sum(moving) + spare, flowing + sum(moving)
-        return assignment(split, kept, used, to, w, seen, *sizes)
+        return flow(kept, used, to, w, seen, *sizes)
 
     def _official(self, split: Split) -> tuple[list[int], list[int], int]:
         """What each window and each frame keeps if all round by themselves."""
