@@ -144,3 +144,27 @@ def aim_image(arrays: Arrays, folder: Path) -> str:
         worst.append(close(f"features of {tag}", ours, stored[nearest]))
         counts.append(len(stored))
     return f"{'/'.join(map(str, counts))} of {len(x)} tokens; features within {max(worst):.1g}"
+
+
+@case("video_prunevid")
+def prunevid(arrays: Arrays, folder: Path) -> str:
+    """Scenes, and merged tokens; each of ours is one of the stored ones, which stand by their score."""
+    from ..methods.video.prunevid import scenes
+
+    v, (t, h, w) = video(arrays)
+    share = real(arrays["temporal_segment_ratio"])
+    found = scenes(v.x.view(t, h * w, -1).mean(1), int(t * share))
+    same("scenes", torch.tensor([b - a + 1 for a, b in found]), arrays["segment_lengths"])
+    cuts = np.flatnonzero(np.diff(arrays["frame_labels_refined"])) + 1
+    same("cuts", torch.tensor([a for a, _ in found[1:]]), cuts)
+    worst, counts = [], []
+    for tag in budgets(arrays):
+        method = create("prunevid", ratio=real(arrays[f"{tag}_cluster_ratio"]), tau=real(arrays["tau"]), scenes=share)
+        ours, stored = method(v).apply(v.x), torch.from_numpy(arrays[f"{tag}_tokens"])
+        if len(ours) != len(stored):
+            raise Mismatch(f"{tag}: {len(ours)} tokens against {len(stored)} stored")
+        nearest = torch.cdist(ours, stored).argmin(1)
+        same(f"tokens of {tag}", nearest.sort().values, np.arange(len(stored)))
+        worst.append(close(f"features of {tag}", ours, stored[nearest]))
+        counts.append(len(stored))
+    return f"{len(found)} scenes, {'/'.join(map(str, counts))} of {v.n} tokens; features within {max(worst):.1g}"

@@ -131,11 +131,11 @@ def peaks(points: Tensor, count: int, neighbours: int) -> list[int]:
     return sorted(sorted(range(n), key=lambda i: (-score[i], i))[:count])
 
 
-def cluster(points: Tensor, count: int, neighbours: int = 7) -> dict[int, list[int]]:
-    """Each centre with the points that go to it."""
+def cluster(points: Tensor, count: int, exactly: int | None = None) -> dict[int, list[int]]:
+    """Each centre with the points that go to it; of `exactly` neighbours, or of seven but at most `count`."""
     if not count:
         return {}
-    centres = peaks(points, count, max(1, min(neighbours, count)))
+    centres = peaks(points, count, exactly or min(7, count))
     out: dict[int, list[int]] = {c: [] for c in centres}
     for i in range(len(points)):
         if i not in out:
@@ -193,3 +193,90 @@ def largest_remainder(total: int, sizes: list[int]) -> list[int]:
     for i in sorted(range(len(sizes)), key=lambda i: (given[i] - exact[i], i))[: total - sum(given)]:
         given[i] += 1
     return given
+
+
+def aim(frame: Tensor, metric: Tensor, count: int) -> dict[int, Tensor]:
+    """https://arxiv.org/abs/2412.03248: one frame [P, D] merged pairwise to `count` tokens, {place: feature}."""
+    left = [(i, x, m) for i, (x, m) in enumerate(zip(frame.double(), metric.double()))]
+    while len(left) > count:
+        q = min(len(left) // 2, len(left) - count)
+        even, odd = left[::2], left[1::2]
+        likest = [max(range(len(odd)), key=lambda j: (cosine(a[2], odd[j][2]), -j)) for a in even]
+        rank = sorted(range(len(even)), key=lambda i: (-cosine(even[i][2], odd[likest[i]][2]), i))
+        groups = [[b, *(even[i] for i in rank[:q] if likest[i] == j)] for j, b in enumerate(odd)]
+        means = [(g[0][0], *(torch.stack([one[k] for one in g]).mean(0) for k in (1, 2))) for g in groups]
+        left = [*(even[i] for i in rank[q:]), *means]
+    return {place: x for place, x, _ in left}
+
+
+def prunevid_scenes(x: Tensor, share: float) -> list[tuple[int, int]]:
+    """https://arxiv.org/abs/2412.16117: scenes, by clustering the mean tokens of the frames."""
+    frames = x.double().mean(1)
+    groups = cluster(frames, max(1, int(len(frames) * share)), exactly=min(7, len(frames)))
+    label = [next(c for c, members in groups.items() if t == c or t in members) for t in range(len(frames))]
+    runs: list[list[int]] = []
+    for t in range(len(frames)):
+        if t and label[t] == label[t - 1]:
+            runs[-1].append(t)
+        else:
+            runs.append([t])
+    most = {c: max(len(run) for run in runs if label[run[0]] == c) for c in set(label)}
+    stay = [run for run in runs if len(run) > 1 and len(run) == most[label[run[0]]]]
+    if not stay:
+        return [(0, len(frames) - 1)]
+    home = {}
+    for t in range(len(frames)):
+        before = [run for run in stay if run[0] <= t]
+        after = [run for run in stay if run[-1] >= t]
+        left, right = (before[-1] if before else None), (after[0] if after else None)
+        home[t] = id(left if right is None or (left is not None and len(left) >= len(right)) else right)
+        for run in stay:
+            if t in run:
+                home[t] = id(run)
+    found: list[list[int]] = []
+    for t in range(len(frames)):
+        if t and home[t] == home[t - 1]:
+            found[-1].append(t)
+        else:
+            found.append([t])
+    return [(run[0], run[-1]) for run in found]
+
+
+def prunevid(x: Tensor, tau: float, share: float, ratio: float | None, budget: int | None) -> dict[int, Tensor]:
+    """The merging before the LLM: {position: feature}; `ratio` as published, or a budget."""
+    x = x.double()
+    frames, p = x.shape[:2]
+    found = prunevid_scenes(x, share)
+
+    def still(a: int, b: int) -> list[int]:
+        pairs = [(s, t) for s in range(a, b + 1) for t in range(a, b + 1) if s != t]
+        return [i for i in range(p) if pairs and sum(cosine(x[s, i], x[t, i]) for s, t in pairs) / len(pairs) > tau]
+
+    places = {(a, b): still(a, b) for a, b in found}
+    windows = [(s, places[s]) for s in found if s[1] > s[0]]
+    moving = {t: [i for i in range(p) if i not in places[a, b]] for a, b in found for t in range(a, b + 1)}
+    sizes = [len(q) for _, q in windows] + [len(moving[t]) for t in range(frames)]
+    spare = 0
+    if budget is None:
+        assert ratio is not None
+        counts = [n if n <= 14 else int(n * ratio) for n in sizes]
+    else:
+        spare = max(0, budget - sum(sizes))
+        counts = largest_remainder(budget - spare, sizes)
+    loose = [(t, i) for (a, b), q in windows for t in range(a + 1, b + 1) for i in q]
+    scene = {t: s for s in found for t in range(s[0], s[1] + 1)}
+    unlike = {(t, i): 1 - cosine(x[t, i], x[scene[t][0] : scene[t][1] + 1, i].mean(0)) for t, i in loose}
+    alone = sorted(loose, key=lambda c: (-unlike[c], c))[:spare]
+    out = {t * p + i: x[t, i] for t, i in alone}
+
+    def merge(rows: dict[int, Tensor], points: Tensor, count: int, start: int) -> None:
+        at = list(rows)
+        for centre, members in cluster(points, count, exactly=min(7, len(at))).items() if at else ():
+            out[start + at[centre]] = torch.stack([rows[at[i]] for i in (centre, *members)]).mean(0)
+
+    for ((a, b), q), count in zip(windows, counts):
+        rows = {i: torch.stack([x[t, i] for t in range(a, b + 1) if (t, i) not in alone]).mean(0) for i in q}
+        merge(rows, torch.stack([x[a : b + 1, i].mean(0) for i in q]) if q else x[0, :0], count, a * p)
+    for t, count in zip(range(frames), counts[len(windows) :]):
+        merge({i: x[t, i] for i in moving[t]}, x[t, moving[t]], count, t * p)
+    return out

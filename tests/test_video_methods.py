@@ -14,7 +14,9 @@ from vtprune import Assignment, Span, Visual
 from vtprune.methods.clips import clips, evenly_shared
 from vtprune.methods.counting import apportion
 from vtprune.methods.segments import cut, run_lengths, still_places
+from vtprune.methods.video.aim import KEYS
 from vtprune.methods.video.holitom import RECEIVED
+from vtprune.methods.video.prunevid import refined, scenes
 
 GRIDS = [(1, 3, 4), (2, 3, 3), (3, 2, 5), (4, 3, 3), (5, 3, 3), (7, 2, 3), (8, 3, 4), (9, 2, 2), (13, 2, 3)]
 every_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -207,6 +209,82 @@ def test_holitom_stages_and_options() -> None:
             vtprune.create("holitom", **{option: value})
 
 
+# aim
+
+
+@every_grid
+@pytest.mark.parametrize("metric", ["features", "keys"])
+def test_aim(grid: tuple[int, int, int], metric: str) -> None:
+    x = video(grid)
+    t, p = x.shape[:2]
+    keys = torch.randn(t, p, 6, generator=torch.Generator().manual_seed(9))
+    for budget in some(t * p):
+        v = unit(x, budget, grid, signals={KEYS: keys.flatten(0, 1)})
+        answer = vtprune.create("aim", metric=metric)(v)
+        assert len(answer.idx) == budget
+        expected = {}
+        for i in range(t):
+            count = (i + 1) * budget // t - i * budget // t
+            one = oracle.aim(x[i], keys[i] if metric == "keys" else x[i], count) if count else {}
+            expected |= {i * p + place: feature for place, feature in one.items()}
+        agrees(answer, v, expected)
+
+
+def test_aim_stages_and_options() -> None:
+    first, *later = vtprune.create("aim").stages(0.25, 28)
+    assert (first.where, first.keep) == ("llm", 0.25)
+    assert [stage.where for stage in later] == list(range(15, 23))
+    assert [stage.keep for stage in later] == [*(0.25 * (1 - i / 8) for i in range(1, 8)), None]
+    assert [stage.keep for stage in vtprune.create("aim").stages(None, 28)][:2] == [None, 0.25 * 0.875]
+    assert [stage.keep for stage in vtprune.create("aim").stages(8, 28)] == [8, 7, 6, 5, 4, 3, 2, 1, None]
+    assert len(vtprune.create("aim").stages(1.0, 28)) == len(vtprune.create("aim", inner=False).stages(0.2, 28)) == 1
+    with pytest.raises(ValueError, match="rounds=0"):
+        vtprune.create("aim", rounds=0)
+    with pytest.raises(ValueError, match="metric='values': choose 'features' or 'keys'"):
+        vtprune.create("aim", metric="values")
+
+
+# prunevid
+
+
+@every_grid
+def test_prunevid(grid: tuple[int, int, int]) -> None:
+    x = video(grid)
+    n = grid[0] * grid[1] * grid[2]
+    for budget in some(n):
+        v = unit(x, budget, grid)
+        answer = vtprune.create("prunevid")(v)
+        assert len(answer.idx) == budget
+        agrees(answer, v, oracle.prunevid(x, 0.8, 0.25, None, budget))
+
+
+@pytest.mark.parametrize("grid", [(1, 4, 5), (3, 4, 5), (5, 4, 5), (8, 4, 5)], ids=str)
+def test_prunevid_as_published(grid: tuple[int, int, int]) -> None:
+    """Fewer than 7 frames, and fewer than 4, included: there the official code has no neighbours and no centres."""
+    x = video(grid, seed=2)
+    v = unit(x, None, grid)
+    agrees(vtprune.create("prunevid", ratio=0.3)(v), v, oracle.prunevid(x, 0.8, 0.25, 0.3, None))
+
+
+def test_scenes_from_labels() -> None:
+    assert refined([0, 0, 0, 1, 0, 2, 2]) == [(0, 4), (5, 6)]
+    assert refined([0, 1, 0, 1]) == [(0, 3)], "no run of two: one scene"
+    assert refined([1, 0, 0, 2, 1, 1, 1]) == [(0, 2), (3, 6)], "freed frames join the longer neighbour"
+    assert refined([0, 0, 2, 1, 1]) == [(0, 2), (3, 4)], "the left one of two that are equally long"
+    assert refined([0, 0, 1, 1, 0, 0]) == [(0, 1), (2, 3), (4, 5)], "all longest runs of a label stay"
+    g = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        x = torch.randn(int(torch.randint(1, 20, (), generator=g)), 3, 4, generator=g).cumsum(0)
+        found = scenes(x.mean(1), max(1, int(len(x) * 0.25)))
+        assert found == oracle.prunevid_scenes(x, 0.25)
+
+
+def test_prunevid_options() -> None:
+    for option, value in (("tau", -2.0), ("scenes", 0.0), ("ratio", 2.0)):
+        with pytest.raises(ValueError, match=f"{option}={value}"):
+            vtprune.create("prunevid", **{option: value})
+
+
 # clips
 
 
@@ -228,7 +306,7 @@ def test_clips_of_a_unit() -> None:
     assert seen(n=3) == ([[[0, 1, 2]]], [])
 
 
-@pytest.mark.parametrize("name", ["evs", "dycoke", "vidcom2"])
+@pytest.mark.parametrize("name", ["evs", "dycoke", "vidcom2", "aim"])
 def test_newlines_and_separators_leave_first(name: str) -> None:
     x, grid = video((4, 2, 3)), (4, 2, 3)
     whole = torch.cat([x.flatten(0, 1), torch.randn(1, 12)])

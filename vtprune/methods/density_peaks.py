@@ -41,11 +41,11 @@ def peaks(far: Tensor, real: Tensor, nearest: Tensor | int, most: int) -> Tensor
     return (density + reach.log()).masked_fill(~real, -torch.inf)
 
 
-def clusters(x: Tensor, real: Tensor, counts: Tensor, most: int) -> tuple[Tensor, Tensor]:
+def clusters(x: Tensor, real: Tensor, counts: Tensor, nearest: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Many sets at once: which rows are centres [G, M] bool, and the centre [G, M] int64 that each row goes to.
 
     x: [G, M, D] float32. real: [G, M] bool. counts: [G] int64, centres of each set, at most its real rows. Densities
-    are over min(most, count) neighbours. Distances go through the Gram matrix of the centred rows.
+    are over nearest [G] neighbours, 1..most. Distances go through the Gram matrix of the centred rows.
     """
     size = real.sum(1).clamp(min=1)[:, None, None]
     x = (x - (x * real[..., None]).sum(1, keepdim=True) / size) * real[..., None]
@@ -55,7 +55,20 @@ def clusters(x: Tensor, real: Tensor, counts: Tensor, most: int) -> tuple[Tensor
     far = (square[:, :, None] + square[:, None, :] - (gram + gram.mT)).clamp(min=0)
     far.diagonal(dim1=1, dim2=2).zero_()
     far = (far / x.shape[2]).sqrt()
-    order = peaks(far, real, counts.clamp(1, most), most).argsort(dim=1, descending=True, stable=True)
+    order = peaks(far, real, nearest, most).argsort(dim=1, descending=True, stable=True)
     centre = (order.argsort(dim=1) < counts[:, None]) & real
     member = far.masked_fill(~centre[:, None, :], torch.inf).argmin(-1)
     return centre, torch.where(centre, torch.arange(x.shape[1], device=x.device), member)
+
+
+def cluster_weights(centre: Tensor, member: Tensor, real: Tensor, beta: float | None) -> Tensor:
+    """[G, M] float32: the weight of each row in what its cluster is merged into, of `clusters` as answered for `real`.
+
+    beta: of the centre, the others share the rest evenly; a centre alone weighs 1. None: all weigh the same.
+    """
+    joins = (real & ~centre).float()
+    others = torch.zeros_like(joins).scatter_add(1, member, joins)
+    if beta is None:
+        return (1 / (others + 1)).gather(1, member)
+    own = torch.where(others > 0, beta, 1.0)
+    return torch.where(centre, own, ((1 - beta) / others.clamp(min=1)).gather(1, member))

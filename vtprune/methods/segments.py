@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..kernels import to_device
 from ..types import spread
+from . import best_first
 
 Segment = tuple[int, int]  # first and last frame
 
@@ -96,3 +97,34 @@ class Split(NamedTuple):
         sizes = [*(n for _, n in self.windows), *self.dynamic]
         given = list(spread(min(budget, sum(sizes)), sizes))
         return given[: len(self.windows)], given[len(self.windows) :], budget - sum(given)
+
+    def flowing(self, given: Sequence[int]) -> int:
+        """Still tokens of the windows that keep any, given[i] each."""
+        return sum((b - a + 1) * n for ((a, b), n), kept in zip(self.windows, given) if kept)
+
+    def stand_alone(self, scores: Tensor, count: int) -> Tensor:
+        """[T, P] bool: the `count` still tokens, not of a first frame, of highest scores [T, P]."""
+        first = torch.arange(len(scores), device=scores.device) == self.first
+        order = best_first(scores.masked_fill(~self.still | first[:, None], -torch.inf).flatten())[:count]
+        return torch.zeros_like(self.still).flatten().index_fill(0, order, True).view_as(self.still)
+
+    def fold(self, centre: Tensor, member: Tensor, share: Tensor, alone: Tensor) -> Folded:
+        """Spread the clusters of the windows' still places [G, P] over the frames; what stands alone is left out."""
+        first = (torch.arange(len(alone), device=alone.device) == self.first) & self.within
+        flows = self.still & ~alone & centre.any(1)[self.number, None]
+        frames = torch.stack([flows[a : b + 1].sum(0) for (a, b), _ in self.windows]).clamp(min=1)
+        return Folded(
+            centre[self.number] & first[:, None],
+            flows,
+            self.first[:, None] * alone.shape[1] + member[self.number],
+            (share / frames)[self.number],
+        )
+
+
+class Folded(NamedTuple):
+    """Of a clip's tokens [T, P]: which are merged ones, which flow into one, its flat place, their weight in it."""
+
+    kept: Tensor
+    flows: Tensor
+    to: Tensor
+    w: Tensor

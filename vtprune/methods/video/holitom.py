@@ -12,9 +12,9 @@ from torch import Tensor
 from ...kernels import check_finite, to_device
 from ...registry import register
 from ...types import Assignment, Method, Newlines, Positions, Signal, Stage, Visual
-from .. import best_first, signal_of
+from .. import signal_of
 from ..clips import Clip, by_clip, check_ratio, flow, likeness, ranks_in_rows
-from ..density_peaks import clusters
+from ..density_peaks import cluster_weights, clusters
 from ..in_llm.holitom_inner import HoliTomInner
 from ..segments import Split, cut, run_lengths, still_places
 
@@ -76,24 +76,19 @@ class HoliTom(Method):
         """seen: [T, P] attention received."""
         split = segmented(likeness(clip.x[1:], clip.x[:-1]) > self.tau)
         still, moving, spare = self._official(split) if budget is None else split.shares(budget)
-        p, device = seen.shape[1], seen.device
-        counts = to_device(torch.tensor(moving), device)[:, None]
+        counts = to_device(torch.tensor(moving), seen.device)[:, None]
         moves = (ranks_in_rows(seen.masked_fill(split.still, -torch.inf)) < counts) & ~split.still
-        alone = _stand_alone(seen, split, spare)
+        alone = split.stand_alone(seen, spare)
         kept = used = moves | alone
-        to, w = torch.arange(seen.numel(), device=device).view_as(seen), torch.ones_like(seen)
+        to, w = torch.arange(seen.numel(), device=seen.device).view_as(seen), torch.ones_like(seen)
         if split.windows:
-            shares = to_device(torch.tensor(still), device)
-            centre, member, share = self._merge(*split.means(clip.x), shares)
-            flows = split.still & ~alone & (shares > 0)[split.number, None]
-            frames = torch.stack([flows[a : b + 1].sum(0) for (a, b), _ in split.windows]).clamp(min=1)
-            to = torch.where(flows, split.first[:, None] * p + member[split.number], to)
-            w = torch.where(flows, (share / frames)[split.number], w)
-            first = torch.arange(len(seen), device=device) == split.first
-            kept = kept | (centre[split.number] & (first & split.within)[:, None])
-            used = used | flows
-        flowing = sum((b - a + 1) * n for ((a, b), n), m in zip(split.windows, still) if m)
-        sizes = sum(still) + sum(moving) + spare, flowing + sum(moving)
+            means, places = split.means(clip.x)
+            seats = to_device(torch.tensor(still), seen.device)
+            centre, member = clusters(means, places, seats, seats.clamp(1, NEIGHBOURS), NEIGHBOURS)
+            one = split.fold(centre, member, cluster_weights(centre, member, places, self.beta), alone)
+            kept, used = kept | one.kept, used | one.flows
+            to, w = torch.where(one.flows, one.to, to), torch.where(one.flows, one.w, w)
+        sizes = sum(still) + sum(moving) + spare, split.flowing(still) + sum(moving)
         return flow(kept, used, to, w, seen, *sizes)
 
     def _official(self, split: Split) -> tuple[list[int], list[int], int]:
@@ -101,16 +96,6 @@ class HoliTom(Method):
         n = split.still.numel()
         ratio = min(1.0, self.ratio / ((n - split.saved) / n))
         return [round(s * ratio) for _, s in split.windows], [math.ceil(m * ratio) for m in split.dynamic], 0
-
-    def _merge(self, means: Tensor, still: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """means [G, P, D], still [G, P], counts [G] -> centres [G, P] bool, the centre each goes to and its weight."""
-        centre, member = clusters(means, still, counts, NEIGHBOURS)
-        joins = (still & ~centre).float()
-        others = torch.zeros_like(joins).scatter_add(1, member, joins)
-        if self.beta is None:
-            return centre, member, (1 / (others + 1)).gather(1, member)
-        own = torch.where(others > 0, self.beta, 1.0)
-        return centre, member, torch.where(centre, own, ((1 - self.beta) / others.clamp(min=1)).gather(1, member))
 
 
 def segmented(same: Tensor) -> Split:
@@ -127,10 +112,3 @@ def segmented(same: Tensor) -> Split:
         else runs.new_zeros(1, same.shape[1])
     )
     return Split.of(found, counts, (runs[first] >= width[:, None]) & (width > 0)[:, None])
-
-
-def _stand_alone(seen: Tensor, split: Split, count: int) -> Tensor:
-    """[T, P] bool: the `count` still tokens, not of a first frame, that receive most attention."""
-    first = torch.arange(len(seen), device=seen.device) == split.first
-    order = best_first(seen.masked_fill(~split.still | first[:, None], -torch.inf).flatten())[:count]
-    return torch.zeros_like(split.still).flatten().index_fill(0, order, True).view_as(split.still)
