@@ -13,6 +13,7 @@ import vtprune
 from vtprune import Assignment, Span, Visual
 from vtprune.methods.clips import clips, evenly_shared
 from vtprune.methods.counting import apportion
+from vtprune.methods.density_peaks import clusters
 from vtprune.methods.segments import cut, run_lengths, still_places
 from vtprune.methods.video.aim import KEYS
 from vtprune.methods.video.holitom import RECEIVED
@@ -283,6 +284,15 @@ def test_prunevid_options() -> None:
     for option, value in (("tau", -2.0), ("scenes", 0.0), ("ratio", 2.0)):
         with pytest.raises(ValueError, match=f"{option}={value}"):
             vtprune.create("prunevid", **{option: value})
+
+
+def test_a_lonely_row_is_its_own_centre() -> None:
+    """One still place among places that are not still, and copies of one token."""
+    real = torch.tensor([[False, False, True], [True, False, True]])
+    one = torch.ones(2, dtype=torch.int64)
+    centre, member = clusters(torch.ones(2, 3, 4), real, one, one, 7)
+    assert centre.tolist() == [[False, False, True], [True, False, False]]
+    assert member[real].tolist() == [2, 0, 0]
 
 
 # clips

@@ -38,7 +38,8 @@ def peaks(far: Tensor, real: Tensor, nearest: Tensor | int, most: int) -> Tensor
     pairs = real[..., None, :] & real[..., :, None]
     farthest = far.masked_fill(~pairs, 0).amax((-2, -1))[..., None]
     reach = far.masked_fill(~(denser & pairs), torch.inf).amin(-1).minimum(farthest)
-    return (density + reach.log()).masked_fill(~real, -torch.inf)
+    # A copy of a denser row, and a row that is alone, score least, but above what is not real.
+    return (density + reach.log()).clamp(min=torch.finfo(far.dtype).min).masked_fill(~real, -torch.inf)
 
 
 def clusters(x: Tensor, real: Tensor, counts: Tensor, nearest: Tensor, most: int) -> tuple[Tensor, Tensor]:
