@@ -342,6 +342,20 @@ def _split(size: tuple[int, int], generator: torch.Generator, shares_row: bool) 
     return Piece(ids, {"pixel_values": _pixels(generator, rows * columns + 1, 3, 24, 24)})
 
 
+def _framed(frames: int, generator: torch.Generator, shares_row: bool) -> Piece:
+    """A video of InternVL: "Frame1: " and an image of one tile, line by line."""
+    ids = [i for t in range(frames) for i in (FIRST_TEXT + t, START, *[IMAGE] * 9, END, NEWLINE)][:-1]
+    return Piece(ids, {"pixel_values": _pixels(generator, frames, 3, 24, 24)})
+
+
+def _stamped_images(frames: int, generator: torch.Generator, shares_row: bool) -> Piece:
+    """A video of SmolVLM: an introduction, then a timestamp and a global view for each frame."""
+    frame = (START, GLOBAL, *[IMAGE] * 9, START)
+    ids = [i for t in range(frames) for i in (NEWLINE, FIRST_TEXT + t, *frame)]
+    pixels = _pixels(generator, frames, 3, 24, 24)
+    return Piece([FIRST_TEXT + 9, NEWLINE, *ids, NEWLINE], {"pixel_values": pixels})
+
+
 def _row_breaks(size: tuple[int, int], generator: torch.Generator, shares_row: bool) -> Piece:
     """Pixtral: every row of merged patches ends with a break token, the last one with an end token."""
     height, width = size
@@ -446,6 +460,14 @@ FAMILIES: dict[str, Family] = {
         video=True,
     ),
     "qwen2_vl": Family("Qwen2VLForConditionalGeneration", _qwen2_vl, _GRIDS, _grid(), **_QWEN),
+    "qwen2_vl-video": Family(
+        "Qwen2VLForConditionalGeneration",
+        _qwen2_vl,
+        ((3, 4, 6), (2, 6, 6)),
+        _grid("video"),
+        video=True,
+        **_QWEN,
+    ),
     "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", _qwen2_5_vl, _GRIDS, _grid(), **_QWEN),
     "qwen2_5_vl-video": Family(
         "Qwen2_5_VLForConditionalGeneration",
@@ -467,6 +489,11 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5": Family("Qwen3_5ForConditionalGeneration", _qwen3_5, _GRIDS, _grid(), **_QWEN),
     "glm4v": Family("Glm4vForConditionalGeneration", _glm4v, _GRIDS, _grid(), **_QWEN),
     "internvl": Family("InternVLForConditionalGeneration", _internvl, (1, 3), _tiles, _stack),
+    # To these two models the frames of a video are images, with words between them.
+    "internvl-video": Family("InternVLForConditionalGeneration", _internvl, (3,), _framed, _stack, tile_units=True),
+    "smolvlm-video": Family(
+        "SmolVLMForConditionalGeneration", _smolvlm, (3,), _stamped_images, _per_row, tile_units=True
+    ),
     "smolvlm": Family("SmolVLMForConditionalGeneration", _smolvlm, ((0, 0), (1, 2)), _split, _per_row, tile_units=True),
     "idefics3": Family(
         "Idefics3ForConditionalGeneration", _idefics3, ((1, 2), (0, 0)), _split, _per_row, tile_units=True

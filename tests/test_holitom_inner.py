@@ -113,6 +113,12 @@ def test_layer_of_another_type(bad: object) -> None:
         vtprune.create("holitom_inner", layer=bad)
 
 
+def test_half_of_the_tokens_stay_without_keep() -> None:
+    method, v = vtprune.create("holitom_inner"), unit(6, 3)
+    assert torch.equal(method(Visual(v.x, None, signals=v.signals)).idx, method(v).idx)
+    assert len(method(Visual(v.x[:1], None, signals={LAST_ROW: torch.ones(1)})).idx) == 1
+
+
 def test_bad_values_and_missing_parts() -> None:
     method = vtprune.create("holitom_inner")
     v = unit(6, 3)
@@ -120,7 +126,3 @@ def test_bad_values_and_missing_parts() -> None:
         method(Visual(v.x * torch.nan, 3, signals=v.signals))
     with pytest.raises(ValueError, match="last_row"):
         method(Visual(v.x, 3))
-    with pytest.raises(ValueError, match="keep"):
-        method(Visual(v.x, None, signals=v.signals))
-    with pytest.raises(TypeError, match="keep is missing"):
-        vtprune.patch(families.model("llava"), method)

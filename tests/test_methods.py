@@ -439,4 +439,6 @@ def test_fastv_needs_a_layer_before() -> None:
 @pytest.mark.parametrize("name", PRE_LLM)
 def test_pre_llm_methods_act_before_the_llm(name: str) -> None:
     method: Method = vtprune.create(name)
-    assert [stage.where for stage in method.stages(0.5, 4)] == ["llm"]
+    first, *later = [stage.where for stage in method.stages(0.5, 4)]
+    assert first == "llm"
+    assert all(isinstance(where, int) for where in later)

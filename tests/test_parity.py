@@ -27,6 +27,7 @@ FAMILIES = (
         "transprune_",
         "video_holitom_inner",
     ),
+    *("video_dycoke_ttm", "video_vidcom2"),
     *("video_llava_pool", "visionzip_"),
 )
 

@@ -319,6 +319,7 @@ class Frame:
             budget=budget,
             grid=one.grid if one else None,
             spans=one.spans if one else _joined_spans(group),
+            video=stage.per == "sample" or group[0].unit.modality == "video",
             signals=signals,
             text=self._text(row, stage.where),
             state=self.state.setdefault(number, {}),

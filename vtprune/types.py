@@ -126,6 +126,8 @@ class Visual:
     budget: tokens to keep, 1 <= budget <= N; None if the method decides.
     grid: (t, h, w) when all N tokens form one raster, else None.
     spans: runs with a raster of their own (crops, mosaics); tokens outside every span are separators.
+    video: True for a video, and for all images of a row together (per="sample"): spans of equal size that follow each
+        other are then its frames. False for an image, whose spans are crops.
     signals: what `Method.needs` asked for; a "cls" signal is missing when the tower has no CLS token.
     text: [M, D] embeddings of the sample's text tokens, or None.
     state: made by the seam for one forward pass and shared by the stages of one method; in the tower, one per unit.
@@ -137,6 +139,7 @@ class Visual:
     budget: int | None
     grid: tuple[int, int, int] | None = None
     spans: tuple[Span, ...] = ()
+    video: bool = False
     signals: Mapping[Signal, Tensor] = field(default_factory=dict)
     text: Tensor | None = None
     state: dict[str, Any] = field(default_factory=dict)

@@ -30,3 +30,20 @@ def in_proportion(counts: Tensor, total: int, last: int) -> Tensor:
     share = edges.diff(prepend=edges.new_zeros(1))
     over = (share[-1:] - last).clamp(min=0)
     return torch.cat([share[:1] + over, share[1:-1], share[-1:] - over])
+
+
+def apportion(weights: Tensor, total: int, cap: int) -> Tensor:
+    """Share `total` in proportion to weights [P] >= 0, at most `cap` each; largest remainders, ties to the lower index.
+
+    What exceeds a cap goes to the others in proportion to their room. 0 <= total <= P * cap.
+
+    >>> apportion(torch.tensor([3.0, 1.0, 0.0]), 6, cap=4)
+    tensor([4, 2, 0])
+    """
+    tiny = torch.finfo(weights.dtype).tiny
+    exact = (weights / weights.sum().clamp(min=tiny) * total).clamp(max=cap)
+    room = cap - exact
+    exact = exact + room / room.sum().clamp(min=tiny) * (total - exact.sum()).clamp(min=0)
+    floor = exact.floor().clamp(max=cap)
+    left = torch.where(floor < cap, exact - floor, -1.0)
+    return floor.long() + (ranks(left) < total - floor.sum())

@@ -27,8 +27,10 @@ class HoliTomInner(Method):
     join, the q-th weighs 2^-(n - q + 1), the kept one 2^-n. Here it is one weighted sum of the states as they came.
     Position ids are kept. The layer before is causal; the official code under SDPA runs it without a mask.
 
+    Without keep half of the tokens that reach the layer stay, as the authors have it.
+
     layer: the first decoder layer that runs on the pruned sequence: an int >= 1, or a share of the depth in (0, 1),
-        rounded. The authors use 18 of 28 layers, and keep half of the tokens that reach it.
+        rounded. The authors use 18 of 28 layers.
     """
 
     layer: int | float = 18 / 28
@@ -41,6 +43,10 @@ class HoliTomInner(Method):
             raise ValueError(f"layer={self.layer}: {self.name} reads the layer before, so {ways}")
 
     @property
+    def adaptive(self) -> bool:
+        return True
+
+    @property
     def needs(self) -> tuple[Signal, ...]:
         return (LAST_ROW,)
 
@@ -49,7 +55,8 @@ class HoliTomInner(Method):
         return [Stage(layer, self, keep=keep)]
 
     def __call__(self, v: Visual) -> Assignment:
-        n, row = budget_of(v, self.name), signal_of(v, LAST_ROW, self.name)
+        row = signal_of(v, LAST_ROW, self.name)
+        n = max(1, round(v.n / 2)) if v.budget is None else budget_of(v, self.name)
         x = v.x.float()
         check_finite([row, x], "last-query attention rows and hidden states")
         order = best_first(row)

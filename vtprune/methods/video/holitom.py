@@ -1,0 +1,114 @@
+"""HoliTom: places that stand still give one token a segment, the rest are picked by attention; then the LLM merges."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ...kernels import check_finite, to_device
+from ...registry import register
+from ...types import Assignment, Method, Newlines, Positions, Signal, Stage, Visual
+from .. import signal_of
+from ..clips import Clip, by_clip, check_ratio, flow, likeness, ranks_in_rows
+from ..density_peaks import cluster_weights, clusters
+from ..in_llm.holitom_inner import HoliTomInner
+from ..segments import Split, cut, run_lengths, still_places
+
+RECEIVED = Signal("received", None)
+NEIGHBOURS = 7
+
+
+@register("holitom", paper="https://arxiv.org/abs/2505.21334", seam="pre_llm")
+@dataclass(frozen=True)
+class HoliTom(Method):
+    """Global segments by dynamic programming; still places averaged and clustered, other tokens by attention received.
+
+    A place is still in a segment if cos(x[t, p], x[t + 1, p]) > tau all along; the segments save the most tokens. The
+    still places of a segment are averaged over its frames and merged around density peaks; a merged token stands at its
+    centre in the first frame, beta * centre + (1 - beta) * mean of the others. Of a frame's other tokens those stay
+    that receive most attention in the tower's last layer. All these sets share the budget in proportion; a set whose
+    share is 0 is dropped, as officially. If the budget exceeds what segments leave, still tokens that receive most
+    attention stay for themselves. Positions are renumbered where ids have one axis. One host transfer a video.
+
+    By name both stages run: this, and `holitom_inner`, which keeps half of the tokens that reach it.
+
+    ratio: without keep, the share of tokens; each set then rounds by itself, as officially.
+    tau: 0.8; the authors use 0.65 at 10 %. beta: None merges by the plain mean. inner: the second stage.
+    """
+
+    newlines: ClassVar[Newlines] = "keep"
+    positions: ClassVar[Positions] = "compact"
+    ratio: float = 0.15
+    tau: float = 0.8
+    beta: float | None = 0.6
+    inner: bool = True
+
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio)
+        if not -1.0 <= self.tau <= 1.0:
+            raise ValueError(f"tau={self.tau}: use a cosine similarity, -1..1")
+        if self.beta is not None and not 0.0 <= self.beta <= 1.0:
+            raise ValueError(f"beta={self.beta}: use a weight in [0, 1], or None for the plain mean")
+
+    @property
+    def adaptive(self) -> bool:
+        return True
+
+    @property
+    def needs(self) -> tuple[Signal, ...]:
+        return (RECEIVED,)
+
+    def stages(self, keep: float | int | None, depth: int) -> list[Stage]:
+        first = Stage("llm", self, keep=keep)
+        whole = isinstance(keep, float) and keep == 1.0  # nothing may change then
+        return [first, *HoliTomInner().stages(None, depth)] if self.inner and not whole else [first]
+
+    def __call__(self, v: Visual) -> Assignment:
+        seen = signal_of(v, RECEIVED, self.name)
+        check_finite([seen], "attention received")
+        return by_clip(v, self.name, lambda clip, budget: self._reduce(clip, seen[clip.at], budget))
+
+    def _reduce(self, clip: Clip, seen: Tensor, budget: int | None) -> Assignment:
+        """seen: [T, P] attention received."""
+        split = segmented(likeness(clip.x[1:], clip.x[:-1]) > self.tau)
+        still, moving, spare = self._official(split) if budget is None else split.shares(budget)
+        counts = to_device(torch.tensor(moving), seen.device)[:, None]
+        moves = (ranks_in_rows(seen.masked_fill(split.still, -torch.inf)) < counts) & ~split.still
+        alone = split.stand_alone(seen, spare)
+        kept = used = moves | alone
+        to, w = torch.arange(seen.numel(), device=seen.device).view_as(seen), torch.ones_like(seen)
+        if split.windows:
+            means, places = split.means(clip.x)
+            seats = to_device(torch.tensor(still), seen.device)
+            centre, member = clusters(means, places, seats, seats.clamp(1, NEIGHBOURS), NEIGHBOURS)
+            one = split.fold(centre, member, cluster_weights(centre, member, places, self.beta), alone)
+            kept, used = kept | one.kept, used | one.flows
+            to, w = torch.where(one.flows, one.to, to), torch.where(one.flows, one.w, w)
+        sizes = sum(still) + sum(moving) + spare, split.flowing(still) + sum(moving)
+        return flow(kept, used, to, w, seen, *sizes)
+
+    def _official(self, split: Split) -> tuple[list[int], list[int], int]:
+        """What each window and each frame keeps if all round by themselves."""
+        n = split.still.numel()
+        ratio = min(1.0, self.ratio / ((n - split.saved) / n))
+        return [round(s * ratio) for _, s in split.windows], [math.ceil(m * ratio) for m in split.dynamic], 0
+
+
+def segmented(same: Tensor) -> Split:
+    """The segments of a video whose places stay the same from frame to frame, same [T - 1, P] bool."""
+    runs = run_lengths(same)
+    still = still_places(runs).cpu()
+    found = cut(still)
+    counts = [int(still[a, b - a]) if b > a else 0 for a, b in found]
+    widths = torch.tensor([[a, b - a] for a, b in found for _ in range(a, b + 1)])
+    first, width = to_device(widths, same.device).unbind(1)
+    runs = (
+        torch.cat([runs, torch.zeros_like(same[:1], dtype=runs.dtype)])
+        if len(runs)
+        else runs.new_zeros(1, same.shape[1])
+    )
+    return Split.of(found, counts, (runs[first] >= width[:, None]) & (width > 0)[:, None])
