@@ -12,7 +12,17 @@ from torch import Tensor
 from . import cache as kv
 from .clock import Clock, capturing
 from .compact import Compaction, mask_for, tensor_mask
-from .kernels import Arriving, Verdict, attention_rows, compact, deferring, page_rank, recording, to_device
+from .kernels import (
+    Arriving,
+    Verdict,
+    attention_received,
+    attention_rows,
+    compact,
+    deferring,
+    page_rank,
+    recording,
+    to_device,
+)
 from .kernels.dispatch import Backend
 from .model_adapters.generic import MODALITIES, Adapter, Features, runs_of
 from .recall import Recall, pick
@@ -20,12 +30,13 @@ from .types import KEPT, Assignment, Signal, Span, Stage, UnsupportedCall, Visua
 from .units import Alive, arange_of, begin, groups, kept_by_crop
 
 ROWS = 64  # softmax rows held at a time
+MASKED = 1 << 22  # entries of a mask made for some of the queries
 SHARPNESS, STEPS = 10, 5  # of the PageRank in AIM (https://arxiv.org/abs/2412.03248)
 WORDLESS = "no text stands behind the image of a row: its last token is asked in place of that text"
 # Signals of the decoder's attention.
 LLM_KINDS = (
     "last_row", "last_visual", "last_value", "value_norm", "from_text", "to_text", "transition",
-    "relevance", "text_rows", "text_rows_by_head", "rope_weight", "page_rank",
+    "relevance", "text_rows", "text_rows_by_head", "rope_weight", "page_rank", "received_so_far",
 )  # fmt: skip
 # Arguments of text models that have the sequence length and no say in which tokens are visual.
 CUT_AS_IDS = ("token_type_ids", "mm_token_type_ids")
@@ -640,6 +651,10 @@ class Frame:
                 self.rows[kind, layer] = (rows if kind == "last_row" else self._among_visual(rows)).mean(1)
             elif kind == "page_rank":
                 self.rows[kind, layer] = tap.page_rank(self._real_slots().to(q.device)).square().mean(1).sqrt()
+            elif kind == "received_so_far":
+                received = tap.received(self._real_slots().to(q.device))
+                before = self.rows.pop((kind, layer - 1), None)  # read by now, if a stage stands at this layer
+                self.rows[kind, layer] = received if before is None else received + before.to(q.device)
             elif kind.startswith("text_rows"):
                 mean = kind == "text_rows"
                 self.rows[kind, layer] = _padded(
@@ -830,26 +845,49 @@ class _Tap:
     def rows(self, slots: Tensor) -> Tensor:
         """Softmax rows [B, H, R, n] of the queries at slots [B, R], over the slots of this call."""
         batch, heads, n, width = self.q.shape
-        count, seen = slots.shape[1], self.past + n
-        queries = self.q.gather(2, slots[:, None, :, None].expand(batch, heads, count, width))
-        mask = self.mask
-        if mask is not None and mask.shape[-2] == n:
+        queries = self.q.gather(2, slots[:, None, :, None].expand(batch, heads, slots.shape[1], width))
+        keys = self.k[:, :, : self.past + n]
+        return attention_rows(queries, keys, self._bias(slots), self.scaling)[..., self.past :]
+
+    def received(self, real: Tensor) -> Tensor:
+        """[B, n] what each slot of this call gets from all its queries that are real [B, n]: sum, mean over heads."""
+        batch, _, n, _ = self.q.shape
+        out, weights = self.q.new_zeros(batch, n, dtype=torch.float32), real.float()
+        slots = torch.arange(n, device=self.q.device).expand(batch, -1)
+        step = max(ROWS, MASKED // (batch * (self.past + n)))
+        for some in (slice(start, start + step) for start in range(0, n, step)):
+            bias = self._bias(slots[:, some])
+            end = n if self._masked else min(some.stop, n)  # of causal attention the keys behind get nothing
+            seen, weight = self.past + end, weights[:, some]
+            given = attention_received(
+                self.q[:, :, some], self.k[:, :, :seen], bias[..., :seen], self.scaling, weights=weight
+            )
+            out[:, :end] += given[:, self.past :]
+        return out
+
+    @property
+    def _masked(self) -> bool:
+        """True if the mask has a row for each query; else attention is causal, the mask may know of padding."""
+        return self.mask is not None and self.mask.shape[-2] == self.q.shape[2]
+
+    def _bias(self, slots: Tensor) -> Tensor:
+        """What masks the queries at slots [B, R], [B, 1 or H, R, past + n]."""
+        batch, _, n, _ = self.q.shape
+        count, seen, mask = slots.shape[1], self.past + n, self.mask
+        if mask is not None and self._masked:
             mask = mask[..., :seen].expand(batch, -1, -1, -1)
-            bias = mask.gather(2, slots[:, None, :, None].expand(batch, mask.shape[1], count, seen))
-        else:  # causal, with no mask or (flash attention) one that knows padding only
-            allowed = torch.arange(seen, device=slots.device) <= (slots + self.past)[:, :, None]
-            if mask is not None:
-                allowed = allowed & mask.reshape(batch, -1)[:, None, :seen].bool()
-            bias = allowed[:, None]
-        return attention_rows(queries, self.k[:, :, :seen], bias, self.scaling)[..., self.past :]
+            return mask.gather(2, slots[:, None, :, None].expand(batch, mask.shape[1], count, seen))
+        allowed = torch.arange(seen, device=slots.device) <= (slots + self.past)[:, :, None]
+        if mask is not None:
+            allowed = allowed & mask.reshape(batch, -1)[:, None, :seen].bool()
+        return allowed[:, None]
 
     def page_rank(self, real: Tensor) -> Tensor:
         """Importance [B, H, n] of the slots of this call among themselves; real [B, n] are no padding."""
-        n = self.q.shape[2]
-        mask = self.mask
-        if mask is not None and mask.shape[-2] == n:
+        n, mask = self.q.shape[2], self.mask
+        if mask is not None and self._masked:
             mask = mask[..., self.past : self.past + n]
-        else:  # causal, with no mask or (flash attention) one that knows padding only
+        else:
             allowed = torch.ones(n, n, dtype=torch.bool, device=real.device).tril()
             mask = allowed[None, None] & real[:, None, None]
         start = real.float() / real.sum(1, keepdim=True)

@@ -285,7 +285,7 @@ class Session:
     def _tap_layers(self) -> None:
         from .tap import attach
 
-        self._watched: set[int] = set()
+        self._watched: set[tuple[str, int, bool]] = set()
         for stage in self.stages:
             for need in stage.method.needs if isinstance(stage.where, int) else ():
                 layer = stage.where + need.offset  # type: ignore[operator]
@@ -304,6 +304,11 @@ class Session:
                         f"{stage.method.name} at layer {stage.where} reads layer {layer}, which has not run yet: use "
                         "the offset 0 (the layer itself) or a negative one"
                     )
+                if need.kind == "received_so_far" and need.offset != -1:
+                    raise ValueError(
+                        f"{stage.method.name} at layer {stage.where} reads {need}, which is a sum over all layers that "
+                        "ran: use the offset -1"
+                    )
                 if need.kind == "relevance":
                     continue
                 if need.kind == "rope_weight":
@@ -321,9 +326,18 @@ class Session:
                     self._undo.append(attach(attention, partial(self._step_sink, layer)))
                 if "prefill" not in stage.method.phases:
                     continue
-                self._undo.append(attach(attention, partial(self._row_sink, need.kind, layer, own), before=own))
+                for i in range(layer + 1) if need.kind == "received_so_far" else (layer,):
+                    if self._first_watch(need.kind, i, own):
+                        attention = attention_of(self.adapter.layers[i])
+                        self._undo.append(attach(attention, partial(self._row_sink, need.kind, i, own), before=own))
         for layer in self.looked_at:
             self._undo.append(attach(attention_of(self.adapter.layers[layer]), self._stop, before=True))
+
+    def _first_watch(self, kind: str, layer: int, own: bool = False) -> bool:
+        """True the first time: several stages may read one quantity, which is computed once."""
+        first = (kind, layer, own) not in self._watched
+        self._watched.add((kind, layer, own))
+        return first
 
     def _watch_transitions(self, stage: Stage, layer: int) -> None:
         if layer == stage.where:
@@ -331,9 +345,8 @@ class Session:
                 f"{stage.method.name} at layer {layer} reads the transition of that layer, which has not run yet: use "
                 "a negative offset"
             )
-        if layer in self._watched:
+        if not self._first_watch("transition", layer):
             return
-        self._watched.add(layer)
         for module in (attention_of(self.adapter.layers[layer]), mlp_of(self.adapter.layers[layer])):
             self._undo.append(module.register_forward_hook(partial(self._transition, layer), with_kwargs=True).remove)
 

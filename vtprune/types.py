@@ -56,7 +56,9 @@ class Signal:
         "text_rows_by_head" ([N, H, T]), "rope_weight" (q.k / sqrt(d) that rotary positions alone give to queries and
         keys of ones, [N, T]) and "relevance" (mean over the row's visual tokens of the softmax of x . x_t over that
         text, of the embeddings entering the LLM, [T]), "page_rank" (root mean square over heads of five steps of
-        PageRank among all tokens of this call, on softmax(10 q.k / sqrt(d)), [N]); these eleven inside the LLM only.
+        PageRank among all tokens of this call, on softmax(10 q.k / sqrt(d)), [N]), "received_so_far" (softmax weight
+        that all queries of this call gave to a token in that layer and all before it, as far as they still were there:
+        summed over queries and layers, mean over heads, [N]; layer -1 only); these twelve inside the LLM only.
     layer: for seam "llm" the tower layer: an int counts as in Python (-1 is the last); None is the layer whose output
         feeds the projector; a float in (0, 1) is a share of the depth L: layer round(layer * L) counted from 1, or
         where the tower attends within windows the next one that attends to the whole image. For a stage at decoder
@@ -70,7 +72,7 @@ class Signal:
     kind: Literal[
         "cls", "cls_full", "cls_value", "received", "mean_query", "keys", "mean_keys", "values", "value_norm", "hidden",
         "last_row", "last_visual", "last_value", "from_text", "to_text", "transition", "kept",
-        "relevance", "text_rows", "text_rows_by_head", "rope_weight", "page_rank",
+        "relevance", "text_rows", "text_rows_by_head", "rope_weight", "page_rank", "received_so_far",
     ]  # fmt: skip
     layer: int | float | None = -1
     without_cls: bool = False

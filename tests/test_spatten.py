@@ -1,0 +1,255 @@
+"""SpAtten: attention received so far, restated in float64 from eager maps; its cascade, schedule and whole models."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import families
+import oracles
+import pytest
+import reference
+import test_seam_calls as calls
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vtprune
+from vtprune import Signal, Stage, Visual
+from vtprune import frame as frames
+from vtprune.methods.in_llm.spatten import RECEIVED, most_important
+
+FAMILIES = ["llava", "llava_onevision", "qwen2_5_vl", "qwen2_5_vl-video", "qwen3_vl", "mistral3"]
+LAYERS = (2, 3)
+
+
+def cascade() -> list[Stage]:
+    return vtprune.create("spatten", layers=LAYERS, ratios=(0.6, 0.3)).stages(None, 4)
+
+
+def importance(maps: list[tuple[Tensor, list[int]]], length: int) -> list[float]:
+    """s_j of every token of one row: what maps [H, n, n] give it, each over the tokens whose places go with it."""
+    out = [0.0] * length
+    for weights, places in maps:
+        for query in weights.double().sum(1):  # over queries: one vector a head
+            for place, share in zip(places, query.tolist()):
+                out[place] += share / len(weights)
+    return out
+
+
+def maps_of(model: Any, batch: Any, upto: int) -> list[Tensor]:
+    """Attention weights [H, n, n] of the layers before `upto`, of the first row."""
+    held: list[Tensor] = []
+    layers = model.get_decoder().layers[:upto]
+    hooks = [layer.self_attn.register_forward_hook(lambda m, a, out: held.append(out[1][0])) for layer in layers]
+    with torch.no_grad():
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return held
+
+
+@pytest.mark.parametrize("rows", [(1,), (1, 2)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_importance_is_that_of_the_whole_maps(family: str, rows: tuple[int, ...]) -> None:
+    """Also of a padded row in a batch: its padding neither gives nor receives."""
+    model, eager = families.model(family), families.model(family, "eager")
+    stages, log = reference.spy([Stage(LAYERS[1], vtprune.create("spatten"), keep=0.5)])
+    with torch.no_grad(), vtprune.patch(model, stages):
+        model(**families.inputs(family, rows=rows))
+    (call,) = log
+    for row, (view, answer) in enumerate(zip(call.units, call.answers, strict=True)):
+        alone = families.inputs(family, rows=rows, only=row)
+        length = alone["input_ids"].shape[1]
+        scores = importance([(m, list(range(length))) for m in maps_of(eager, alone, LAYERS[1])], length)
+        visual = [p for unit in alone.units[0] for p in unit]
+        expected = torch.tensor([scores[p] for p in visual], dtype=torch.float64)
+        torch.testing.assert_close(view.signals[RECEIVED].double(), expected, rtol=1e-4, atol=1e-6)
+        assert answer.idx.tolist() == sorted(oracles.top(expected, view.budget))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_go_on_without_the_tokens_that_left(family: str) -> None:
+    """Behind a stage only those that are left give and receive; what they had received before still counts."""
+    model, eager, batch = families.model(family), families.model(family, "eager"), families.inputs(family, rows=(2,))
+    length = batch["input_ids"].shape[1]
+    stages, log = reference.spy(cascade())
+    with torch.no_grad(), vtprune.patch(model, stages) as handle:
+        model(**batch)
+        lengths = handle.last.lengths
+    assert lengths[0] > lengths[LAYERS[0]] > lengths[LAYERS[1]]
+    first, second = log
+    visual = [p for unit in batch.units[0] for p in unit]
+    kept = [visual[i] for i in first.answers[0].idx]
+    left = [p for p in range(length) if p not in visual or p in kept]
+    with vtprune.patch(eager, cascade()[:1]):
+        maps = maps_of(eager, batch, LAYERS[1])
+    scores = importance([(m, list(range(length)) if len(m[0]) == length else left) for m in maps], length)
+    expected = torch.tensor([scores[p] for p in kept], dtype=torch.float64)
+    torch.testing.assert_close(second.units[0].signals[RECEIVED].double(), expected, rtol=1e-4, atol=1e-6)
+    assert second.answers[0].idx.tolist() == sorted(oracles.top(expected, second.units[0].budget))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cascade_equals_the_oracle(family: str) -> None:
+    """Prefill and decode on layers walked by hand, in a ragged batch; eager and sdpa."""
+    rows = (2, 0, 1)
+    for attention in ("sdpa", "eager"):
+        model, batch = families.model(family, attention), families.inputs(family, rows=rows)
+        stages, log = reference.spy(cascade())
+        with vtprune.patch(model, stages):
+            tokens, ours = reference.greedy(model, batch, 4)
+        alone = [families.inputs(family, rows=rows, only=row).units[0] for row in range(len(rows))]
+        cuts = reference.cuts_of_row(log, range(len(rows)), [[sum(units, [])] if units else [] for units in alone])
+        for row in range(len(rows)):
+            theirs = reference.expected(model, family, rows, row, cuts[row], tokens[row])
+            torch.testing.assert_close(ours[row], theirs, rtol=0, atol=1e-5)
+
+
+def test_keep_all_changes_no_bit_and_removal_restores() -> None:
+    model, batch = families.model("qwen3_vl"), families.inputs("qwen3_vl", rows=(2, 0, 1))
+    with torch.no_grad():
+        before = model(**batch).logits
+        with vtprune.patch(model, "spatten", keep=1.0, layers=LAYERS):
+            assert torch.equal(model(**batch).logits, before)
+        with reference.untouched(model), vtprune.patch(model, "spatten", keep=0.3, layers=LAYERS):
+            assert not torch.equal(model(**batch).logits, before)
+        assert torch.equal(model(**batch).logits, before)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that was made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.seen = max(self.seen, out.untyped_storage().nbytes() // out.element_size())
+        return out
+
+
+@pytest.mark.parametrize("masked", ["causal", "padding", "whole"])
+def test_received_in_blocks_equals_the_whole_map(monkeypatch: pytest.MonkeyPatch, masked: str) -> None:
+    """Grouped heads, keys of an earlier call, a padded row; no block is larger than a few queries times all keys."""
+    monkeypatch.setattr(frames, "MASKED", 1)
+    n, past, d = 150, 7, 4
+    q, k = torch.randn(2, 4, n, d), torch.randn(2, 2, past + n, d)
+    real = torch.ones(2, n, dtype=torch.bool)
+    real[1, :9] = False
+    allowed = torch.ones(n, past + n, dtype=torch.bool).tril(past).repeat(2, 1, 1, 1).view(2, 1, n, past + n)
+    if masked == "causal":
+        real[:] = True
+        mask = None
+    else:
+        keys = torch.cat([torch.ones(2, past, dtype=torch.bool), real], 1)
+        allowed = allowed & keys[:, None, None]
+        mask = keys[:, None, None] if masked == "padding" else allowed
+        allowed = allowed | ~real[:, None, :, None]  # padded queries do whatever, and do not count
+    bias = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
+    expected = (oracles.attention(q, k, bias, 0.5) * real[:, None, :, None]).sum(2).mean(1)[:, past:]
+    with Largest() as largest:
+        ours = frames._Tap(q, k, mask, 0.5, past).received(real)
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-6)
+    assert largest.seen <= 4 * frames.ROWS * (past + n) * 2
+    assert torch.all(ours[1, :9] == 0) or masked == "causal"
+
+
+def test_schedule() -> None:
+    method = vtprune.create("spatten")
+    assert [s.where for s in method.stages(None, 24)] == [2, 3, 5, 11]
+    assert [s.budgets([1024])[0] for s in method.stages(None, 24)] == [922, 819, 614, 307]  # they cut 921.6 off
+    assert [s.keep for s in method.stages(0.3, 24)] == pytest.approx([0.9, 0.8, 0.6, 0.3])
+    assert [s.keep for s in method.stages(30, 24)] == [90, 80, 60, 30]
+    assert [s.keep for s in method.stages(1.0, 32)] == [1.0] * 4
+    assert [s.where for s in method.stages(0.5, 32)] == [3, 4, 7, 15]
+    assert [s.where for s in method.stages(0.5, 4)] == [1, 2]
+    assert [s.keep for s in cascade()] == [0.6, 0.3]
+
+
+def test_attention_is_read_once_however_many_stages() -> None:
+    """Three stages over the same first layers: each of those is added once."""
+    model, batch = families.model("llava"), families.inputs("llava")
+    stages, log = reference.spy([Stage(k, vtprune.create("spatten"), keep=share) for k, share in ((1, 0.9), (2, 0.8))])
+    with torch.no_grad(), vtprune.patch(model, stages):
+        model(**batch)
+    length = batch["input_ids"].shape[1]
+    for call, layers in zip(log, (1, 2)):
+        received = call.units[0].signals[RECEIVED].sum()
+        assert 0 < float(received) < layers * length, "more than all queries of these layers have to give"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"layers": (0, 2)}, ValueError, "use >= 1"),
+        ({"layers": (3, 2)}, ValueError, "ascending"),
+        ({"layers": 3}, TypeError, "tuple"),
+        ({"ratios": (0.5,)}, ValueError, "4 stages"),
+        ({"layers": (2, 3), "ratios": (0.3, 0.5)}, ValueError, "none above"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        vtprune.create("spatten", **options)
+
+
+def test_bad_values_and_missing_parts() -> None:
+    method = vtprune.create("spatten")
+    with pytest.raises(ValueError, match="received_so_far"):
+        method(Visual(torch.randn(6, 4), 3))
+    with pytest.raises(ValueError, match=r"NaN|finite"):
+        method(Visual(torch.randn(6, 4), 3, signals={RECEIVED: torch.full((6,), torch.nan)}))
+    with pytest.raises(ValueError, match=r"can keep 1\.\.6"):
+        method(Visual(torch.randn(6, 4), 7, signals={RECEIVED: torch.rand(6)}))
+    assert len(method(Visual(torch.randn(6, 4), None, signals={RECEIVED: torch.rand(6)})).idx) == 3
+    with pytest.raises(TypeError, match=r"keep=0.5 and ratios"):
+        vtprune.create("spatten", ratios=(0.9, 0.8, 0.6, 0.3)).stages(0.5, 24)
+    with pytest.raises(UnsupportedModelOrValue, match="layer"):
+        vtprune.patch(families.model("llava"), "spatten", keep=0.5, layers=(2, 9))
+
+
+UnsupportedModelOrValue = (ValueError, vtprune.UnsupportedModel)
+
+
+def test_the_sum_is_over_all_layers_that_ran() -> None:
+    class Earlier(type(vtprune.create("spatten"))):  # type: ignore[misc]
+        @property
+        def needs(self) -> tuple[Signal, ...]:
+            return (Signal("received_so_far", -2),)
+
+    with pytest.raises(ValueError, match="offset -1"):
+        vtprune.patch(families.model("llava"), Stage(3, Earlier(), keep=3))
+
+
+def test_most_important_of_every_head() -> None:
+    """Between what stays in any case the best, of equal ones the first; as many as there are at most."""
+    scores = torch.randn(2, 3, 20)
+    scores[0, 0] = 0
+    kept = most_important(scores, 5, first=4, last=6)
+    for layer, heads in zip(scores, kept):
+        for row, ours in zip(layer, heads):
+            best = [4 + i for i in oracles.top(row[4:14], 5)]
+            assert ours.tolist() == [*range(4), *sorted(best), *range(14, 20)]
+    assert most_important(scores, 10, 4, 6).shape == (2, 3, 20)
+    for count, first, last in ((11, 4, 6), (-1, 0, 0), (1, 30, 0), (1, 0, -1)):
+        with pytest.raises(ValueError, match="20 slots"):
+            most_important(scores, count, first, last)
+
+
+def test_a_copied_model_keeps_its_own_scores() -> None:
+    model, batch = families.fresh("llava"), families.inputs("llava")
+    with torch.no_grad(), vtprune.patch(model, "spatten", keep=0.3) as handle:
+        ours = model(**batch).logits
+        again = copy.deepcopy(model)(**batch).logits
+        twice = model(**batch).logits
+        assert handle.last.units
+    assert torch.equal(ours, again)
+    assert torch.equal(ours, twice), "nothing is left of the call before"
+
+
+@pytest.mark.parametrize("check", [calls.test_static_cache_equals_dynamic, calls.test_no_cache_equals_cache])
+def test_every_way_of_calling(check: Any) -> None:
+    check("llava", "spatten")

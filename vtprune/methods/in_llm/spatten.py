@@ -1,0 +1,92 @@
+"""SpAtten: a token that received little attention so far leaves, and is gone in all later layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ...kernels import check_finite
+from ...registry import register
+from ...types import Assignment, Method, Per, Signal, Stage, Visual, Where
+from .. import best_first, budget_of, signal_of
+from .schedule import check_layers, check_shares, in_steps_of
+
+RECEIVED = Signal("received_so_far", -1)
+PUBLISHED = (2, 3, 5, 11)  # of 24 layers
+SHARES = (0.9, 0.8, 0.6, 0.3)
+
+
+@register("spatten", paper="https://arxiv.org/abs/2012.09852", seam="in_llm")
+@dataclass(frozen=True)
+class SpAtten(Method):
+    """Top-k of s_j = the sum of A_ij over heads, queries i and all layers so far, at a few layers, for good (cascade).
+
+    Scores go on from stage to stage. Text is never dropped here; its queries count as those of images do. Under a
+    causal mask early tokens gather more, because more queries see them: so it is in the paper.
+
+    `keep` is what the last stage leaves; earlier stages drop 1/7, 2/7 and 4/7 of what it drops. Without keep: shares
+    0.9, 0.8, 0.6 and 0.3, which the authors' hardware runs with GPT-2 medium (their file of its workload; they prune
+    while generating, this while the prompt is read). A count is tripled, multiplied by 8/3 and doubled there. In a
+    `Stage` of your own without keep half of the tokens it sees. Counts are rounded, position ids are kept.
+
+    layers: decoder layers >= 1 whose input is pruned, ascending; None: 2, 3, 5 and 11 of 24, in proportion.
+    ratios: shares that stay at each of `layers`, none above the one before, in place of `keep`.
+    """
+
+    per: ClassVar[Per] = "sample"
+    layers: tuple[int, ...] | None = None
+    ratios: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_layers(self.name, self.layers)
+        check_shares(self.name, self.ratios, len(self.layers or PUBLISHED))
+        if self.layers and self.layers[0] < 1:
+            raise ValueError(f"layers={self.layers}: {self.name} reads the layers before, so use >= 1")
+
+    @property
+    def adaptive(self) -> bool:
+        return True
+
+    @property
+    def needs(self) -> tuple[Signal, ...]:
+        return (RECEIVED,)
+
+    def default_where(self) -> Where:
+        return self.layers[0] if self.layers else PUBLISHED[0]
+
+    def stages(self, keep: float | int | None, depth: int) -> list[Stage]:
+        if keep is not None and self.ratios is not None:
+            raise TypeError(f"{self.name}: keep={keep} and ratios={self.ratios}: give one of them")
+        layers = self.layers or tuple(sorted({max(1, round(depth * k / 24)) for k in PUBLISHED}))
+        shares = self.ratios or in_steps_of(SHARES, SHARES[-1] if keep is None else keep, len(layers))
+        return [Stage(layer, self, keep=share) for layer, share in zip(layers, shares)]
+
+    def __call__(self, v: Visual) -> Assignment:
+        return self.batch([v])[0]
+
+    def batch(self, units: Sequence[Visual]) -> list[Assignment]:
+        scores = [signal_of(v, RECEIVED, self.name) for v in units]
+        check_finite(scores, "attention received so far")
+        counts = [max(1, v.n // 2) if v.budget is None else budget_of(v, self.name) for v in units]
+        return [Assignment(most_important(s, count), scores=s) for s, count in zip(scores, counts)]
+
+
+def most_important(scores: Tensor, count: int, first: int = 0, last: int = 0) -> Tensor:
+    """Slots [.., first + count + last] int64 of scores [.., S], ascending: the `count` best of those between the first
+    and the last, which stay in any case; the lower slot among equals.
+
+    With the logits of the last query [.., H, S] it is the rule of SpAtten-LLM (mit-han-lab/spatten-llm), which cuts
+    the cache of each layer and head for itself between the turns of a chat. Its caches hold keys without rotary
+    embedding, so `patch` does not offer it.
+    Raises ValueError if there are fewer than `count` slots between them.
+    """
+    slots = torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape)
+    end = scores.shape[-1] - last
+    if min(count, first, last) < 0 or count > end - first:
+        raise ValueError(f"count={count}, first={first}, last={last}: there are {scores.shape[-1]} slots")
+    best = best_first(scores[..., first:end])[..., :count].sort().values + first
+    return torch.cat([slots[..., :first], best, slots[..., end:]], dim=-1)
