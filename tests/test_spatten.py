@@ -100,7 +100,8 @@ def test_cascade_equals_the_oracle(family: str) -> None:
         with vtprune.patch(model, stages):
             tokens, ours = reference.greedy(model, batch, 4)
         alone = [families.inputs(family, rows=rows, only=row).units[0] for row in range(len(rows))]
-        cuts = reference.cuts_of_row(log, range(len(rows)), [[sum(units, [])] if units else [] for units in alone])
+        samples = [[[p for unit in units for p in unit]] if units else [] for units in alone]
+        cuts = reference.cuts_of_row(log, range(len(rows)), samples)
         for row in range(len(rows)):
             theirs = reference.expected(model, family, rows, row, cuts[row], tokens[row])
             torch.testing.assert_close(ours[row], theirs, rtol=0, atol=1e-5)

@@ -37,7 +37,8 @@ def check_layers(name: str, layers: Sequence[int] | None) -> None:
     """Raise unless the layers are ints >= 0 that ascend, or None."""
     if layers is None:
         return
-    if not layers or any(isinstance(k, bool) or not isinstance(k, int) for k in layers):
+    whole = isinstance(layers, Sequence) and all(isinstance(k, int) and not isinstance(k, bool) for k in layers)
+    if not whole or not layers:
         raise TypeError(f"layers={layers!r}: {name} takes a tuple of decoder layers, such as (8, 16, 24)")
     if min(layers) < 0 or list(layers) != sorted(set(layers)):
         raise ValueError(f"layers={layers!r}: {name} needs ascending layers >= 0")
