@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import families
@@ -13,14 +15,17 @@ import test_seam_calls as calls
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import vtprune
-from vtprune import Signal, Stage, Visual
+from vtprune import Signal, Stage, Visual, tap
 from vtprune import frame as frames
-from vtprune.methods.in_llm.spatten import RECEIVED, most_important
+from vtprune.methods.in_llm.spatten import RECEIVED, SpAttenHeads, most_important
 
 FAMILIES = ["llava", "llava_onevision", "qwen2_5_vl", "qwen2_5_vl-video", "qwen3_vl", "mistral3"]
 LAYERS = (2, 3)
+HEADS = 2
 
 
 def cascade() -> list[Stage]:
@@ -168,6 +173,8 @@ def test_schedule() -> None:
     assert [s.where for s in method.stages(0.5, 32)] == [3, 4, 7, 15]
     assert [s.where for s in method.stages(0.5, 4)] == [1, 2]
     assert [s.keep for s in cascade()] == [0.6, 0.3]
+    heads = vtprune.create("spatten", heads=0.6).stages(None, 24)[4:]
+    assert [(s.where, s.budgets([16])) for s in heads] == [(16, [13]), (22, [10])]
 
 
 def test_attention_is_read_once_however_many_stages() -> None:
@@ -189,6 +196,9 @@ def test_attention_is_read_once_however_many_stages() -> None:
         ({"layers": (3, 2)}, ValueError, "ascending"),
         ({"layers": 3}, TypeError, "tuple"),
         ({"ratios": (0.5,)}, ValueError, "4 stages"),
+        ({"heads": 0.0}, ValueError, "heads=0.0"),
+        ({"values": 1}, ValueError, "values=1"),
+        ({"values": 1.5}, ValueError, "values=1.5"),
         ({"layers": (2, 3), "ratios": (0.3, 0.5)}, ValueError, "none above"),
     ],
 )
@@ -254,3 +264,187 @@ def test_a_copied_model_keeps_its_own_scores() -> None:
 @pytest.mark.parametrize("check", [calls.test_static_cache_equals_dynamic, calls.test_no_cache_equals_cache])
 def test_every_way_of_calling(check: Any) -> None:
     check("llava", "spatten")
+
+
+# Local value pruning and heads
+
+
+def few_values(module, query, key, value, attention_mask, scaling, **_):
+    """Eager attention in float64 whose queries see the values of the int(0.3 n) >= 1 heaviest of their n keys."""
+    share = query.shape[1] // key.shape[1]
+    keys, values = (x.double().repeat_interleave(share, 1) for x in (key, value))
+    open_ = attention_mask[..., : keys.shape[2]] == 0
+    logits = (query.double() @ keys.mT * scaling).masked_fill(~open_, -torch.inf)
+    weights = torch.where(open_.any(-1, keepdim=True), logits.softmax(-1), 0)
+    for place in torch.cartesian_prod(*(torch.arange(size) for size in weights.shape[:3])):
+        row, seen = weights[tuple(place)], int(open_[place[0], 0, place[2]].sum())
+        row[oracles.top(row, len(row))[max(1, int(0.3 * seen)) :]] = 0
+    return (weights @ values).to(value.dtype).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.4])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_local_value_pruning(family: str, keep: float) -> None:
+    """In prefill and decode of a ragged batch, after tokens left as well."""
+    AttentionInterface.register("few_values", few_values)
+    AttentionMaskInterface.register("few_values", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+    model, batch = families.fresh(family), families.inputs(family, rows=(1, 0))
+    model.get_decoder().config._attn_implementation = "few_values"
+    with vtprune.patch(model, "spatten", keep=keep):
+        _, theirs = reference.greedy(model, batch, 3)
+    for attention in ("sdpa", "eager"):
+        model = families.model(family, attention)
+        _, dense = reference.greedy(model, batch, 3)
+        with vtprune.patch(model, "spatten", keep=keep, values=0.3):
+            _, ours = reference.greedy(model, batch, 3)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+        assert not torch.allclose(ours, dense, atol=1e-3)
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        interface._global_mapping.pop("few_values", None)
+
+
+@pytest.mark.parametrize("masked", ["causal", "padding", "whole"])
+def test_reweighing_nothing_is_attention(monkeypatch: pytest.MonkeyPatch, masked: str) -> None:
+    monkeypatch.setattr(tap, "MASKED", 1)
+    n, past = 9, 3
+    q, k, v = torch.randn(2, 4, n, 8), torch.randn(2, 2, n + past, 8), torch.randn(2, 2, n + past, 8)
+    allowed = torch.ones(n, n + past, dtype=torch.bool).tril(past).expand(2, 1, -1, -1).clone()
+    keys = torch.ones(2, n + past, dtype=torch.bool)
+    keys[1, :2] = masked == "causal"
+    allowed &= keys[:, None, None]
+    mask = {"causal": None, "padding": keys[:, None, None], "whole": allowed}[masked]
+    seen = []
+    ours = tap.reweighed(q, k, v, mask, 0.3, lambda rows, count: seen.append(count) or rows)
+    theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, allowed, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(ours, theirs.transpose(1, 2))
+    assert torch.equal(torch.cat(seen, -1), allowed.sum(-1))
+
+
+@contextmanager
+def silenced(model: Any, first: int, heads: list[list[int]]) -> Iterator[None]:
+    """A stock model whose output projections from layer `first` on get zeros of all but the given heads of each row."""
+
+    def silence(module: Any, args: Any) -> Any:
+        (said,) = args
+        count = module.in_features // model.get_decoder().config.head_dim
+        by_head = said.unflatten(-1, (count, -1)).clone()
+        for i, row in enumerate(by_head):
+            row[:, [h for h in range(count) if h not in heads[i * len(heads) // len(by_head)]]] = 0
+        return by_head.flatten(-2)
+
+    layers = model.get_decoder().layers[first:]
+    hooks = [layer.self_attn.o_proj.register_forward_pre_hook(silence) for layer in layers]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+def said(model: Any, batch: Any, upto: int) -> list[float]:
+    """What each head says in the layers before `upto`: |output| over channels and tokens of the first row."""
+    out = [0.0] * HEADS
+
+    def hear(module: Any, args: Any) -> None:
+        for h, part in enumerate(args[0][0].double().chunk(HEADS, -1)):
+            out[h] += float(part.abs().sum())
+
+    layers = model.get_decoder().layers[:upto]
+    hooks = [layer.self_attn.o_proj.register_forward_pre_hook(hear) for layer in layers]
+    with torch.no_grad():
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return out
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_silent_heads(family: str, attention: str) -> None:
+    """Those that said least so far, in rows with images; in prefill, decode and beams as in a stock model."""
+    rows = (2, 0, 1)
+    model, batch = families.model(family, attention), families.inputs(family, rows=rows)
+    options = {"do_sample": False, "num_beams": 2, "max_new_tokens": 4}
+    with reference.untouched(model), vtprune.patch(model, Stage(3, SpAttenHeads(), keep=0.5)) as handle:
+        _, ours = reference.greedy(model, batch, 4)
+        heads = [row.tolist() for row in handle.last.heads[3]]
+        beams = model.generate(**batch, **options)
+    for row, images in enumerate(rows):
+        scores = said(model, families.inputs(family, rows=rows, only=row), 3)
+        assert heads[row] == (sorted(oracles.top(torch.tensor(scores), HEADS // 2)) if images else list(range(HEADS)))
+    with silenced(model, 3, heads):
+        _, theirs = reference.greedy(model, batch, 4)
+        assert torch.equal(model.generate(**batch, **options), beams)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_heads_fall_silent_for_good() -> None:
+    """A second stage chooses among those that speak; its layers' outputs hold what the first silenced at zero."""
+    config = copy.deepcopy(families.model("llava").config)
+    config.text_config.num_attention_heads, config.text_config.num_key_value_heads = 8, 2
+    model, batch = type(families.model("llava"))(config).eval(), families.inputs("llava", rows=(1, 2))
+    stages, log = reference.spy([Stage(k, SpAttenHeads(), keep=share) for k, share in ((2, 0.75), (3, 0.5))])
+    with torch.no_grad(), vtprune.patch(model, stages) as handle:
+        ours = model(**batch).logits
+        heads = {k: [row.tolist() for row in rows] for k, rows in handle.last.heads.items()}
+    assert [v.n for call in log for v in call.units] == [8, 8, 6, 6]
+    assert all(set(after) < set(before) for before, after in zip(heads[2], heads[3], strict=True))
+    with torch.no_grad(), silenced(model, 2, heads[2]), silenced(model, 3, heads[3]):
+        torch.testing.assert_close(ours, model(**batch).logits, rtol=0, atol=1e-5)
+
+
+def test_tokens_and_heads_together_in_two_turns() -> None:
+    """The schedule by name; a second turn of text is answered by the heads that the first left."""
+    model, batch = families.model("llava"), families.inputs("llava")
+    words = torch.tensor([families.text(5, 4).ids])
+    with torch.no_grad(), vtprune.patch(model, "spatten", keep=0.4, heads=0.5) as handle:
+        assert [(s.where, s.method.name) for s in handle.stages][-1] == (3, "spatten_heads")
+        cache = model(**batch, use_cache=True).past_key_values
+        heads = [row.tolist() for row in handle.last.heads[3]]
+        ours = model(input_ids=words, past_key_values=cache).logits
+    with torch.no_grad(), vtprune.patch(model, "spatten", keep=0.4), silenced(model, 3, heads):
+        cache = model(**batch, use_cache=True).past_key_values
+        theirs = model(input_ids=words, past_key_values=cache).logits
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_a_cache_with_silent_heads_goes_nowhere_else() -> None:
+    model, batch = families.model("llava"), families.inputs("llava")
+    word = torch.tensor([[families.FIRST_TEXT]])
+    with torch.no_grad(), vtprune.patch(model, Stage(3, SpAttenHeads(), keep=0.5)):
+        cache = model(**batch, use_cache=True).past_key_values
+    with torch.no_grad(), pytest.raises(vtprune.UnsupportedCall, match="silent heads"):
+        model(input_ids=word, past_key_values=cache)
+    with (
+        torch.no_grad(),
+        vtprune.patch(model, "divprune", keep=0.5),
+        pytest.raises(vtprune.UnsupportedCall, match="silences none"),
+    ):
+        model(input_ids=word, past_key_values=cache)
+
+
+def test_all_heads_and_all_values_change_little() -> None:
+    model, batch = families.model("llava"), families.inputs("llava", rows=(1, 2))
+    with torch.no_grad():
+        dense = model(**batch).logits
+        with vtprune.patch(model, "spatten", keep=1.0, heads=1.0):
+            assert torch.equal(model(**batch).logits, dense)
+        with vtprune.patch(model, "spatten", keep=1.0, values=1.0):  # computed row by row, so not to the bit
+            torch.testing.assert_close(model(**batch).logits, dense, rtol=0, atol=1e-5)
+
+
+def test_heads_and_values_in_places_that_cannot_be() -> None:
+    model = families.model("llava")
+    heads = SpAttenHeads()
+    with pytest.raises(ValueError, match="decoder layer >= 1"):
+        vtprune.patch(model, Stage("llm", heads, keep=0.5))
+    with pytest.raises(ValueError, match=r"layers <= 16"):
+        vtprune.create("spatten", layers=(4, 20), heads=0.5).stages(0.5, 24)
+    two = [Stage(k, vtprune.create("spatten", values=share), keep=0.5) for k, share in ((1, 0.3), (2, 0.5))]
+    with pytest.raises(ValueError, match="use one"):
+        vtprune.patch(model, two)
+    flash = families.fresh("llava")
+    flash.get_decoder().config._attn_implementation = "flash_attention_2"
+    for options in ({"values": 0.3}, {"heads": 0.5}):
+        with reference.untouched(flash), pytest.raises(vtprune.UnsupportedModel, match=r"flash.*'sdpa'"):
+            vtprune.patch(flash, "spatten", keep=0.5, **options)
+    with pytest.raises(ValueError, match="head_output"):
+        heads(Visual(torch.randn(4, 0), 2))
