@@ -549,7 +549,7 @@ def aim_inllm(arrays: Arrays, folder: Path) -> str:
 @case("spatten_llm_kv")
 def spatten_llm_kv(arrays: Arrays, folder: Path) -> str:
     """Slots that every head of every layer keeps between two turns of a chat, and the caches they leave."""
-    from ..methods.in_llm.spatten import most_important
+    from ..methods.in_llm.spatten_heads import most_important
 
     logits = torch.from_numpy(arrays["pre_softmax_logits"]).sum((1, 3))  # [L, H, S]
     names = ("start_size", "important_size", "recent_size", "num_coming")

@@ -13,15 +13,18 @@ import pytest
 import reference
 import test_seam_calls as calls
 import torch
+from test_conformance import NO_LAYERS
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.generation.configuration_utils import CompileConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import vtprune
 from vtprune import Signal, Stage, Visual, tap
 from vtprune import frame as frames
-from vtprune.methods.in_llm.spatten import RECEIVED, SpAttenHeads, most_important
+from vtprune.methods.in_llm.spatten import RECEIVED
+from vtprune.methods.in_llm.spatten_heads import SpAttenHeads, most_important
 
 FAMILIES = ["llava", "llava_onevision", "qwen2_5_vl", "qwen2_5_vl-video", "qwen3_vl", "mistral3"]
 LAYERS = (2, 3)
@@ -326,7 +329,7 @@ def silenced(model: Any, first: int, heads: list[list[int]]) -> Iterator[None]:
 
     def silence(module: Any, args: Any) -> Any:
         (said,) = args
-        count = module.in_features // model.get_decoder().config.head_dim
+        count = model.get_decoder().config.num_attention_heads
         by_head = said.unflatten(-1, (count, -1)).clone()
         for i, row in enumerate(by_head):
             row[:, [h for h in range(count) if h not in heads[i * len(heads) // len(by_head)]]] = 0
@@ -357,19 +360,20 @@ def said(model: Any, batch: Any, upto: int) -> list[float]:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [name for name in families.NAMES if name not in NO_LAYERS])
 def test_silent_heads(family: str, attention: str) -> None:
     """Those that said least so far, in rows with images; in prefill, decode and beams as in a stock model."""
     rows = (2, 0, 1)
     model, batch = families.model(family, attention), families.inputs(family, rows=rows)
     options = {"do_sample": False, "num_beams": 2, "max_new_tokens": 4}
+    spoke = [said(model, families.inputs(family, rows=rows, only=row), 3) for row in range(len(rows))]
     with reference.untouched(model), vtprune.patch(model, Stage(3, SpAttenHeads(), keep=0.5)) as handle:
         _, ours = reference.greedy(model, batch, 4)
         heads = [row.tolist() for row in handle.last.heads[3]]
         beams = model.generate(**batch, **options)
     for row, images in enumerate(rows):
-        scores = said(model, families.inputs(family, rows=rows, only=row), 3)
-        assert heads[row] == (sorted(oracles.top(torch.tensor(scores), HEADS // 2)) if images else list(range(HEADS)))
+        most = sorted(oracles.top(torch.tensor(spoke[row]), HEADS // 2))
+        assert heads[row] == (most if images else list(range(HEADS)))
     with silenced(model, 3, heads):
         _, theirs = reference.greedy(model, batch, 4)
         assert torch.equal(model.generate(**batch, **options), beams)
@@ -419,6 +423,29 @@ def test_a_cache_with_silent_heads_goes_nowhere_else() -> None:
         pytest.raises(vtprune.UnsupportedCall, match="silences none"),
     ):
         model(input_ids=word, past_key_values=cache)
+
+
+OPTIONS = [{"heads": 0.5}, {"values": 0.3}, {"heads": 0.5, "values": 0.3}]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_compiled_decode_with_a_static_cache(options: dict[str, Any]) -> None:
+    """One graph without a break, and the logits of a dynamic cache; of a ragged batch as well, uncompiled."""
+    graphs = []
+    compiled: Any = CompileConfig(
+        fullgraph=True, dynamic=False, mode=None, backend=lambda graph, _: graphs.append(graph) or graph.forward
+    )
+    compiled._compile_all_devices = True
+    model = families.fresh("llava")
+    torch._dynamo.reset()
+    with vtprune.patch(model, "spatten", keep=0.5, **options):
+        for rows, more in (((2, 0, 1), {}), ((1,), {"compile_config": compiled})):
+            batch = families.inputs("llava", rows=rows)
+            _, dynamic = reference.greedy(model, batch, 5)
+            _, static = reference.greedy(model, batch, 5, cache_implementation="static", **more)
+            torch.testing.assert_close(static, dynamic, rtol=0, atol=1e-5)
+    assert len(graphs) == 1
+    torch._dynamo.reset()
 
 
 def test_all_heads_and_all_values_change_little() -> None:

@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...kernels import check_finite
 from ...registry import register
-from ...types import Assignment, Method, Of, Per, Signal, Stage, Visual, Where, check_keep
-from .. import best_first, budget_of, signal_of
+from ...types import Assignment, Method, Per, Signal, Stage, Visual, Where, check_keep
+from .. import best_first
 from .schedule import check_layers, check_shares, in_steps_of
+from .spatten_heads import SpAttenHeads, best_of
 
-RECEIVED, SAID = Signal("received_so_far", -1), Signal("head_output", -1)
+RECEIVED = Signal("received_so_far", -1)
 # Of the authors' workload for GPT-2 medium (mit-han-lab/spatten, spatten_hardware/hardware/workloads), 24 layers.
 PUBLISHED, SHARES = (2, 3, 5, 11), (0.9, 0.8, 0.6, 0.3)
 PUBLISHED_HEADS, HEAD_SHARES = (16, 22), (0.8, 0.6)
@@ -92,7 +92,7 @@ class SpAtten(Method):
         return self.batch([v])[0]
 
     def batch(self, units: Sequence[Visual]) -> list[Assignment]:
-        return _best(self, units, RECEIVED)
+        return best_of(self, units, RECEIVED)
 
     def reweigh(self, rows: Tensor, seen: Tensor) -> Tensor:
         assert self.values is not None
@@ -101,50 +101,6 @@ class SpAtten(Method):
         return rows * torch.zeros_like(rows).scatter(-1, best_first(rows), first.expand(rows.shape).to(rows))
 
 
-@dataclass(frozen=True)
-class SpAttenHeads(Method):
-    """Cascade head pruning: the heads whose |output|, summed over channels, tokens and layers so far, is largest."""
-
-    name: ClassVar[str] = "spatten_heads"
-    paper: ClassVar[str] = "https://arxiv.org/abs/2012.09852"
-    seam: ClassVar[str] = "in_llm"
-    of: ClassVar[Of] = "heads"
-
-    @property
-    def needs(self) -> tuple[Signal, ...]:
-        return (SAID,)
-
-    def __call__(self, v: Visual) -> Assignment:
-        return self.batch([v])[0]
-
-    def batch(self, units: Sequence[Visual]) -> list[Assignment]:
-        return _best(self, units, SAID)
-
-
-def _best(method: Method, units: Sequence[Visual], signal: Signal) -> list[Assignment]:
-    scores = [signal_of(v, signal, method.name) for v in units]
-    check_finite(scores, f"{signal.kind} of tokens or heads")
-    counts = [max(1, v.n // 2) if v.budget is None else budget_of(v, method.name) for v in units]
-    return [Assignment(most_important(s, count), scores=s) for s, count in zip(scores, counts)]
-
-
 def _at(layers: Sequence[int], depth: int) -> tuple[int, ...]:
     """Layers of 24 in a model of that depth."""
     return tuple(sorted({min(depth - 1, max(1, round(depth * k / 24))) for k in layers}))
-
-
-def most_important(scores: Tensor, count: int, first: int = 0, last: int = 0) -> Tensor:
-    """Slots [.., first + count + last] int64 of scores [.., S], ascending: the `count` best of those between the first
-    and the last, which stay in any case; the lower slot among equals.
-
-    With the logits of the last query [.., H, S] it is the rule of SpAtten-LLM (mit-han-lab/spatten-llm), which cuts
-    the cache of each layer and head for itself between the turns of a chat. Its caches hold keys without rotary
-    embedding, so `patch` does not offer it.
-    Raises ValueError if there are fewer than `count` slots between them.
-    """
-    slots = torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape)
-    end = scores.shape[-1] - last
-    if min(count, first, last) < 0 or count > end - first:
-        raise ValueError(f"count={count}, first={first}, last={last}: there are {scores.shape[-1]} slots")
-    best = best_first(scores[..., first:end])[..., :count].sort().values + first
-    return torch.cat([slots[..., :first], best, slots[..., end:]], dim=-1)
