@@ -52,6 +52,7 @@ def model() -> Iterator[torch.nn.Module]:
 STAGES = {
     "before": [Stage("llm", vtprune.create("divprune"), keep=0.4)],
     "inside": [Stage(2, vtprune.create("fastv"), keep=0.3)],
+    "received": [Stage(1, vtprune.create("spatten"), keep=0.6), Stage(2, vtprune.create("spatten"), keep=0.3)],
     "both": [Stage("llm", vtprune.create("divprune"), keep=0.6), Stage(2, vtprune.create("fastv"), keep=0.3)],
 }
 

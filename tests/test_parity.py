@@ -23,6 +23,7 @@ FAMILIES = (
         "holitom_inner_",
         "pyramiddrop_",
         "sparsevlm_",
+        "spatten_llm_kv",
         "todre_spec_",
         "transprune_",
         "video_holitom_inner",

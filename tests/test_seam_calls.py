@@ -24,7 +24,7 @@ some_families = pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3
 # Families whose text model counts positions 0, 1, 2, ... and reads causally.
 PLAIN = [n for n, f in families.FAMILIES.items() if not f.mrope and f.types is None]
 ROWS = (2, 0, 1)
-LAST_WORD = ("fastv", "pyramiddrop", "transprune")  # scored by words, so each call without a cache selects anew
+LAST_WORD = ("fastv", "pyramiddrop", "spatten", "transprune")  # by words: each call without a cache selects anew
 
 
 @pytest.fixture

@@ -53,6 +53,7 @@ class Pruned:
     aside: all keys and values of the prompt, while the layer shows a selection of them (`show`). shown: that selection.
     back: how many of the next keys are of tokens that come back: they join those aside.
     recall: state of the stage that acts here at decode (`vtprune.recall`), or None.
+    heads: [B, H] bool, False for query heads whose output is zero here; None if all speak.
     """
 
     dropped: int
@@ -66,13 +67,14 @@ class Pruned:
     shown: Compaction | None = None
     back: int = 0
     recall: Any = None
+    heads: Tensor | None = None
     keys: Tensor
     values: Tensor
 
     @property
     def needs_patch(self) -> bool:
-        """True if only a patched model can mask, place or choose for what comes next."""
-        return self.uneven or any(x is not None for x in (self.valid, self.shift, self.lag, self.shown))
+        """True if only a patched model can mask, place, silence or choose for what comes next."""
+        return self.uneven or any(x is not None for x in (self.valid, self.shift, self.lag, self.shown, self.heads))
 
     def get_seq_length(self) -> Any:
         """Tokens fed so far, dropped ones included."""
@@ -88,8 +90,8 @@ class Pruned:
         if self.needs_patch and not getattr(_inside, "on", False):
             raise UnsupportedCall(
                 "this cache was filled by a patched model and its rows or layers kept different numbers of tokens (or "
-                "compact positions, or a choice made at every decode step), so an unpatched model would mask it "
-                "wrongly: continue with the patched model, or start a new cache"
+                "compact positions, silent heads, or a choice made at every decode step), so an unpatched model would "
+                "mask it wrongly: continue with the patched model, or start a new cache"
             )
         if self.back:
             key_states, value_states = self._take_back(key_states, value_states)
@@ -98,7 +100,7 @@ class Pruned:
     def reset(self) -> None:
         """Empty: nothing is stored, nothing dropped."""
         self.dropped, self.prefix, self.valid, self.remask, self.uneven = 0, 0, None, False, False
-        self.shift = self.lag = self.aside = self.shown = self.recall = None
+        self.shift = self.lag = self.aside = self.shown = self.recall = self.heads = None
         self.back = 0
         super().reset()  # type: ignore[misc]
 
@@ -118,6 +120,7 @@ class Pruned:
         self.valid = None if self.valid is None else rows(self.valid)
         self.shift = None if self.shift is None else rows(self.shift)
         self.lag = None if self.lag is None else rows(self.lag)
+        self.heads = None if self.heads is None else rows(self.heads)
         self.aside = None if self.aside is None else (rows(self.aside[0]), rows(self.aside[1]))
         if self.shown is not None:  # no longer what any selection of the stage says: it is made anew
             self.shown = Compaction(rows(self.shown.index), self.valid, rows(self.shown.src))
@@ -194,11 +197,13 @@ def shrink(
     shift: Tensor | None,
     lag: Tensor | None = None,
     uneven: bool = False,
+    heads: Tensor | None = None,
 ) -> None:
     """Tell layer i that this call fed it `fed` tokens of which it stored `ran`.
 
     past: logical length before the call. valid: [B, ran] of the new tokens, or None. remask, uneven: see `Pruned`.
     shift, lag: by how much this call lowered the ids of what follows, which adds to what earlier calls did.
+    heads: as in `Pruned`, in place of what an earlier call said; None leaves that.
     """
     layer = cache.layers[i]
     if not hasattr(layer, "get_mask_sizes") or getattr(layer, "keys", None) is None:
@@ -221,6 +226,7 @@ def shrink(
     new.remask = remask or valid is not None or (was.remask if was else False)
     new.shift, new.lag = _sum(was.shift if was else None, shift), _sum(was.lag if was else None, lag)
     new.uneven = uneven or (was.uneven if was else False)
+    new.heads = heads if heads is not None else new.heads
     cache.layers[i] = new
 
 

@@ -12,10 +12,21 @@ from torch import Tensor
 from . import cache as kv
 from .clock import Clock, capturing
 from .compact import Compaction, mask_for, tensor_mask
-from .kernels import Arriving, Verdict, attention_rows, compact, deferring, page_rank, recording, to_device
+from .kernels import (
+    Arriving,
+    Verdict,
+    attention_received,
+    attention_rows,
+    compact,
+    deferring,
+    page_rank,
+    recording,
+    to_device,
+)
 from .kernels.dispatch import Backend
 from .model_adapters.generic import MODALITIES, Adapter, Features, runs_of
 from .recall import Recall, pick
+from .tap import MASKED, bias_of
 from .types import KEPT, Assignment, Signal, Span, Stage, UnsupportedCall, Visual, Where, check_answers
 from .units import Alive, arange_of, begin, groups, kept_by_crop
 
@@ -25,7 +36,8 @@ WORDLESS = "no text stands behind the image of a row: its last token is asked in
 # Signals of the decoder's attention.
 LLM_KINDS = (
     "last_row", "last_visual", "last_value", "value_norm", "from_text", "to_text", "transition",
-    "relevance", "text_rows", "text_rows_by_head", "rope_weight", "page_rank",
+    "relevance", "text_rows", "text_rows_by_head", "rope_weight", "page_rank", "received_so_far",
+    "head_output",
 )  # fmt: skip
 # Arguments of text models that have the sequence length and no say in which tokens are visual.
 CUT_AS_IDS = ("token_type_ids", "mm_token_type_ids")
@@ -74,6 +86,7 @@ class Last:
         `row` is the row of the tower's batch, `image` the crop's number, `positions` are its tokens; and by modality
         the rows each block ran on, of its longest crop (of all images where the tower packs them). `units` then starts
         with what all of them together left of each image.
+    heads: of stages that choose among heads, by layer: for each row [K] int64 the query heads that speak behind it.
     recalled: of stages that act at decode, by layer: for each row the positions as fed [K] of the visual tokens that
         the last decode step saw there; empty before the first step that chose.
     """
@@ -90,6 +103,7 @@ class Last:
     tower_units: list[UnitResult] = field(default_factory=list)
     tower_lengths: dict[str, list[int]] = field(default_factory=dict)
     recalled: dict[int, list[Tensor]] = field(default_factory=dict)
+    heads: dict[int, list[Tensor]] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -133,6 +147,9 @@ class Frame:
     tower_units: list[UnitResult] = field(default_factory=list)
     tower_lengths: dict[str, list[int]] = field(default_factory=dict)
     recalls: dict[int, Recall] = field(default_factory=dict)
+    head_output: Tensor | None = None
+    heads: list[Tensor | None] = field(default_factory=list)
+    speaking: dict[int, list[Tensor]] = field(default_factory=dict)
 
     # -- setting up -------------------------------------------------------------------------------------------------
 
@@ -178,6 +195,7 @@ class Frame:
         self.text = [runs_of(row == 1) for row in self.host]
         depth = len(self.adapter.layers)
         self.lengths, self.valids, self.lags = [length] * depth, [None] * depth, [None] * depth
+        self.heads = [None] * depth
         self.dtype, self.opened = embeds.dtype, True
 
     def _real(self, mask: Any, length: int) -> Tensor | None:
@@ -216,7 +234,11 @@ class Frame:
         if where == "llm":
             self._drop_unseen()
         for number, stage in enumerate(self.stages):
-            if stage.where == where and "prefill" in stage.method.phases:
+            if stage.where != where or "prefill" not in stage.method.phases:
+                continue
+            if stage.method.of == "heads":
+                self._run_heads(number, stage)
+            else:
                 self._run(number, stage)
         if sum(self.counts) == before:
             return False
@@ -228,7 +250,7 @@ class Frame:
         """Drop what stages in the vision tower dropped: the encoder's output repeats kept tokens in its place."""
         if not any(KEPT in unit.signals for unit in self.units):
             return
-        for stage in (s for s in self.stages if not isinstance(s.where, tuple)):
+        for stage in (s for s in self.stages if not isinstance(s.where, tuple) and s.method.of == "tokens"):
             self.alive, _ = groups(self.alive, stage)
         # Newlines (-1) never were in the tower: they stay to compete, or go with the first token that goes.
         tower = [s for s in self.stages if isinstance(s.where, tuple)]
@@ -258,6 +280,19 @@ class Frame:
                 views.append(self._visual(number, stage, group, budget))
         if not todo:
             return
+        for group, view, answer in zip(todo, views, self._ask(stage, views)):
+            self._take(stage, group, view, answer)
+            note = view.state.get("note")
+            if note and note not in self.notes:
+                self.notes.append(note)
+        if stage.newlines == "drop":
+            touched = {(a.row, a.image) for group in todo for a in group}
+            for a in self.alive:
+                if a.separator and (a.row, a.image) in touched:
+                    self._shrink(a, a.positions[:0])
+
+    def _ask(self, stage: Stage, views: list[Visual]) -> list[Assignment]:
+        """What the method answers, checked."""
         clock = Clock(self.hidden.device)
         with deferring() as checks, recording(self.kernels):
             answers = stage.method.batch(views)
@@ -268,16 +303,40 @@ class Frame:
         # On a GPU the methods of this package, which never answer out of range, are judged when the LLM is under way.
         if not self.hidden.is_cuda or not type(stage.method).__module__.startswith("vtprune."):
             self.settle()
-        for group, view, answer in zip(todo, views, answers):
-            self._take(stage, group, view, answer)
-            note = view.state.get("note")
-            if note and note not in self.notes:
-                self.notes.append(note)
-        if stage.newlines == "drop":
-            touched = {(a.row, a.image) for group in todo for a in group}
-            for a in self.alive:
-                if a.separator and (a.row, a.image) in touched:
-                    self._shrink(a, a.positions[:0])
+        return answers
+
+    def _run_heads(self, number: int, stage: Stage) -> None:
+        """Let the method choose heads in every row with visual tokens; the others are silent from this layer on."""
+        k, output = stage.where, self.head_output
+        assert isinstance(k, int)
+        assert output is not None
+        count = output.shape[1]
+        every = torch.arange(count, device=output.device)
+        speaking = list(next(reversed(self.speaking.values()), [every] * len(self.host)))
+        budget = stage.budgets([count])[0]
+        rows = [i for i, row in enumerate(self.host) if (row > 1).any()]
+        rows = [i for i in rows if budget is None or budget < len(speaking[i])]
+        if not rows:
+            return
+        state, views = self.state.setdefault(number, {}), []
+        for i in rows:
+            signals = {need: output[i].index_select(0, speaking[i]) for need in stage.method.needs}
+            views.append(Visual(output.new_zeros(len(speaking[i]), 0), budget, signals=signals, state=state))
+        before = self.heads[k]
+        if before is None and self.cache is not None:  # rows without an image in this turn
+            before = getattr(kv.state(self.cache, k), "heads", None)
+        heads = torch.ones_like(output, dtype=torch.bool) if before is None else before.to(output.device, copy=True)
+        for i, answer in zip(rows, self._ask(stage, views)):
+            speaking[i] = speaking[i].index_select(0, answer.idx)
+            heads[i].fill_(False).index_fill_(0, speaking[i], True)
+        self.speaking[k] = speaking
+        self.heads[k:] = [heads] * len(self.heads[k:])
+
+    def read_heads(self, out: Tensor) -> None:
+        """Add what each head says in one layer: out [B, n, H, d], its output before the projection."""
+        real = self._real_slots().to(out.device)
+        said = (out.float().abs().sum(-1) * real[..., None]).sum(1)
+        self.head_output = said if self.head_output is None else self.head_output.to(out.device) + said
 
     def settle(self) -> None:
         """Raise what the checks of the stages found; the caller gets no answer that was computed from bad input."""
@@ -640,6 +699,10 @@ class Frame:
                 self.rows[kind, layer] = (rows if kind == "last_row" else self._among_visual(rows)).mean(1)
             elif kind == "page_rank":
                 self.rows[kind, layer] = tap.page_rank(self._real_slots().to(q.device)).square().mean(1).sqrt()
+            elif kind == "received_so_far":
+                received = tap.received(self._real_slots().to(q.device))
+                before = self.rows.pop((kind, layer - 1), None)  # read by now, if a stage stands at this layer
+                self.rows[kind, layer] = received if before is None else received + before.to(q.device)
             elif kind.startswith("text_rows"):
                 mean = kind == "text_rows"
                 self.rows[kind, layer] = _padded(
@@ -756,12 +819,13 @@ class Frame:
         reference = kv.reference_layer(cache)
         for i in range(min(len(cache.layers), len(self.lengths))):
             # A row that keeps all it has may hold the length up while others are cut.
-            cut = self.lengths[i] < length or self.valids[i] is not None
+            cut = self.lengths[i] < length or self.valids[i] is not None or self.heads[i] is not None
             if cut or kv.state(cache, i) is not None or i >= first:
                 kv.shrink(
                     cache, i, past=self.past, fed=length, ran=self.lengths[i], valid=self.valids[i],
                     remask=self.holes and self.lengths[i] < length, shift=self.shift, lag=lags.get(id(self.lags[i])),
                     uneven=self.lengths[i] != self.lengths[reference] or self.valids[i] is not self.valids[reference],
+                    heads=self.heads[i],
                 )  # fmt: skip
 
         for i, recall in self.recalls.items():
@@ -807,7 +871,7 @@ class Frame:
         policies = [f"{s.method.name} at {s.where!r}: {s.policy}" for s in self.stages]
         return Last(
             c.index, c.valid, c.src, self.results, self.lengths, self.notes, policies, self.kernels, self.clocks,
-            self.tower_units, self.tower_lengths,
+            self.tower_units, self.tower_lengths, heads=self.speaking,
         )  # fmt: skip
 
 
@@ -830,23 +894,31 @@ class _Tap:
     def rows(self, slots: Tensor) -> Tensor:
         """Softmax rows [B, H, R, n] of the queries at slots [B, R], over the slots of this call."""
         batch, heads, n, width = self.q.shape
-        count, seen = slots.shape[1], self.past + n
-        queries = self.q.gather(2, slots[:, None, :, None].expand(batch, heads, count, width))
-        mask = self.mask
-        if mask is not None and mask.shape[-2] == n:
-            mask = mask[..., :seen].expand(batch, -1, -1, -1)
-            bias = mask.gather(2, slots[:, None, :, None].expand(batch, mask.shape[1], count, seen))
-        else:  # causal, with no mask or (flash attention) one that knows padding only
-            allowed = torch.arange(seen, device=slots.device) <= (slots + self.past)[:, :, None]
-            if mask is not None:
-                allowed = allowed & mask.reshape(batch, -1)[:, None, :seen].bool()
-            bias = allowed[:, None]
-        return attention_rows(queries, self.k[:, :, :seen], bias, self.scaling)[..., self.past :]
+        queries = self.q.gather(2, slots[:, None, :, None].expand(batch, heads, slots.shape[1], width))
+        keys = self.k[:, :, : self.past + n]
+        bias = bias_of(self.mask, slots, n, keys.shape[2])
+        return attention_rows(queries, keys, bias, self.scaling)[..., self.past :]
+
+    def received(self, real: Tensor) -> Tensor:
+        """[B, n] what each slot of this call gets from all its queries that are real [B, n]: sum, mean over heads."""
+        batch, _, n, _ = self.q.shape
+        out, weights = self.q.new_zeros(batch, n, dtype=torch.float32), real.float()
+        slots = torch.arange(n, device=self.q.device).expand(batch, -1)
+        step = max(ROWS, MASKED // (batch * (self.past + n)))
+        for some in (slice(start, start + step) for start in range(0, n, step)):
+            bias = bias_of(self.mask, slots[:, some], n, self.past + n)
+            causal = self.mask is None or self.mask.shape[-2] != n
+            end = min(some.stop, n) if causal else n  # the keys behind get nothing
+            seen, weight = self.past + end, weights[:, some]
+            given = attention_received(
+                self.q[:, :, some], self.k[:, :, :seen], bias[..., :seen], self.scaling, weights=weight
+            )
+            out[:, :end] += given[:, self.past :]
+        return out
 
     def page_rank(self, real: Tensor) -> Tensor:
         """Importance [B, H, n] of the slots of this call among themselves; real [B, n] are no padding."""
-        n = self.q.shape[2]
-        mask = self.mask
+        n, mask = self.q.shape[2], self.mask
         if mask is not None and mask.shape[-2] == n:
             mask = mask[..., self.past : self.past + n]
         else:  # causal, with no mask or (flash attention) one that knows padding only

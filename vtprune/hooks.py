@@ -22,7 +22,8 @@ from .frame import LLM_KINDS, Frame, Last
 from .kernels import recording
 from .model_adapters.generic import MODALITIES, Adapter, Features
 from .recall import ROW, Step
-from .types import KEPT, Signal, Stage, UnsupportedCall, UnsupportedModel
+from .tap import HEADS, reweighed
+from .types import KEPT, Method, Signal, Stage, UnsupportedCall, UnsupportedModel
 
 # The method of a text model that adds visual features to its hidden states between layers.
 DEEPSTACK = "_deepstack_process"
@@ -178,6 +179,20 @@ class Session:
         return [s for s in self.stages if "decode" in s.method.phases]
 
     @property
+    def of_heads(self) -> list[int]:
+        """Layers where stages choose among heads."""
+        return [s.where for s in self.stages if s.method.of == "heads"]  # type: ignore[misc]
+
+    @property
+    def reweighing(self) -> list[Method]:
+        """Methods that change attention; `_check` lets one through."""
+        found: list[Method] = []
+        for stage in self.stages:
+            if stage.method.reweighs and stage.method not in found:
+                found.append(stage.method)
+        return found
+
+    @property
     def tower_needs(self) -> set[Signal]:
         """Signals that stages before the LLM read from the vision tower."""
         return {n for s in self.stages if s.where == "llm" for n in s.method.needs}
@@ -206,6 +221,7 @@ class Session:
                     f"{name}: positions='compact' is undefined for M-RoPE position ids ({a.model_type}); use 'keep'"
                 )
         self._check_decode()
+        self._check_changes()
         inner = [s.where for s in self.stages if isinstance(s.where, int)]
         if inner != sorted(inner):
             raise ValueError(f"stages at layers {inner} must stand in increasing order")
@@ -248,6 +264,25 @@ class Session:
                     "directions, so they would see later tokens: use a method that acts while the prompt is read"
                 )
 
+    def _check_changes(self) -> None:
+        """What changes attention itself, and not only what it sees."""
+        heads = [s for s in self.stages if s.method.of == "heads"]
+        for stage in heads:
+            if not isinstance(stage.where, int) or stage.where < 1:
+                raise ValueError(
+                    f"{stage.method.name} at {stage.where!r} chooses among heads by what they said in the layers "
+                    "before: place it at a decoder layer >= 1"
+                )
+        names = [method.name for method in self.reweighing]
+        if len(names) > 1:
+            raise ValueError(f"{', '.join(names)} with different options change the attention of all layers: use one")
+        if (names or heads) and "flash" in self.adapter.attention():
+            name = names[0] if names else heads[0].method.name
+            raise UnsupportedModel(
+                f"{name} changes softmax rows or single heads, which flash attention does not show: load the model "
+                "with attn_implementation='sdpa', or leave out values= and heads="
+            )
+
     def _check_layer(self, name: str, layer: int) -> None:
         a, depth = self.adapter, len(self.adapter.layers)
         if not 0 <= layer < depth:
@@ -283,9 +318,9 @@ class Session:
         self._observe_towers()
 
     def _tap_layers(self) -> None:
-        from .tap import attach
+        from .tap import attach, attach_change
 
-        self._watched: set[int] = set()
+        self._watched: set[tuple[str, int, bool]] = set()
         for stage in self.stages:
             for need in stage.method.needs if isinstance(stage.where, int) else ():
                 layer = stage.where + need.offset  # type: ignore[operator]
@@ -304,7 +339,17 @@ class Session:
                         f"{stage.method.name} at layer {stage.where} reads layer {layer}, which has not run yet: use "
                         "the offset 0 (the layer itself) or a negative one"
                     )
-                if need.kind == "relevance":
+                if (need.kind == "head_output") != (stage.method.of == "heads"):
+                    raise ValueError(
+                        f"{stage.method.name} chooses among {stage.method.of} and reads {need}: 'head_output' is the "
+                        "one signal of heads, and of nothing else"
+                    )
+                if need.kind in ("received_so_far", "head_output") and need.offset != -1:
+                    raise ValueError(
+                        f"{stage.method.name} at layer {stage.where} reads {need}, which is a sum over all layers that "
+                        "ran: use the offset -1"
+                    )
+                if need.kind in ("relevance", "head_output"):
                     continue
                 if need.kind == "rope_weight":
                     attention = attention_of(self.adapter.layers[layer])
@@ -321,9 +366,20 @@ class Session:
                     self._undo.append(attach(attention, partial(self._step_sink, layer)))
                 if "prefill" not in stage.method.phases:
                     continue
-                self._undo.append(attach(attention, partial(self._row_sink, need.kind, layer, own), before=own))
+                for i in range(layer + 1) if need.kind == "received_so_far" else (layer,):
+                    if self._first_watch(need.kind, i, own):
+                        attention = attention_of(self.adapter.layers[i])
+                        self._undo.append(attach(attention, partial(self._row_sink, need.kind, i, own), before=own))
         for layer in self.looked_at:
             self._undo.append(attach(attention_of(self.adapter.layers[layer]), self._stop, before=True))
+        for i, layer in enumerate(self.adapter.layers if self.reweighing or self.of_heads else ()):
+            self._undo.append(attach_change(attention_of(layer), partial(self._change, i)))
+
+    def _first_watch(self, kind: str, layer: int, own: bool = False) -> bool:
+        """True the first time: several stages may read one quantity, which is computed once."""
+        first = (kind, layer, own) not in self._watched
+        self._watched.add((kind, layer, own))
+        return first
 
     def _watch_transitions(self, stage: Stage, layer: int) -> None:
         if layer == stage.where:
@@ -331,9 +387,8 @@ class Session:
                 f"{stage.method.name} at layer {layer} reads the transition of that layer, which has not run yet: use "
                 "a negative offset"
             )
-        if layer in self._watched:
+        if not self._first_watch("transition", layer):
             return
-        self._watched.add(layer)
         for module in (attention_of(self.adapter.layers[layer]), mlp_of(self.adapter.layers[layer])):
             self._undo.append(module.register_forward_hook(partial(self._transition, layer), with_kwargs=True).remove)
 
@@ -431,7 +486,7 @@ class Session:
         if frame is None or not frame.opened:
             return None
         frame.settle()
-        if frame.compaction is not None or frame.recalls:
+        if frame.compaction is not None or frame.recalls or frame.speaking:
             cache = getattr(output, kv.NAME, None)
             cache = cache if cache is not None else frame.cache
             if cache is not None:
@@ -465,7 +520,7 @@ class Session:
         hidden = args[0] if args else kwargs["hidden_states"]
         if frame is None and step is None and hidden.shape[1] == 1 and kwargs.get("attention_mask") is None:
             held = kv.state(kv.renamed(kwargs).get(kv.NAME), i)
-            if held is None or (held.valid is None and held.lag is None):
+            if held is None or (held.valid is None and held.lag is None and held.heads is None):
                 return None  # decode without padding: every layer sees all it stores, so there is nothing to change
         call = self.adapter.bind(module, args, kwargs)
         cache = call.get(kv.NAME)
@@ -487,6 +542,10 @@ class Session:
         self._lower_positions(changed, frame.lags[i] if frame else None, held.lag if held else None)
         if step is not None:
             step.extend(i, hidden, changed, self.adapter.attention())
+        heads = frame.heads[i] if frame else None
+        heads = held.heads if heads is None and held is not None else heads
+        if heads is not None:
+            changed[HEADS] = heads
         if "flash" in self.adapter.attention():
             # Flash attention takes gaps in position ids for packed sequences; rotary embeddings are already made.
             width = changed["hidden_states"].shape[1]
@@ -520,6 +579,29 @@ class Session:
     def _step_sink(self, layer: int, module: nn.Module, *product: Any) -> None:
         if self.local.step is not None:
             self.local.step.read_row(layer, module, *product)
+
+    def _change(
+        self,
+        i: int,
+        out: Tensor,
+        heads: Tensor | None,
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+    ) -> Tensor:
+        """The attention product out [B, n, H, d] of layer i as the methods want it."""
+        for method in self.reweighing:
+            out = reweighed(q, k, v, mask, scaling, method.reweigh)
+        if heads is not None:
+            out = out * heads.to(out.device)[:, None, :, None]
+        frame = self.local.frame
+        if frame is not None and frame.opened and out.shape[1] > 1 and i < max(self.of_heads, default=0):
+            with torch.no_grad():
+                frame.read_heads(out)
+        return out
 
     def _transition(self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         frame = self.local.frame
@@ -671,12 +753,19 @@ class Session:
         call["position_ids"], call["position_embeddings"] = ids, embeddings
 
     def _check_places(self, cache: Any) -> None:
-        """Refuse a cache whose layers renumber, or differ in what they store, where this patch does not look."""
-        for layer in getattr(cache, "layers", ())[: self.first_hook]:
+        """Refuse a cache whose layers renumber, store other tokens or are silent where this patch does not look."""
+        layers = getattr(cache, "layers", ())
+        for layer in layers[: self.first_hook]:
             if getattr(layer, "uneven", False) or getattr(layer, "lag", None) is not None:
                 raise UnsupportedCall(
                     "this cache was filled by a patched model that dropped tokens (or renumbered them) inside the LLM, "
                     "at layers where this patch has no stage: continue with the same patch, or start a new cache"
+                )
+        for layer in layers[: min(self.of_heads, default=len(layers))]:
+            if getattr(layer, "heads", None) is not None:
+                raise UnsupportedCall(
+                    "this cache was filled by a patched model whose heads are silent in layers where this patch "
+                    "silences none: continue with the same patch, or start a new cache"
                 )
 
     def _cut_text_call(self, frame: Frame, call: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,10 @@ from .kernels import attention_received, attention_rows
 from .types import UnsupportedCall, UnsupportedModel
 
 Sink = Callable[[nn.Module, Tensor, Tensor, Tensor, "Tensor | None", float], None]
+# out [B, M, H, d], heads (as `HEADS`), then as a sink -> what the module is given in place of out
+Change = Callable[[Tensor, "Tensor | None", nn.Module, Tensor, Tensor, Tensor, "Tensor | None", float], Tensor]
+HEADS = "vtprune_heads"  # argument of a decoder layer, for its tap: [B, H] bool, the query heads that speak
+MASKED = 1 << 22  # entries of a mask, or of softmax rows, made for some of the queries
 KINDS = (
     "cls", "cls_full", "cls_value", "received", "mean_query", "keys", "mean_keys", "values", "value_norm", "last_row"
 )  # fmt: skip
@@ -37,18 +41,35 @@ def attach(module: nn.Module, sink: Sink, before: bool = False) -> Callable[[], 
     Several sinks may share a module; undo them in any order. The last undo puts the same config object back.
     Raises UnsupportedModel if the module does not go through transformers' attention interface.
     """
-    tap = _tap_of(module)
-    if tap is None:
-        tap = Tap(module)
-        module.config = tap.config
+    tap = _made_tap(module)
     entry = [sink, before]  # a fresh object: the same sink may be attached twice
     tap.entries = (*tap.entries, entry)
     return partial(_detach, module, tap, entry)  # not a closure, so that a copied model's undo undoes the copy
 
 
+def attach_change(module: nn.Module, change: Change) -> Callable[[], None]:
+    """Give `module` what `change` makes of every attention product, in place of the product; return the undo.
+
+    Not for flash attention, whose variable-length products have no common output. Errors as `attach`.
+    """
+    tap = _made_tap(module)
+    entry = [change]
+    tap.changes = (*tap.changes, entry)
+    return partial(_detach, module, tap, entry)
+
+
+def _made_tap(module: nn.Module) -> Tap:
+    tap = _tap_of(module)
+    if tap is None:
+        tap = Tap(module)
+        module.config = tap.config
+    return tap
+
+
 def _detach(module: nn.Module, tap: Tap, entry: list[Any]) -> None:
     tap.entries = tuple(e for e in tap.entries if e is not entry)
-    if not tap.entries and module.config is tap.config:
+    tap.changes = tuple(e for e in tap.changes if e is not entry)
+    if not tap.entries and not tap.changes and module.config is tap.config:
         module.config = tap.original
 
 
@@ -73,6 +94,7 @@ class Tap:
         self.flash = "flash" in base
         self.sdpa = base == "sdpa"
         self.entries: tuple[list[Any], ...] = ()
+        self.changes: tuple[list[Any], ...] = ()
         # transformers recognises flash attention by name, so the tap's name contains that of its base.
         name = f"{base}+vtprune"
         AttentionInterface.register(name, tapped_attention)
@@ -109,11 +131,32 @@ def tapped_attention(
             f"{tap.original._attn_implementation!r} while patched: call vtprune.unpatch(model), switch, and "
             "patch again"
         )
-    owner = _Untapped(module, tap.original) if tap.flash else module
+    owner, heads = _Untapped(module, tap.original) if tap.flash else module, kwargs.pop(HEADS, None)
     _show(tap, True, module, query, key, value, attention_mask, kwargs)
     result = tap.function(owner, query, key, value, attention_mask, **kwargs)
+    if tap.changes:
+        result = (_changed(tap, result[0], heads, module, query, key, value, attention_mask, kwargs), *result[1:])
     _show(tap, False, module, query, key, value, attention_mask, kwargs)
     return result
+
+
+def _changed(
+    tap: Tap,
+    out: Tensor,
+    heads: Tensor | None,
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Any,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    scaling = kwargs.get("scaling")
+    scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
+    for queries, keys, values, seen in _products(tap, module, q, k, v, mask, kwargs):
+        for (change,) in tap.changes:
+            out = change(out, heads, module, queries, keys, values, seen, scaling)
+    return out
 
 
 def _show(
@@ -237,6 +280,43 @@ def read(
     if kind == "mean_keys":
         return k.float().mean(1)
     raise ValueError(f"signal kind {kind!r}: choose one of {', '.join(map(repr, KINDS))}")
+
+
+def bias_of(mask: Tensor | None, slots: Tensor, queries: int, keys: int) -> Tensor:
+    """What masks the queries at slots [B, R] of all that there are, over so many keys: [B, 1 or H, R, keys].
+
+    mask: [.., queries, >= keys], or causal, with no mask or (flash attention) one [.., 1, keys] of what is no padding.
+    """
+    batch, count = slots.shape
+    if mask is not None and mask.shape[-2] == queries:
+        mask = mask[..., :keys].expand(batch, -1, -1, -1)
+        return mask.gather(2, slots[:, None, :, None].expand(batch, mask.shape[1], count, keys))
+    allowed = torch.arange(keys, device=slots.device) <= (slots + keys - queries)[:, :, None]
+    if mask is not None:
+        allowed = allowed & mask.reshape(batch, -1)[:, None, :keys].bool()
+    return allowed[:, None]
+
+
+def reweighed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    reweigh: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """The attention product [B, M, H, d] with other softmax rows (`Method.reweigh`), a block of queries at a time."""
+    (batch, heads, queries, _), (_, groups, keys, width) = q.shape, v.shape
+    slots, values, out = torch.arange(queries, device=q.device).expand(batch, -1), v.float(), []
+    step = max(1, MASKED // (batch * heads * keys))
+    for start in range(0, queries, step):
+        some = slice(start, start + step)
+        bias = bias_of(mask, slots[:, some], queries, keys)
+        open_ = bias if bias.dtype == torch.bool else bias > torch.finfo(bias.dtype).min
+        rows = reweigh(attention_rows(q[:, :, some], k, bias, scaling), open_.sum(-1))
+        stacked = rows.reshape(batch, groups, -1, keys) @ values
+        out.append(stacked.reshape(batch, heads, -1, width).transpose(1, 2))
+    return torch.cat(out, 1).to(v.dtype)
 
 
 def _mask_rows(mask: Tensor | None, query: int) -> Tensor | None:

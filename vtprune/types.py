@@ -17,6 +17,7 @@ Positions = Literal["keep", "compact"]
 Per = Literal["image", "crop", "frame", "sample"]
 Newlines = Literal["compete", "keep", "drop"]
 Phase = Literal["prefill", "decode"]
+Of = Literal["tokens", "heads"]
 Where = str | int | tuple[str, int | slice]
 
 
@@ -56,7 +57,11 @@ class Signal:
         "text_rows_by_head" ([N, H, T]), "rope_weight" (q.k / sqrt(d) that rotary positions alone give to queries and
         keys of ones, [N, T]) and "relevance" (mean over the row's visual tokens of the softmax of x . x_t over that
         text, of the embeddings entering the LLM, [T]), "page_rank" (root mean square over heads of five steps of
-        PageRank among all tokens of this call, on softmax(10 q.k / sqrt(d)), [N]); these eleven inside the LLM only.
+        PageRank among all tokens of this call, on softmax(10 q.k / sqrt(d)), [N]), "received_so_far" (softmax weight
+        that all queries of this call gave to a token in that layer and all before it, as far as they still were there:
+        summed over queries and layers, mean over heads, [N]; layer -1 only); these twelve inside the LLM only.
+        Of attention heads, there as well: "head_output" (sum of |output| of a head before the output projection, over
+        its channels, the tokens of this call and the layers so far, [H]; layer -1 only).
     layer: for seam "llm" the tower layer: an int counts as in Python (-1 is the last); None is the layer whose output
         feeds the projector; a float in (0, 1) is a share of the depth L: layer round(layer * L) counted from 1, or
         where the tower attends within windows the next one that attends to the whole image. For a stage at decoder
@@ -70,7 +75,8 @@ class Signal:
     kind: Literal[
         "cls", "cls_full", "cls_value", "received", "mean_query", "keys", "mean_keys", "values", "value_norm", "hidden",
         "last_row", "last_visual", "last_value", "from_text", "to_text", "transition", "kept",
-        "relevance", "text_rows", "text_rows_by_head", "rope_weight", "page_rank",
+        "relevance", "text_rows", "text_rows_by_head", "rope_weight", "page_rank", "received_so_far",
+        "head_output",
     ]  # fmt: skip
     layer: int | float | None = -1
     without_cls: bool = False
@@ -197,6 +203,9 @@ class Method(ABC):
     # is a row, `x` is empty, the signal is the new token's "last_row" of the layer before, and `state` stays with the
     # cache from step to step (tensors of one row). A method asked at both times lets dropped tokens come back.
     phases: ClassVar[tuple[Phase, ...]] = ("prefill",)
+    # What a stage inside the LLM chooses among. "heads": a unit is a row with visual tokens, its N "tokens" the H query
+    # heads that still speak, `x` is [N, 0]; from the stage's layer on, at decode too, the output of the others is zero.
+    of: ClassVar[Of] = "tokens"
 
     @property
     def adaptive(self) -> bool:
@@ -212,6 +221,15 @@ class Method(ABC):
     def by_patch(self) -> bool:
         """True if inside the tower it chooses among single patches, also where several become one visual token."""
         return False
+
+    @property
+    def reweighs(self) -> bool:
+        """True if `reweigh` changes the attention of all decoder layers, in every call while the model is patched."""
+        return False
+
+    def reweigh(self, rows: Tensor, seen: Tensor) -> Tensor:
+        """Other softmax rows in place of rows [B, H, R, N] float32, whose queries may see seen [B, 1 or H, R] keys."""
+        return rows
 
     @property
     def exact(self) -> bool:

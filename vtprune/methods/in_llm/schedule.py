@@ -17,11 +17,28 @@ def pyramid(keep: float | int, stages: int) -> list[float | int]:
     return [keep ** ((i + 1) / stages) for i in range(stages - 1)] + [keep]
 
 
+def in_steps_of(published: Sequence[float], keep: float | int, stages: int) -> list[float | int]:
+    """What each stage leaves until `keep`, so that it drops in the proportion of the published shares, which fall.
+
+    Fewer stages than published take the last of them, more drop in equal steps. A count is taken for the last
+    published share of what there is.
+    """
+    last = published[-1]
+    if stages > len(published):
+        dropped = [(i + 1) / stages for i in range(stages)]
+    else:
+        dropped = [(1 - share) / (1 - last) for share in published[-stages:]]
+    if isinstance(keep, int):
+        return [max(keep, round(keep * (1 + (1 / last - 1) * (1 - d)))) for d in dropped]
+    return [1 - d * (1 - keep) for d in dropped[:-1]] + [keep]
+
+
 def check_layers(name: str, layers: Sequence[int] | None) -> None:
     """Raise unless the layers are ints >= 0 that ascend, or None."""
     if layers is None:
         return
-    if not layers or any(isinstance(k, bool) or not isinstance(k, int) for k in layers):
+    whole = isinstance(layers, Sequence) and all(isinstance(k, int) and not isinstance(k, bool) for k in layers)
+    if not whole or not layers:
         raise TypeError(f"layers={layers!r}: {name} takes a tuple of decoder layers, such as (8, 16, 24)")
     if min(layers) < 0 or list(layers) != sorted(set(layers)):
         raise ValueError(f"layers={layers!r}: {name} needs ascending layers >= 0")

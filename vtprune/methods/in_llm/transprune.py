@@ -13,7 +13,7 @@ from ...kernels import check_finite
 from ...registry import register
 from ...types import Assignment, Method, Positions, Signal, Stage, Visual, Where
 from .. import best_first, budget_of, select, signal_of
-from .schedule import check_layers, check_shares
+from .schedule import check_layers, check_shares, in_steps_of
 
 FROM_TEXT = Signal("from_text", 0)
 PUBLISHED = (7, 9, 12)  # of 32 layers
@@ -70,7 +70,7 @@ class TransPrune(Method):
         if keep is not None and self.ratios is not None:
             raise TypeError(f"{self.name}: keep={keep} and ratios={self.ratios}: give one of them")
         layers = self.layers or tuple(sorted({max(1, round(depth * k / 32)) for k in PUBLISHED}))
-        shares = self.ratios or schedule(SHARES[-1] if keep is None else keep, len(layers))
+        shares = self.ratios or in_steps_of(SHARES, SHARES[-1] if keep is None else keep, len(layers))
         first = layers[0] - 1
         return [Stage(k, replace(self, history=k - first), keep=share) for k, share in zip(layers, shares)]
 
@@ -87,14 +87,3 @@ class TransPrune(Method):
         transition = torch.stack([signal_of(v, s, self.name) for s in self._transitions]).sum(0)
         looked = signal_of(v, FROM_TEXT, self.name)
         return transition / (transition.sum() + 1e-8) + looked / (looked.sum() + 1e-8)
-
-
-def schedule(keep: float | int, stages: int) -> list[float | int]:
-    """What each stage leaves until `keep`, in the published proportion; the last of it for fewer than three stages."""
-    if stages > len(SHARES):  # in equal steps, as many as there are
-        dropped = [(i + 1) / stages for i in range(stages)]
-    else:
-        dropped = [(1 - share) / (1 - SHARES[-1]) for share in SHARES[-stages:]]
-    if isinstance(keep, int):
-        return [max(keep, round(keep * (1 + 7 * (1 - d)))) for d in dropped]
-    return [1 - d * (1 - keep) for d in dropped[:-1]] + [keep]
