@@ -39,7 +39,7 @@ class SpAttenHeads(Method):
 def best_of(method: Method, units: Sequence[Visual], signal: Signal) -> list[Assignment]:
     """The budget's most important tokens or heads of each unit by one signal; half of them where there is no budget."""
     scores = [signal_of(v, signal, method.name) for v in units]
-    check_finite(scores, f"{signal.kind} of tokens or heads")
+    check_finite(scores, f"{signal.kind} scores")
     counts = [max(1, v.n // 2) if v.budget is None else budget_of(v, method.name) for v in units]
     return [Assignment(most_important(s, count), scores=s) for s, count in zip(scores, counts)]
 
