@@ -28,6 +28,8 @@ from ..types import Assignment, Method, Signal, Span, Visual
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
+    from ..handle import Handle
+
 Arrays = Mapping[str, Any]
 Runner = Callable[[Arrays, Path], str]
 TOLERANCE = 1e-4
@@ -294,9 +296,12 @@ def llava_pool(arrays: Arrays, folder: Path) -> str:
 @case("fastv_prefill")
 def fastv(arrays: Arrays, folder: Path) -> str:
     """The whole path: a stock LLaVA with the stored decoder weights, patched, one prefill."""
+    from ..handle import patch
+
     model, inputs = _fastv_model(arrays, folder)
     full = close("unpruned states", _run(model, inputs).last_hidden_state[0], arrays["last_hidden_state_full"])
-    worst, _ = _fastv_prefill(model, inputs, arrays)
+    with patch(model, "fastv", layer=int(arrays["K"]), keep=int(arrays["keep"])) as handle:
+        worst, _ = _fastv_prefill(model, inputs, arrays, handle)
     kept, length = len(arrays["kept_indices"]), inputs["input_ids"].shape[1]
     return f"stock LLaVA, {kept} of {length} tokens kept; scores and states within {max(full, worst):.1g}"
 
@@ -304,14 +309,14 @@ def fastv(arrays: Arrays, folder: Path) -> str:
 @case("fastv_kvcache_decode")
 def fastv_decode(arrays: Arrays, folder: Path) -> str:
     """Prefill and one decode step on the returned cache: its lengths, the keys of layer K, the new token's states."""
+    from ..handle import patch
+
     model, inputs = _fastv_model(arrays, folder)
-    worst, cache = _fastv_prefill(model, inputs, arrays)
-    stored = torch.tensor([layer.keys.shape[2] for layer in cache.layers])
-    same("cached tokens per layer", stored, arrays["kv_lengths_after_prefill"])
-    keys = close("keys of layer K", cache.layers[int(arrays["K"])].keys[0], arrays["keys_layer_K"])
-    step = {"inputs_embeds": torch.from_numpy(arrays["decode_embed"])[None], "past_key_values": cache}
-    state = close("decoded state", _run(model, step).last_hidden_state[0], arrays["decode_last_hidden_state"])
-    return f"stock LLaVA, cache of {_list(stored.tolist())} tokens; all within {max(worst, keys, state):.1g}"
+    with patch(model, "fastv", layer=int(arrays["K"]), keep=int(arrays["keep"])) as handle:
+        worst, out = _fastv_prefill(model, inputs, arrays, handle)
+        keys = close("keys of layer K", out.past_key_values.layers[int(arrays["K"])].keys[0], arrays["keys_layer_K"])
+        decoded, cached = _decode(model, out, arrays)
+    return f"stock LLaVA, {cached} tokens; all within {max(worst, keys, *decoded):.1g}"
 
 
 def _fastv_model(arrays: Arrays, folder: Path) -> tuple[LlavaForConditionalGeneration, dict[str, Tensor]]:
@@ -323,20 +328,20 @@ def _visual(arrays: Arrays) -> slice:
     return slice(int(arrays["sys_len"]), int(arrays["sys_len"]) + int(arrays["vis_len"]))
 
 
-def _fastv_prefill(model: LlavaForConditionalGeneration, inputs: dict[str, Any], arrays: Arrays) -> tuple[float, Any]:
-    """Largest difference of scores and states, and the cache; kept tokens must be equal."""
-    from ..handle import patch
-
-    with patch(model, "fastv", layer=int(arrays["K"]), keep=int(arrays["keep"])) as handle:
-        out = _run(model, inputs)
-        last = handle.last
+def _fastv_prefill(
+    model: LlavaForConditionalGeneration, inputs: dict[str, Any], arrays: Arrays, handle: Handle
+) -> tuple[float, Any]:
+    """Largest difference of scores and states, and the output; kept tokens must be equal."""
+    out = _run(model, inputs)
+    last = handle.last
     assert last is not None
     scores = last.units[0].scores
     assert scores is not None
     same("kept", last.index[0], arrays["kept_indices"])
     states = out.last_hidden_state[0, last.index[0]]
-    differences = close("scores", scores, arrays["score_visual"]), close("states", states, arrays["last_hidden_state"])
-    return max(differences), out.past_key_values
+    return max(
+        close("scores", scores, arrays["score_visual"]), close("states", states, arrays["last_hidden_state"])
+    ), out
 
 
 @case("holitom_inner_")
@@ -346,9 +351,10 @@ def holitom_inner(arrays: Arrays, folder: Path) -> str:
 
     embeds, visual = torch.from_numpy(arrays["inputs_embeds"]), _visual(arrays)
     model, inputs = stock_llava(np.load(folder / "model_qwen2.npz"), embeds, visual)
+    causal = bool(arrays["layer_Km1_is_causal"])
     with patch(model, "holitom_inner", layer=int(arrays["K"]), keep=int(arrays["keep"])) as handle:
         out = _run(model, inputs)
-        last = handle.last
+        last, decoded = handle.last, _decode(model, out, arrays) if causal else None
     assert last is not None
     (unit,) = last.units
     assert unit.scores is not None
@@ -359,11 +365,10 @@ def holitom_inner(arrays: Arrays, folder: Path) -> str:
     signals = {need: torch.from_numpy(arrays["score_visual"]) for need in create("holitom_inner").needs}
     merged = create("holitom_inner")(Visual(before[visual], len(unit.idx), signals=signals)).apply(before[visual])
     worst.append(close("merged states", merged, after[visual.start : visual.start + len(merged)]))
-    if not int(arrays["layer_Km1_is_causal"]):  # the official slip: that layer looked ahead
+    if decoded is None:  # the official slip: that layer looked ahead
         return f"order and tokens kept; scores and merge within {max(worst):.1g}; the rest is of a layer without mask"
     worst.append(close("states", out.last_hidden_state[0, last.index[0]], arrays["last_hidden_state"]))
-    decoded, cached = _decode(model, out, arrays)
-    return f"stock LLaVA with Qwen2, order and {cached} tokens; all within {max(worst + decoded):.1g}"
+    return f"stock LLaVA with Qwen2, order and {decoded[1]} tokens; all within {max(worst + decoded[0]):.1g}"
 
 
 @case("video_holitom_inner")

@@ -73,7 +73,7 @@ class DyCokeKV(Method):
         for v, row, still in zip(units, rows, same):
             v.state["row"] = row
             answers.append(self._again(v) if still else select(best_first(row)[: budget_of(v, self.name)], row))
-            v.state["idx"] = answers[-1].idx
+            v.state["answer"] = answers[-1]
         return answers
 
     def _likeness(self, v: Visual, row: Tensor) -> Tensor:
@@ -85,4 +85,4 @@ class DyCokeKV(Method):
         """The last choice, the very same tensor, so that the seam need not copy anything."""
         if self.similar == "all":
             return Assignment(torch.arange(v.n, device=v.x.device))
-        return Assignment(v.state["idx"])
+        return v.state["answer"]
