@@ -280,3 +280,61 @@ def prunevid(x: Tensor, tau: float, share: float, ratio: float | None, budget: i
     for t, count in zip(range(frames), counts[len(windows) :]):
         merge({i: x[t, i] for i in moving[t]}, x[t, moving[t]], count, t * p)
     return out
+
+
+def fastvid(x: Tensor, seen: Tensor, variant: str, ratio: float | None, budget: int | None) -> dict[int, Tensor]:
+    """https://arxiv.org/abs/2503.11187, frames compared by their mean token: {position: feature}."""
+    x, seen = x.double(), seen.double()
+    frames, p = x.shape[:2]
+    similar = [cosine(a, b) for a, b in zip(x.mean(1), x.mean(1)[1:])]
+    low = sorted(range(frames - 1), key=lambda i: (similar[i], i))[:7]
+    ends = sorted({i for i in range(frames - 1) if i in low or similar[i] < (0.84 if variant == "qwen" else 0.9)})
+    found = list(zip([0, *(e + 1 for e in ends)], [*ends, frames - 1]))
+    n = int(p * ratio) if ratio is not None else int(p * (budget or 0) / (frames * p))
+    salient, merged = [0] * frames, [0] * frames
+    for a, b in found:
+        length = b - a + 1
+        takers = [t for t in range(a, b + 1) if variant != "qwen" or t == b or similar[t] < 0.95]
+        anchors = [t for i, t in enumerate(takers) if (len(takers) - 1 - i) % 4 == 0]
+        if variant == "ov":
+            context = int(n * 0.4)
+            for t in takers:
+                salient[t] = n - context
+            for t in anchors:
+                merged[t] = min(context * length // len(anchors), p - salient[t])
+            continue
+        total = n * length
+        context = min(total, max(1, int(total * 0.4))) if variant == "qwen" else int(total * 0.4)
+        for i, t in enumerate(reversed(anchors)):
+            merged[t] = context // len(anchors) + (i < context % len(anchors))
+            merged[t] = min(merged[t], p // 2) if variant == "qwen" else merged[t]
+        for i, t in enumerate(takers):
+            salient[t] = (total - context) // len(takers) + (i < (total - context) % len(takers))
+            salient[t] = min(salient[t], p - merged[t]) if variant == "qwen" else salient[t]
+            merged[t] = min(merged[t], p - salient[t])
+    if budget == frames * p:
+        return {t * p + i: x[t, i] for t in range(frames) for i in range(p)}
+    if budget is not None:
+        some = [t for t in range(frames) if salient[t] + merged[t]]
+        for group in (some, [t for t in range(frames) if t not in some]):
+            room = [p - salient[t] - merged[t] for t in group]
+            rest = min(sum(room), budget - sum(salient) - sum(merged))
+            for t, more in zip(group, largest_remainder(rest, room)):
+                salient[t] += more
+    looked = {t: top(seen[t], salient[t]) for t in range(frames)}
+    out = {t * p + i: x[t, i] for t in range(frames) for i in looked[t]}
+    for a, b in found:
+        for t in range(a, b + 1):
+            free = [i for i in range(p) if i not in looked[t]]
+            if not merged[t]:
+                continue
+            centres = [free[c] for c in peaks(x[t, free], merged[t], min(4, len(free)))]
+            joined: dict[int, list[Tensor]] = {c: [] for c in centres}
+            for s in range(a, b + 1):
+                for i in range(p):
+                    if i not in looked[s] and (variant == "ov" or s != t or i not in centres):
+                        joined[max(centres, key=lambda c: (cosine(x[s, i], x[t, c]), -c))].append(x[s, i])
+            for c, rows in joined.items():
+                weight = max(1 / (len(rows) + 1), 0.6) if rows else 1.0
+                out[t * p + c] = weight * x[t, c] + (1 - weight) * (torch.stack(rows).mean(0) if rows else 0 * x[t, c])
+    return out

@@ -28,7 +28,8 @@ FAMILIES = (
         "transprune_",
         "video_holitom_inner",
     ),
-    *("video_dycoke_ttm", "video_vidcom2"),
+    *("video_aim_merge", "video_aim_image", "video_dycoke_ttm", "video_fastvid", "video_holitom_edge"),
+    *("video_holitom_outer", "video_prunevid", "video_vidcom2"),
     *("video_llava_pool", "visionzip_"),
 )
 

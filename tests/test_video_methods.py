@@ -16,6 +16,7 @@ from vtprune.methods.counting import apportion
 from vtprune.methods.density_peaks import clusters
 from vtprune.methods.segments import cut, run_lengths, still_places
 from vtprune.methods.video.aim import KEYS
+from vtprune.methods.video.fastvid import LOOKED_AT
 from vtprune.methods.video.holitom import RECEIVED
 from vtprune.methods.video.prunevid import refined, scenes
 
@@ -293,6 +294,46 @@ def test_a_lonely_row_is_its_own_centre() -> None:
     centre, member = clusters(torch.ones(2, 3, 4), real, one, one, 7)
     assert centre.tolist() == [[False, False, True], [True, False, False]]
     assert member[real].tolist() == [2, 0, 0]
+
+
+# fastvid
+
+every_variant = pytest.mark.parametrize("variant", ["ov", "lv", "qwen"])
+
+
+@every_grid
+@every_variant
+def test_fastvid(grid: tuple[int, int, int], variant: str) -> None:
+    """Fewer than eight frames too, where the official code stops."""
+    x, seen = video(grid), seen_of(grid)
+    n = grid[0] * grid[1] * grid[2]
+    for budget in some(n):
+        v = unit(x, budget, grid, signals={LOOKED_AT: seen.flatten()})
+        answer = vtprune.create("fastvid", variant=variant)(v)
+        assert len(answer.idx) == budget
+        agrees(answer, v, oracle.fastvid(x, seen, variant, None, budget))
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.5, 1.0])
+@every_variant
+def test_fastvid_as_published(variant: str, ratio: float) -> None:
+    """Frames alike for a while, so that scenes have several; shares no frame can hold are cut down."""
+    grid = (14, 3, 4)
+    x, seen = video(grid, seed=4), seen_of(grid)
+    x[3:12] = x[3] + 0.1 * x[3:12]
+    v = unit(x, None, grid, signals={LOOKED_AT: seen.flatten()})
+    agrees(vtprune.create("fastvid", variant=variant, ratio=ratio)(v), v, oracle.fastvid(x, seen, variant, ratio, None))
+
+
+def test_fastvid_options() -> None:
+    for option, value in (("variant", "llava"), ("context", 1.5), ("beta", -1.0), ("tau", 3.0)):
+        with pytest.raises(ValueError, match=f"{option}={value!r}"):
+            vtprune.create("fastvid", **{option: value})
+    v = unit(video((9, 2, 3)), 20, (9, 2, 3), signals={LOOKED_AT: seen_of((9, 2, 3)).flatten()})
+    shapes = []
+    means = vtprune.create("fastvid", frames=lambda x: shapes.append(x.shape) or x.mean(1))(v)  # type: ignore[func-returns-value]
+    assert torch.equal(means.idx, vtprune.create("fastvid")(v).idx)
+    assert shapes == [(9, 6, 12)], "frames are compared by what the caller says"
 
 
 # clips

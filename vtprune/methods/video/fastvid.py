@@ -1,0 +1,180 @@
+"""FastVID: scenes by frame similarity; in each, what is looked at stays and a few frames merge the rest around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ...kernels import check_finite, to_device
+from ...registry import register
+from ...types import Assignment, Method, Newlines, Signal, Visual, spread
+from .. import signal_of
+from ..clips import Clip, by_clip, check_ratio, likeness, places, ranks_in_rows
+from ..density_peaks import clusters
+from ..segments import Segment
+
+Variant = Literal["ov", "lv", "qwen"]
+LOOKED_AT = Signal("mean_query", None)
+SCENES, PERIOD, NEIGHBOURS = 8, 4, 4
+ALIKE = 0.95  # frames of a scene above it share the tokens of the last of them (variant "qwen")
+
+
+class Plan(NamedTuple):
+    """Tokens of every frame: those that are looked at most, and merged ones."""
+
+    salient: list[int]
+    merged: list[int]
+
+
+@register("fastvid", paper="https://arxiv.org/abs/2503.11187", seam="pre_llm")
+@dataclass(frozen=True)
+class FastVID(Method):
+    """Salient tokens by attention, and in every fourth frame of a scene, counted from its last, centres that merge.
+
+    Scenes end at the seven lowest cosines of neighbouring frames and wherever one is below tau. Centres are density
+    peaks among a frame's tokens that are not salient; each token of the scene that is neither salient nor one of these
+    centres joins the centre it is most like (every such frame by itself): w * centre + (1 - w) * mean with
+    w = max(1 / (q + 1), beta) for the q that join. A merged token stands at its centre. Positions are kept. One host
+    transfer a video.
+
+    The official code reads attention and frames from SigLIP's pooling head, which LLaVA checkpoints do not have, and on
+    Qwen from the mean query of a frame. Here it is always the mean query of the tower's last layer and, for a frame,
+    the mean of its tokens. With a budget, what the official shares leave or cannot place goes to salient tokens.
+
+    variant: the three official codes differ in how tokens are shared out, and whether a centre is averaged with itself:
+        "ov" (LLaVA-OneVision: it is; the same share in every frame), "lv" (LLaVA-Video: by scene), "qwen" (by scene,
+        and only the last of a run of frames alike gets any).
+    ratio: without keep, the share of tokens; shares are cut off as officially. context: the share of merged ones.
+    tau: None: 0.9, with "qwen" 0.84. frames: [T, P, D] -> [T, G], what frames are compared by.
+    """
+
+    newlines: ClassVar[Newlines] = "keep"
+    variant: Variant = "ov"
+    ratio: float = 0.1
+    context: float = 0.4
+    beta: float = 0.6
+    tau: float | None = None
+    frames: Callable[[Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio)
+        if self.variant not in get_args(Variant):
+            raise ValueError(f"variant={self.variant!r}: choose {' or '.join(map(repr, get_args(Variant)))}")
+        for name in ("context", "beta"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name}={getattr(self, name)}: use a share in [0, 1]")
+        if self.tau is not None and not -1.0 <= self.tau <= 1.0:
+            raise ValueError(f"tau={self.tau}: use a cosine similarity, -1..1, or None")
+
+    @property
+    def adaptive(self) -> bool:
+        return True
+
+    @property
+    def needs(self) -> tuple[Signal, ...]:
+        return (LOOKED_AT,)
+
+    def __call__(self, v: Visual) -> Assignment:
+        seen = signal_of(v, LOOKED_AT, self.name)
+        check_finite([seen], "attention rows of the mean query")
+        return by_clip(v, self.name, lambda clip, budget: self._reduce(clip, seen[clip.at], budget))
+
+    def _reduce(self, clip: Clip, seen: Tensor, budget: int | None) -> Assignment:
+        """seen: [T, P]."""
+        t, p = seen.shape
+        if budget == t * p:
+            return Assignment(torch.arange(budget, device=seen.device), scores=seen.flatten())
+        frames = clip.x.mean(1) if self.frames is None else self.frames(clip.x).float()
+        similar = likeness(frames[1:], frames[:-1]).tolist()
+        found = cut_at(similar, (0.84 if self.variant == "qwen" else 0.9) if self.tau is None else self.tau)
+        share = max(self.ratio, 1 / p) if budget is None else budget / (t * p)
+        plan = self._plan(found, similar, p, share)
+        if budget is not None:
+            plan = filled(plan, p, budget, [b > 0 for b in map(sum, zip(*plan))])
+        return self._merge(clip.x, seen, found, plan)
+
+    def _plan(self, found: Sequence[Segment], similar: Sequence[float], p: int, ratio: float) -> Plan:
+        """The official shares; where these cannot be placed (there an error) they are cut down."""
+        n, last = int(p * ratio), found[-1][1]
+        plan = Plan([0] * (last + 1), [0] * (last + 1))
+        for a, b in found:
+            length = b - a + 1
+            if self.variant == "qwen":  # the frames that get tokens
+                takers = [i for i in range(a, b + 1) if i == b or similar[i] < ALIKE]
+            else:
+                takers = list(range(a, b + 1))
+            anchors = takers[::-1][::PERIOD][::-1]
+            if self.variant == "ov":
+                merged = [int(n * self.context) * length // len(anchors)] * len(anchors)
+                salient = [n - int(n * self.context)] * length
+            else:
+                share = int(n * length * self.context)
+                share = min(max(share, 1), n * length) if self.variant == "qwen" else share
+                merged = _even(share, len(anchors))[::-1]
+                salient = _even(n * length - share, len(takers))
+            for i, count in zip(anchors, merged):
+                plan.merged[i] = min(count, p // 2) if self.variant == "qwen" else count
+            for i, count in zip(takers, salient):
+                plan.salient[i] = min(count, p - plan.merged[i]) if self.variant == "qwen" else count
+                plan.merged[i] = min(plan.merged[i], p - plan.salient[i])
+        return plan
+
+    def _merge(self, x: Tensor, seen: Tensor, found: Sequence[Segment], plan: Plan) -> Assignment:
+        p, device = seen.shape[1], seen.device
+        counts = to_device(torch.tensor(plan), device)  # [2, T]
+        salient = ranks_in_rows(seen) < counts[0, :, None]
+        anchors = [i for i, count in enumerate(plan.merged) if count]
+        total = sum(map(sum, plan))
+        if not anchors:
+            return Assignment(places(salient, total), scores=seen.flatten())
+        pick = to_device(torch.tensor(anchors), device)
+        free, most = ~salient[pick], torch.tensor([min(NEIGHBOURS, p - plan.salient[i]) for i in anchors])
+        centre, _ = clusters(x[pick], free, counts[1, pick], to_device(most, device), NEIGHBOURS)
+        kept = salient.index_put((pick,), salient[pick] | centre)
+        idx = places(kept, total)
+        row, unit = kept.flatten().cumsum(0) - 1, normalize(x, dim=-1).flatten(0, 1)
+        own = places(salient, sum(plan.salient))
+        src, dst, w = [own], [row[own]], [torch.ones_like(own, dtype=torch.float32)]
+        scene = {i: s for s in found for i in range(s[0], s[1] + 1)}
+        for number, i in enumerate(anchors):
+            a, b = scene[i]
+            at = i * p + places(centre[number], plan.merged[i])  # [c]
+            joins = ~salient[a : b + 1]
+            size = (b - a + 1) * p - sum(plan.salient[a : b + 1])
+            if self.variant != "ov":
+                joins = joins.index_put((torch.full_like(pick[:1], i - a),), (joins[i - a] & ~centre[number])[None])
+                size -= plan.merged[i]
+            pool = a * p + places(joins, size)
+            to = (unit[pool] @ unit[at].T).argmax(1)
+            q = torch.zeros(len(at), device=device).index_add(0, to, torch.ones_like(to, dtype=torch.float32))
+            weight = torch.where(q > 0, (1 / (q + 1)).clamp(min=self.beta), 1.0)
+            src, dst = [*src, at, pool], [*dst, row[at], row[at][to]]
+            w += [weight, ((1 - weight) / q.clamp(min=1))[to]]
+        return Assignment(idx, None, torch.cat(src), torch.cat(dst), torch.cat(w), seen.flatten())
+
+
+def cut_at(similar: Sequence[float], tau: float) -> list[Segment]:
+    """Scenes of T frames from the T - 1 similarities of neighbours: the lowest seven, and all below tau, end one."""
+    lowest = sorted(range(len(similar)), key=lambda i: (similar[i], i))[: SCENES - 1]
+    ends = sorted({*lowest, *(i for i, s in enumerate(similar) if s < tau), len(similar)})
+    return list(zip([0, *(e + 1 for e in ends[:-1])], ends))
+
+
+def filled(plan: Plan, p: int, budget: int, takers: Sequence[bool]) -> Plan:
+    """More salient tokens until there are `budget`: in frames that have some, then in the others."""
+    salient = list(plan.salient)
+    for first in (True, False):
+        room = [(p - s - m) * (taker == first) for s, m, taker in zip(salient, plan.merged, takers)]
+        rest = min(sum(room), budget - sum(salient) - sum(plan.merged))
+        salient = [s + more for s, more in zip(salient, spread(rest, room))]
+    return Plan(salient, plan.merged)
+
+
+def _even(total: int, parts: int) -> list[int]:
+    """Shares that differ by one at most, the larger ones first."""
+    return [total // parts + (i < total % parts) for i in range(parts)]
