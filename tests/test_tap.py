@@ -447,3 +447,24 @@ def test_soft_capped_logits_and_block_masks_are_refused():
 def test_import_stays_light():
     code = "import sys, vtprune.tap; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_the_mean_query_of_images_that_share_a_row(additive: bool) -> None:
+    """Two images and padding in one row, kept apart by a mask: each as if alone, times its share of the queries."""
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 4, 9, 8, generator=g), torch.randn(2, 2, 9, 8, generator=g)
+    seen = torch.zeros(2, 1, 9, 9, dtype=torch.bool)
+    for a, b in ((0, 3), (3, 7)):  # the last two are padding
+        seen[:, :, a:b, a:b] = True
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min) if additive else seen
+    whole = read("mean_query", q, k, k, mask, 0.3)
+    for a, b in ((0, 3), (3, 7)):
+        alone = read("mean_query", q[:, :, a:b], k[:, :, a:b], k, None, 0.3)
+        torch.testing.assert_close(whole[:, a:b], alone * (b - a) / 7)
+    assert whole[:, 7:].abs().max() == 0
+    padded = seen.any(2, keepdim=True).expand_as(seen)  # one image: padding alone
+    torch.testing.assert_close(
+        read("mean_query", q, k, k, padded, 0.3)[:, :7],
+        read("mean_query", q[:, :, :7], k[:, :, :7], k, None, 0.3),
+    )

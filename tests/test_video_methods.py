@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import families
 import oracles_video as oracle
 import pytest
+import reference
 import torch
 from torch import Tensor
 
@@ -394,3 +396,81 @@ def test_a_still_image_says_so() -> None:
 def test_ratio_outside_its_range(name: str, ratio: Any) -> None:
     with pytest.raises(ValueError, match=f"ratio={ratio!r}: use a float in"):
         vtprune.create(name, ratio=ratio)
+
+
+# in models
+
+VIDEO = ("aim", "dycoke", "evs", "fastvid", "holitom", "prunevid", "vidcom2")
+
+
+@pytest.mark.parametrize("name", VIDEO)
+@pytest.mark.parametrize("family", ["internvl-video", "smolvlm-video"])
+def test_frames_that_come_as_images_are_one_video_per_sample(family: str, name: str) -> None:
+    """InternVL and SmolVLM see images with words between them; with per="sample" the rule sees one clip of three."""
+    model, method = families.model(family), vtprune.create(name)
+    stages, log = reference.spy([vtprune.Stage("llm", method, keep=0.4, per="sample")])
+    batch = families.inputs(family, rows=(0, 1))
+    with vtprune.patch(model, stages) as handle:
+        tokens, ours = reference.greedy(model, batch, 4)
+        assert handle.last is not None
+        assert not any("per='sample'" in note for note in handle.last.notes)
+    (call,) = log
+    (v,), (answer,) = call.units, call.answers
+    assert v.video
+    assert v.n == 27
+    one = method(Visual(v.x, v.budget, grid=(3, 3, 3), signals=v.signals))
+    assert torch.equal(answer.idx, one.idx)
+    assert torch.equal(answer.apply(v.x), one.apply(v.x))
+    units = [families.inputs(family, rows=(0, 1), only=row).units[0] for row in (0, 1)]
+    cuts = reference.cuts_of_row(log, (0, 1), units)
+    compact = reference.renumbers(model, log)
+    theirs = reference.expected(model, family, (0, 1), 1, cuts[1], tokens[1], compact=compact)
+    torch.testing.assert_close(ours[1], theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", VIDEO)
+@pytest.mark.parametrize("family", ["internvl-video", "llava"])
+def test_a_single_frame_says_what_it_lacks(family: str, name: str) -> None:
+    model = families.model(family)
+    with torch.no_grad(), vtprune.patch(model, name, keep=0.5) as handle:
+        model(**families.inputs(family))
+        assert handle.last is not None
+        assert any("per='sample'" in note for note in handle.last.notes)
+
+
+@pytest.mark.parametrize("name", VIDEO)
+def test_newline_and_class_tokens_stay_beside_the_budget(name: str) -> None:
+    """The newline behind a video of LLaVA-OneVision, the class token before every frame of Video-LLaVA."""
+    for family, frames, separators in (("llava_onevision-video", 4, [16]), ("video_llava-video", 2, [0, 17])):
+        model = families.model(family)
+        batch = families.inputs(family)
+        (unit_at,) = batch.units[0]
+        with torch.no_grad(), vtprune.patch(model, vtprune.create(name).stages(0.3, 4)[:1]) as handle:
+            model(**batch)
+            assert handle.last is not None
+            kept = set(handle.last.index[0].tolist())
+            (result,) = handle.last.units
+        assert {unit_at[i] for i in separators} <= kept
+        inside = len(unit_at) - len(separators)
+        assert len(result.idx) == round(0.3 * inside)
+        assert result.grid is None or result.grid[0] == frames
+
+
+@pytest.mark.parametrize("name", VIDEO)
+def test_merged_tokens_keep_the_place_of_their_centre(name: str) -> None:
+    """M-RoPE: time, height and width ids of a kept token are its own; renumbering is refused by a note."""
+    model, method = families.model("qwen2_5_vl-video"), vtprune.create(name)
+    batch = families.inputs("qwen2_5_vl-video")
+    places = reference.positions(model, batch)
+    assert places is not None
+    seen = []
+    see = lambda module, args, kwargs: seen.append(kwargs.get("position_ids", args[-1]))  # noqa: E731
+    with torch.no_grad(), vtprune.patch(model, method.stages(0.3, 4)[:1]) as handle:
+        hook = model.get_decoder().rotary_emb.register_forward_pre_hook(see, with_kwargs=True)
+        model(**batch)
+        hook.remove()
+        assert handle.last is not None
+        index = handle.last.index[0]
+        notes = handle.last.notes + handle._session.notes
+    assert torch.equal(seen[0].view(-1, *seen[0].shape[-2:])[-3:, 0], places[:, 0].index_select(1, index))
+    assert any("renumbering is undefined" in note for note in notes) == (method.positions == "compact")

@@ -246,7 +246,8 @@ def read(
     "cls": softmax row of query 0, mean over heads, without the CLS column: [B, N - 1] float32.
     "cls_full": the same of one head as wide as all heads side by side, scaled by its width ** -0.5.
     "cls_value": softmax over all tokens of v_CLS . v_j (unscaled), mean over heads, without the CLS column: likewise.
-    "mean_query": softmax row of the mean of the (real) queries of each head, mean over heads: [B, N] float32.
+    "mean_query": softmax row of the mean of the (real) queries of each head, mean over heads: [B, N] float32. Where the
+        mask keeps several images apart, that of each image's own, weighted by its share of the queries.
     "value_norm": L1 norm of the values' mean over heads: [B, N] float32.
     "last_row": softmax row of the last query over all keys, mean over heads: [B, N] float32.
     "received": mean softmax weight each key receives, over heads and queries, [B, N] float32, for attention
@@ -266,6 +267,8 @@ def read(
     if kind == "cls_value":
         return attention_rows(v[:, :, :1], v, _mask_rows(mask, 0), 1.0).mean(1)[:, 0, 1:]
     if kind == "mean_query":
+        if mask is not None and mask.shape[-2] > 1:
+            return _mean_query_of_blocks(q, k, mask, scaling)
         real = None if mask is None else _real(mask, q.shape[0])
         query = q.float().mean(2, keepdim=True) if real is None else _mean_of(q, real)
         return attention_rows(query, k, None if real is None else real[:, None, None], scaling).mean(1)[:, 0]
@@ -336,6 +339,26 @@ def _mean_of(q: Tensor, real: Tensor) -> Tensor:
     """q [B, H, N, d] -> [B, H, 1, d] float32: the mean over the tokens that are real [B, N]."""
     weight = real[:, None, :, None].float()
     return (q.float() * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True)
+
+
+def _mean_query_of_blocks(q: Tensor, k: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """[B, N]: tokens that see the same first token are one image, whose mean query attends to that image alone."""
+    b, h, n, _ = q.shape
+    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+    block = visible.any(1).to(torch.int8).argmax(-1).expand(b, -1)  # [B, N]
+    real = _real(mask, b)
+    share = real.float() / real.sum(1, keepdim=True).clamp(min=1)
+    count = torch.zeros(b, n, device=q.device).scatter_add(1, block, real.float())
+    at = block[:, None, :, None].expand_as(q)
+    mean = torch.zeros_like(q, dtype=torch.float32).scatter_add(2, at, q.float() * real[:, None, :, None])
+    mean = (mean / count.clamp(min=1)[:, None, :, None]).gather(2, at)  # of its own image, at every token
+    logits = (mean * k.float().repeat_interleave(h // k.shape[1], dim=1)).sum(-1) * scaling  # [B, H, N]
+    logits, of = logits.masked_fill(~real[:, None], -torch.inf), block[:, None].expand(-1, h, -1)
+    most = torch.full_like(logits, -torch.inf).scatter_reduce(2, of, logits, "amax").gather(2, of)
+    weight = (logits - most).exp().masked_fill(~real[:, None], 0)
+    total = torch.zeros_like(weight).scatter_add(2, of, weight).gather(2, of)
+    of_image = torch.zeros_like(share).scatter_add(1, block, share).gather(1, block)
+    return (weight / total.clamp(min=torch.finfo(total.dtype).tiny)).mean(1) * of_image
 
 
 def _received(q: Tensor, k: Tensor, mask: Tensor | None, scaling: float, block: int | None) -> Tensor:
