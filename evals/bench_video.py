@@ -20,7 +20,7 @@ from ..types import Visual
 from .bench_selection import _one_thread, _race
 
 # The LLM of LLaVA-OneVision 0.5B (Qwen2 0.5B).
-TEXT = {
+TEXT: dict[str, Any] = {
     "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2,
     "vocab_size": 8, "max_position_embeddings": 32768,
 }  # fmt: skip
@@ -64,7 +64,7 @@ def segmentation(t: int = 256, p: int = 196, repeats: int = 5) -> dict[str, Any]
     with _one_thread():
         forms = [lambda: torch.tensor(cut(still_places(run_lengths(same)))), lambda: torch.tensor(rival(same))]
         (ours, theirs), found = _race(forms, repeats)
-    row = {"frames": t, "places": p, "segments": len(found[0]), "threads": 1, "repeats": repeats}
+    row: dict[str, Any] = {"frames": t, "places": p, "segments": len(found[0]), "threads": 1, "repeats": repeats}
     row |= {"seconds": ours, "rival_seconds": theirs, "speedup": theirs / ours}
     return row | {"same_segments": torch.equal(*found)}
 
@@ -82,7 +82,15 @@ def reduction(t: int = 64, p: int = 196, d: int = 896, keep: float = 0.15, repea
     with _one_thread(), torch.inference_mode():
         (whole,), _ = _race([lambda: method(v).apply(x)], repeats)
         layer = _layer_seconds(t * p + WORDS)
-    row = {"frames": t, "places": p, "d": d, "keep": keep, "dtype": "float32", "threads": 1, "repeats": repeats}
+    row: dict[str, Any] = {
+        "frames": t,
+        "places": p,
+        "d": d,
+        "keep": keep,
+        "dtype": "float32",
+        "threads": 1,
+        "repeats": repeats,
+    }
     row |= {"seconds": whole, "layer_seconds": layer, "prefill_seconds": LAYERS * layer}
     return row | {"share": whole / (LAYERS * layer)}
 
@@ -91,7 +99,7 @@ def _layer_seconds(n: int) -> float:
     """CPU seconds of one layer of the LLM on n tokens; once, after a short run."""
     from transformers import Qwen2Config, Qwen2Model
 
-    model = Qwen2Model(Qwen2Config(**TEXT, num_hidden_layers=1)).eval()  # type: ignore[arg-type]
+    model = Qwen2Model(Qwen2Config(**TEXT, num_hidden_layers=1)).eval()
     x = torch.randn(1, n, TEXT["hidden_size"], generator=torch.Generator().manual_seed(2))
     model(inputs_embeds=x[:, :64], use_cache=False)
     start = time.thread_time()

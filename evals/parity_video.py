@@ -174,7 +174,8 @@ def prunevid(arrays: Arrays, folder: Path) -> str:
 def fastvid(arrays: Arrays, folder: Path) -> str:
     """Scenes, tokens and features of the variant that the file is of; "lv" with the newlines of rows that keep one."""
     from ..methods.clips import likeness
-    from ..methods.video.fastvid import LOOKED_AT, cut_at
+    from ..methods.scenes import cut_at
+    from ..methods.video.fastvid import LOOKED_AT
 
     v, (t, h, w) = video(arrays, signals={LOOKED_AT: torch.from_numpy(arrays["attn"]).flatten()})
     ends = "newline" in arrays

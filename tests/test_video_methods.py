@@ -16,11 +16,12 @@ from vtprune import Assignment, Span, Visual
 from vtprune.methods.clips import clips, evenly_shared
 from vtprune.methods.counting import apportion
 from vtprune.methods.density_peaks import clusters
+from vtprune.methods.scenes import refined
 from vtprune.methods.segments import cut, run_lengths, still_places
 from vtprune.methods.video.aim import KEYS
 from vtprune.methods.video.fastvid import LOOKED_AT
 from vtprune.methods.video.holitom import RECEIVED
-from vtprune.methods.video.prunevid import refined, scenes
+from vtprune.methods.video.prunevid import scenes
 
 GRIDS = [(1, 3, 4), (2, 3, 3), (3, 2, 5), (4, 3, 3), (5, 3, 3), (7, 2, 3), (8, 3, 4), (9, 2, 2), (13, 2, 3)]
 every_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -12,23 +12,15 @@ from torch.nn.functional import normalize
 
 from ...kernels import check_finite, to_device
 from ...registry import register
-from ...types import Assignment, Method, Newlines, Signal, Visual, spread
+from ...types import Assignment, Method, Newlines, Signal, Visual
 from .. import signal_of
 from ..clips import Clip, by_clip, check_ratio, likeness, places, ranks_in_rows
 from ..density_peaks import clusters
+from ..scenes import Plan, Variant, cut_at, filled, shared_out
 from ..segments import Segment
 
-Variant = Literal["ov", "lv", "qwen"]
 LOOKED_AT = Signal("mean_query", None)
-SCENES, PERIOD, NEIGHBOURS = 8, 4, 4
-ALIKE = 0.95  # frames of a scene above it share the tokens of the last of them (variant "qwen")
-
-
-class Plan(NamedTuple):
-    """Tokens of every frame: those that are looked at most, and merged ones."""
-
-    salient: list[int]
-    merged: list[int]
+NEIGHBOURS = 4
 
 
 @register("fastvid", paper="https://arxiv.org/abs/2503.11187", seam="pre_llm")
@@ -93,36 +85,10 @@ class FastVID(Method):
         similar = likeness(frames[1:], frames[:-1]).tolist()
         found = cut_at(similar, (0.84 if self.variant == "qwen" else 0.9) if self.tau is None else self.tau)
         share = max(self.ratio, 1 / p) if budget is None else budget / (t * p)
-        plan = self._plan(found, similar, p, share)
+        plan = shared_out(found, similar, p, share, self.context, self.variant)
         if budget is not None:
             plan = filled(plan, p, budget, [b > 0 for b in map(sum, zip(*plan))])
         return self._merge(clip.x, seen, found, plan)
-
-    def _plan(self, found: Sequence[Segment], similar: Sequence[float], p: int, ratio: float) -> Plan:
-        """The official shares; where these cannot be placed (there an error) they are cut down."""
-        n, last = int(p * ratio), found[-1][1]
-        plan = Plan([0] * (last + 1), [0] * (last + 1))
-        for a, b in found:
-            length = b - a + 1
-            if self.variant == "qwen":  # the frames that get tokens
-                takers = [i for i in range(a, b + 1) if i == b or similar[i] < ALIKE]
-            else:
-                takers = list(range(a, b + 1))
-            anchors = takers[::-1][::PERIOD][::-1]
-            if self.variant == "ov":
-                merged = [int(n * self.context) * length // len(anchors)] * len(anchors)
-                salient = [n - int(n * self.context)] * length
-            else:
-                share = int(n * length * self.context)
-                share = min(max(share, 1), n * length) if self.variant == "qwen" else share
-                merged = _even(share, len(anchors))[::-1]
-                salient = _even(n * length - share, len(takers))
-            for i, count in zip(anchors, merged):
-                plan.merged[i] = min(count, p // 2) if self.variant == "qwen" else count
-            for i, count in zip(takers, salient):
-                plan.salient[i] = min(count, p - plan.merged[i]) if self.variant == "qwen" else count
-                plan.merged[i] = min(plan.merged[i], p - plan.salient[i])
-        return plan
 
     def _merge(self, x: Tensor, seen: Tensor, found: Sequence[Segment], plan: Plan) -> Assignment:
         p, device = seen.shape[1], seen.device
@@ -156,25 +122,3 @@ class FastVID(Method):
             src, dst = [*src, at, pool], [*dst, row[at], row[at][to]]
             w += [weight, ((1 - weight) / q.clamp(min=1))[to]]
         return Assignment(idx, None, torch.cat(src), torch.cat(dst), torch.cat(w), seen.flatten())
-
-
-def cut_at(similar: Sequence[float], tau: float) -> list[Segment]:
-    """Scenes of T frames from the T - 1 similarities of neighbours: the lowest seven, and all below tau, end one."""
-    lowest = sorted(range(len(similar)), key=lambda i: (similar[i], i))[: SCENES - 1]
-    ends = sorted({*lowest, *(i for i, s in enumerate(similar) if s < tau), len(similar)})
-    return list(zip([0, *(e + 1 for e in ends[:-1])], ends))
-
-
-def filled(plan: Plan, p: int, budget: int, takers: Sequence[bool]) -> Plan:
-    """More salient tokens until there are `budget`: in frames that have some, then in the others."""
-    salient = list(plan.salient)
-    for first in (True, False):
-        room = [(p - s - m) * (taker == first) for s, m, taker in zip(salient, plan.merged, takers)]
-        rest = min(sum(room), budget - sum(salient) - sum(plan.merged))
-        salient = [s + more for s, more in zip(salient, spread(rest, room))]
-    return Plan(salient, plan.merged)
-
-
-def _even(total: int, parts: int) -> list[int]:
-    """Shares that differ by one at most, the larger ones first."""
-    return [total // parts + (i < total % parts) for i in range(parts)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
 from typing import ClassVar
 
 import torch
@@ -16,6 +15,7 @@ from ...registry import register
 from ...types import Assignment, Method, Newlines, Positions, Visual
 from ..clips import Clip, by_clip, check_ratio, flow, likeness
 from ..density_peaks import cluster_weights, clusters
+from ..scenes import refined
 from ..segments import Segment, Split
 
 NEIGHBOURS = 7
@@ -99,24 +99,6 @@ def scenes(frames: Tensor, count: int) -> list[Segment]:
     one = torch.ones(1, dtype=torch.int64, device=frames.device)
     _, member = clusters(frames[None], all_, count * one, min(NEIGHBOURS, len(frames)) * one, NEIGHBOURS)
     return refined(member[0].tolist())
-
-
-def refined(labels: Sequence[int]) -> list[Segment]:
-    """The longest runs of every label, of two frames at least; the others join the longer neighbour, the left of two.
-
-    >>> refined([0, 0, 0, 1, 0, 2, 2])
-    [(0, 4), (5, 6)]
-    """
-    runs, start = [], 0
-    for label, group in groupby(labels):
-        stop = start + len(list(group))
-        runs.append((label, start, stop))
-        start = stop
-    longest = {label: max(b - a for other, a, b in runs if other == label) for label in labels}
-    stay = [(a, b) for label, a, b in runs if b - a == longest[label] > 1] or [(0, len(labels))]
-    # What stands between two of them goes to the longer one.
-    edges = [c if b - a >= d - c else b for (a, b), (c, d) in pairwise(stay)]
-    return list(zip([0, *edges], [*(e - 1 for e in edges), len(labels) - 1]))
 
 
 def _still(x: Tensor, found: Sequence[Segment], tau: float) -> Split:
