@@ -490,8 +490,8 @@ FAMILIES: dict[str, Family] = {
     "glm4v": Family("Glm4vForConditionalGeneration", _glm4v, _GRIDS, _grid(), **_QWEN),
     "internvl": Family("InternVLForConditionalGeneration", _internvl, (1, 3), _tiles, _stack),
     # To these two models the frames of a video are images, with words between them.
-    "internvl-video": Family("InternVLForConditionalGeneration", _internvl, (3,), _framed, _stack, tile_units=True),
-    "smolvlm-video": Family(
+    "internvl-frames": Family("InternVLForConditionalGeneration", _internvl, (3,), _framed, _stack, tile_units=True),
+    "smolvlm-frames": Family(
         "SmolVLMForConditionalGeneration", _smolvlm, (3,), _stamped_images, _per_row, tile_units=True
     ),
     "smolvlm": Family("SmolVLMForConditionalGeneration", _smolvlm, ((0, 0), (1, 2)), _split, _per_row, tile_units=True),

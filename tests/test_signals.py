@@ -32,7 +32,7 @@ PACKED = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v", "mistral3"}
 
 
 def family(name: str) -> str:
-    return name.removesuffix("-video")
+    return name.removesuffix("-video").removesuffix("-frames")
 
 
 def with_cls(name: str) -> bool:

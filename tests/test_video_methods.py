@@ -405,7 +405,7 @@ VIDEO = ("aim", "dycoke", "evs", "fastvid", "holitom", "prunevid", "vidcom2")
 
 
 @pytest.mark.parametrize("name", VIDEO)
-@pytest.mark.parametrize("family", ["internvl-video", "smolvlm-video"])
+@pytest.mark.parametrize("family", ["internvl-frames", "smolvlm-frames"])
 def test_frames_that_come_as_images_are_one_video_per_sample(family: str, name: str) -> None:
     """InternVL and SmolVLM see images with words between them; with per="sample" the rule sees one clip of three."""
     model, method = families.model(family), vtprune.create(name)
@@ -430,7 +430,7 @@ def test_frames_that_come_as_images_are_one_video_per_sample(family: str, name: 
 
 
 @pytest.mark.parametrize("name", VIDEO)
-@pytest.mark.parametrize("family", ["internvl-video", "llava"])
+@pytest.mark.parametrize("family", ["internvl-frames", "llava"])
 def test_a_single_frame_says_what_it_lacks(family: str, name: str) -> None:
     model = families.model(family)
     with torch.no_grad(), vtprune.patch(model, name, keep=0.5) as handle:
