@@ -241,7 +241,9 @@ def test_aim_stages_and_options() -> None:
     assert [stage.where for stage in later] == list(range(15, 23))
     assert [stage.keep for stage in later] == [*(0.25 * (1 - i / 8) for i in range(1, 8)), None]
     assert [stage.keep for stage in vtprune.create("aim").stages(None, 28)][:2] == [None, 0.25 * 0.875]
-    assert [stage.keep for stage in vtprune.create("aim").stages(8, 28)] == [8, 7, 6, 5, 4, 3, 2, 1, None]
+    counted = vtprune.create("aim").stages(8, 28)
+    assert [stage.keep for stage in counted] == [8, 7, 6, 5, 4, 3, 2, 1, None]
+    assert {stage.per for stage in counted[:-1]} == {"image"}, "eight tokens of each of several videos"
     assert len(vtprune.create("aim").stages(1.0, 28)) == len(vtprune.create("aim", inner=False).stages(0.2, 28)) == 1
     with pytest.raises(ValueError, match="rounds=0"):
         vtprune.create("aim", rounds=0)

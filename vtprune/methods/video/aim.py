@@ -63,7 +63,12 @@ class AIM(Method):
         if not self.inner or (isinstance(keep, float) and keep == 1.0):  # nothing may change then
             return [first]
         left = 0.5**self.rounds if keep is None else keep
-        return [first, *(replace(s, keep=_of(s.keep, left)) for s in AIMInLLM().stages(None, depth))]
+        later = AIMInLLM().stages(None, depth)
+        # A count is one of each unit, as in the first part.
+        return [
+            first,
+            *(replace(s, keep=_of(s.keep, left), per="image" if isinstance(left, int) else s.per) for s in later),
+        ]
 
     def __call__(self, v: Visual) -> Assignment:
         if self.metric == "features":

@@ -69,7 +69,7 @@ class HoliTom(Method):
 
     def __call__(self, v: Visual) -> Assignment:
         seen = signal_of(v, RECEIVED, self.name)
-        check_finite([seen], "attention received")
+        check_finite([seen], "scores of attention received")
         return by_clip(v, self.name, lambda clip, budget: self._reduce(clip, seen[clip.at], budget))
 
     def _reduce(self, clip: Clip, seen: Tensor, budget: int | None) -> Assignment:
