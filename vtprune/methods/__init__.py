@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -22,6 +22,14 @@ class _CallablePackage(ModuleType):
 
 
 sys.modules[__name__].__class__ = _CallablePackage
+
+
+def check_choices(method: Method, **options: Any) -> None:
+    """Raise ValueError unless each option of the method is a value of the Literal named for it."""
+    for name, literal in options.items():
+        value, valid = getattr(method, name), get_args(literal)
+        if value not in valid:
+            raise ValueError(f"{name}={value!r}: choose {' or '.join(map(repr, valid))}")
 
 
 def budget_of(v: Visual, name: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity
 from ...kernels import check_finite
 from ...registry import register
 from ...types import Assignment, Method, Per, Phase, Signal, Visual, Where
-from .. import best_first, budget_of, select, signal_of
+from .. import best_first, budget_of, check_choices, select, signal_of
 
 Similar = Literal["reuse", "all"]
 ROW = Signal("last_row", -1)
@@ -47,8 +47,7 @@ class DyCokeKV(Method):
             raise ValueError(f"layer={self.layer!r}: {self.name} reads the layer before, so use an int >= 1")
         if not -1.0 <= self.threshold <= 1.0:
             raise ValueError(f"threshold={self.threshold}: use a cosine similarity, -1..1")
-        if self.similar not in get_args(Similar):
-            raise ValueError(f"similar={self.similar!r}: choose 'reuse' or 'all'")
+        check_choices(self, similar=Similar)
 
     @property
     def needs(self) -> tuple[Signal, ...]:

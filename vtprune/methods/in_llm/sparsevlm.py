@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -11,14 +12,13 @@ from torch import Tensor
 from ...kernels import check_finite
 from ...registry import register
 from ...types import Assignment, Method, Positions, Signal, Stage, Visual
-from .. import best_first, budget_of, select, signal_of
-from ..density_peaks import density_peaks
-from .schedule import pyramid
+from .. import best_first, budget_of, check_choices, select, signal_of
+from ..density_peaks import recycle
+from .schedule import check_layers, pyramid
 
 Version = Literal["v1", "plus"]
 Order = Literal["positional", "official"]
-RELEVANCE, ROWS = Signal("relevance"), Signal("text_rows")
-HEADS, WEIGHT = Signal("text_rows_by_head"), Signal("rope_weight")
+RELEVANCE, ROWS, HEADS, WEIGHT = map(Signal, ("relevance", "text_rows", "text_rows_by_head", "rope_weight"))
 BEHIND, OF = (2, 6, 15), 32  # the published layers, and the depth they are meant for
 PUBLISHED = 576  # visual tokens of the model the lists below were published for; here they only become shares
 # Visual tokens behind each of them, of those, by the published average; those of v1 with its merged tokens.
@@ -35,9 +35,9 @@ class SparseVLM(Method):
 
     Raters are the text tokens behind the image whose relevance, the mean over all visual tokens of the softmax of
     x_v . x_t over that text (embeddings entering the LLM), is above the mean; all of it if none is. A stage behind
-    layer l ranks by that layer's rows of the raters, averaged over heads and raters. keep is the share (or count) of
-    tokens that the last stage leaves, merged ones included; the stages before it leave more, in equal factors (a count
-    doubles). Without keep or preset each stage counts by the rank rule of the first release.
+    layer l ranks by that layer's rows of the raters, averaged over heads and raters. keep is what the last stage
+    leaves, merged tokens included; stages before leave more, in equal factors (a count doubles). Without keep or preset
+    each stage counts by the rank rule of the first release.
 
     version: "v1" recycles: of p dropped tokens the int(0.3 p) + 1 best become one mean for every ten (density peaks,
         equal densities in order of score), which stands at its centre's place. "plus" (SparseVLM+) merges nothing and
@@ -63,17 +63,13 @@ class SparseVLM(Method):
     order: Order = "positional"
 
     def __post_init__(self) -> None:
-        for name, valid in (("version", get_args(Version)), ("order", get_args(Order))):
-            if getattr(self, name) not in valid:
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose {' or '.join(map(repr, valid))}")
-        if self.preset is not None and self.preset not in PRESETS[self.version]:
-            raise ValueError(f"preset={self.preset!r}: choose 192, 128, 96 or 64, or pass keep")
-        if self.layers is not None and (
-            not self.layers or min(self.layers) < 0 or list(self.layers) != sorted(set(self.layers))
-        ):
-            raise ValueError(f"layers={self.layers}: name decoder layers from 0 on, in ascending order")
-        if self.preset is not None and self.layers is not None and len(self.layers) != len(BEHIND):
-            raise ValueError(f"preset={self.preset} is for {len(BEHIND)} layers, not layers={self.layers}")
+        check_choices(self, version=Version, order=Order)
+        check_layers(self.name, self.layers)
+        fits = self.preset in PRESETS[self.version] and len(self.layers or BEHIND) == len(BEHIND)
+        if self.preset is not None and not fits:
+            raise ValueError(
+                f"preset={self.preset!r}: choose 192, 128, 96 or 64, for {len(BEHIND)} layers, or pass keep"
+            )
         if not (self.heads >= 1 if isinstance(self.heads, int) else 0 < self.heads <= 1):
             raise ValueError(f"heads={self.heads}: use a count >= 1 or a share in (0, 1]")
         if not (self.scale >= 0 and self.bias >= 0):
@@ -88,35 +84,32 @@ class SparseVLM(Method):
         return (RELEVANCE, ROWS) if self.version == "v1" else (RELEVANCE, ROWS, HEADS, WEIGHT)
 
     def stages(self, keep: float | int | None, depth: int) -> list[Stage]:
-        scaled = {round(layer * depth / OF) for layer in BEHIND}
-        behind = self.layers or sorted(layer for layer in scaled if layer < depth - 1)
-        n = len(behind)
-        shares: list[float | int | None] = [None] * n if keep is None and self.preset is None else []
+        behind = self.layers or sorted({round(layer * depth / OF) for layer in BEHIND} - {depth - 1, depth})
+        shares: Sequence[float | int | None] = [None] * len(behind) if keep is None else pyramid(keep, len(behind))
         if self.preset is not None:
             if keep is not None:
                 raise TypeError(f"{self.name}: keep={keep} and preset={self.preset}: give one of them")
-            shares += [count / PUBLISHED for count in PRESETS[self.version][self.preset][-n:]]
-        elif keep is not None:
-            shares += pyramid(keep, n)
-        positions: Positions | None = "keep" if self.version == "plus" else None
-        return [Stage(layer + 1, self, keep=share, positions=positions) for layer, share in zip(behind, shares)]
+            shares = [count / PUBLISHED for count in PRESETS[self.version][self.preset][-len(behind) :]]
+        kept: Positions | None = "keep" if self.version == "plus" else None
+        return [Stage(layer + 1, self, keep=share, positions=kept) for layer, share in zip(behind, shares)]
 
     def __call__(self, v: Visual) -> Assignment:
-        if v.budget is not None:
-            budget_of(v, self.name)  # checks its range
         relevance, rows = (signal_of(v, need, self.name) for need in (RELEVANCE, ROWS))
         raters = relevance > relevance.mean()
         weight = torch.where(raters.any(), raters, True).float()
         scores = (rows if self.version == "v1" else self._sharp(v, weight)) @ weight / weight.sum()
         check_finite([scores, relevance], "attention rows of the text")
         order = best_first(scores)
-        if self.version == "plus":
-            return select(order[: self._count(v, rows, weight) if v.budget is None else v.budget], scores)
         if v.budget is None:
             kept = self._count(v, rows, weight)
-            return self._recycle(v, order, scores, kept, _clusters(v.n - kept) if kept < v.n else 0)
-        kept = next((k for k in range(v.budget, 0, -1) if k + _clusters(v.n - k) <= v.budget), 1)
-        return self._recycle(v, order, scores, kept, v.budget - kept)
+            merged = _clusters(v.n - kept) if kept < v.n else 0
+        else:
+            kept = next((k for k in range(budget_of(v, self.name), 0, -1) if k + _clusters(v.n - k) <= v.budget), 1)
+            merged = v.budget - kept
+        if self.version == "plus" or not merged:
+            return select(order[: kept if v.budget is None else v.budget], scores)
+        pool = order[kept:][: int(0.3 * (v.n - kept)) + 1]
+        return recycle(v.x, order[:kept], pool, merged, scores, behind=self.order == "official")
 
     def _count(self, v: Visual, rows: Tensor, weight: Tensor) -> int:
         """The rank rule: tokens kept, merged ones not counted."""
@@ -125,29 +118,10 @@ class SparseVLM(Method):
 
     def _sharp(self, v: Visual, weight: Tensor) -> Tensor:
         """[N, T]: rows of the heads that look at the image most, with the bias of rotary positions divided out."""
-        bias = signal_of(v, WEIGHT, self.name)
-        bias = torch.where(bias.abs() < 1e-6, 1e-6, bias)  # it crosses zero
-        rows = signal_of(v, HEADS, self.name) / bias[:, None]  # [N, H, T]
+        bias, by_head = signal_of(v, WEIGHT, self.name), signal_of(v, HEADS, self.name)
+        rows = by_head / torch.where(bias.abs() < 1e-6, 1e-6, bias)[:, None]  # [N, H, T]; the bias crosses zero
         count = self.heads if isinstance(self.heads, int) else max(1, round(self.heads * rows.shape[1]))
         return rows.index_select(1, best_first((rows @ weight).sum(0))[:count]).mean(1)
-
-    def _recycle(self, v: Visual, order: Tensor, scores: Tensor, kept: int, clusters: int) -> Assignment:
-        """Keep the first of order, and one mean for every cluster of the best among the rest."""
-        stay = order[:kept].sort().values
-        if not clusters:
-            return select(order[:kept], scores)
-        pool = order[kept : kept + int(0.3 * (v.n - kept)) + 1]
-        centres, member = density_peaks(v.x.index_select(0, pool).float(), clusters)
-        places = pool.index_select(0, centres)
-        picked = torch.cat([stay, places])
-        idx = picked.sort().values
-        row = (
-            torch.searchsorted(idx, picked) if self.order == "positional" else torch.arange(len(idx), device=idx.device)
-        )
-        size = torch.zeros_like(scores[:clusters]).index_add(0, member, torch.ones_like(scores[: len(pool)]))
-        w = torch.cat([torch.ones_like(scores[:kept]), 1 / size[member]])
-        dst = torch.cat([row[:kept], row[kept:][member]])
-        return Assignment(idx, torch.cat([order[:kept], places]), torch.cat([stay, pool]), dst, w, scores)
 
 
 def _clusters(dropped: int) -> int:

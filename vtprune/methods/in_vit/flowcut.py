@@ -14,9 +14,10 @@ from torch import Tensor
 from ...kernels import check_finite
 from ...registry import register
 from ...types import Assignment, Method, Newlines, Signal, Stage, Visual, Where
-from .. import best_first, budget_of, signal_of
+from .. import best_first, budget_of, check_choices, signal_of
 from ..in_llm.flowcut_llm import FlowCutLLM
 
+End, Count, Unit = Literal["before", "after"], Literal["unit", "batch"], Literal["block", "patch"]
 CLS, CLS_VALUE, VALUE_NORM = Signal("cls"), Signal("cls_value"), Signal("value_norm")
 MEAN_QUERY = Signal("mean_query", without_cls=True)
 
@@ -43,16 +44,13 @@ class FlowCut(Method):
     """
 
     newlines: ClassVar[Newlines] = "drop"
-    end: Literal["before", "after"] = "before"
-    count: Literal["unit", "batch"] = "unit"
+    end: End = "before"
+    count: Count = "unit"
     llm_layer: int | None = None
-    unit: Literal["block", "patch"] = "block"
+    unit: Unit = "block"
 
     def __post_init__(self) -> None:
-        options = {"end": ("before", "after"), "count": ("unit", "batch"), "unit": ("block", "patch")}
-        for name, valid in options.items():
-            if getattr(self, name) not in valid:
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose {' or '.join(map(repr, valid))}")
+        check_choices(self, end=End, count=Count, unit=Unit)
 
     @property
     def by_patch(self) -> bool:

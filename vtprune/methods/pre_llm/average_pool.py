@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from vtprune.kernels import check_finite, to_device
 
 from ...registry import register
 from ...types import Assignment, Method, Visual, spread
-from .. import budget_of
+from .. import budget_of, check_choices
 from ..raster import Mode, blocks, resample
 
 
@@ -36,8 +35,7 @@ class AveragePool(Method):
     stride: int | None = None
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise ValueError(f"mode={self.mode!r}: choose 'average' or 'bilinear'")
+        check_choices(self, mode=Mode)
         if self.stride is not None and self.stride < 1:
             raise ValueError(f"stride={self.stride}: choose an int >= 1, or None to pool to a budget")
 

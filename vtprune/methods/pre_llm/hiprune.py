@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from vtprune.kernels import check_finite
 
 from ...registry import register
 from ...types import Assignment, Method, Newlines, Per, Signal, Visual
-from .. import best_first, budget_of, select, signal_of
+from .. import best_first, budget_of, check_choices, select, signal_of
 from ..raster import views
 
 Edges = Literal["grid", "clamp_flat"]
@@ -53,8 +53,7 @@ class HiPrune(Method):
     def __post_init__(self) -> None:
         if not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"alpha={self.alpha}: choose a share in 0..1")
-        if self.edges not in get_args(Edges):
-            raise ValueError(f"edges={self.edges!r}: choose 'grid' or 'clamp_flat'")
+        check_choices(self, edges=Edges)
         layer, ways = self.object_layer, "use an int (tower layer) or a float in (0, 1) (share of the depth)"
         if isinstance(layer, bool) or not isinstance(layer, int | float):
             raise TypeError(f"object_layer={layer!r}: {ways}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from vtprune.kernels import check_finite, farthest_point
 
 from ...registry import register
 from ...types import Assignment, Method, Signal, Stage, Visual
-from .. import budget_of, select
+from .. import budget_of, check_choices, select
 from ..in_llm.withdraw import withdrawals
 
 Objective = Literal["maxsum", "kcenter"]
@@ -47,9 +47,7 @@ class ToDRE(Method):
     threshold: float | None = 0.1
 
     def __post_init__(self) -> None:
-        for name, valid in (("objective", get_args(Objective)), ("pivot", get_args(Pivot))):
-            if getattr(self, name) not in valid:
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(repr, valid))}")
+        check_choices(self, objective=Objective, pivot=Pivot)
 
     @property
     def needs(self) -> tuple[Signal, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,17 @@ from vtprune.kernels import check_finite
 
 from ...registry import register
 from ...types import Assignment, Method, Newlines, Per, Signal, Visual
-from .. import Fallback, best_first, budget_of, check_fallback, cls_attention, cls_needs, select, signal_of
+from .. import (
+    Fallback,
+    best_first,
+    budget_of,
+    check_choices,
+    check_fallback,
+    cls_attention,
+    cls_needs,
+    select,
+    signal_of,
+)
 from ..raster import views
 
 MergeMode = Literal["add_mean", "average"]
@@ -55,9 +65,7 @@ class VisionZip(Method):
     fallback: Fallback = "received"
 
     def __post_init__(self) -> None:
-        for name, valid in (("merge_mode", MergeMode), ("order", Order), ("cls", Cls)):
-            if getattr(self, name) not in get_args(valid):
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose {' or '.join(map(repr, get_args(valid)))}")
+        check_choices(self, merge_mode=MergeMode, order=Order, cls=Cls)
         if isinstance(self.contextual, bool) or not isinstance(self.contextual, int | float):
             raise TypeError(f"contextual={self.contextual!r}: use a float in [0, 1) (share) or an int >= 0 (count)")
         if not (self.contextual >= 0 and (isinstance(self.contextual, int) or self.contextual < 1)):
