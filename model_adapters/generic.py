@@ -142,7 +142,11 @@ class Adapter:
     def layer_types(self) -> list[str]:
         """Kind of each decoder layer, e.g. "full_attention"."""
         config = self.config.get_text_config(decoder=True)  # type: ignore[union-attr]
-        return list(getattr(config, "layer_types", None) or ["full_attention"] * len(self.layers))
+        kinds = getattr(config, "layer_types", None)
+        if kinds:
+            return list(kinds)
+        window = getattr(config, "sliding_window", None)  # as transformers' own caches tell
+        return ["full_attention" if window is None else "sliding_attention"] * len(self.layers)
 
     @property
     def mrope(self) -> bool:

@@ -30,7 +30,6 @@ TOLERANCE = 1e-5
 
 # Families that refuse stages inside the LLM, with a part of the message. Everything else must work.
 NO_LAYERS = {
-    "qwen3_5": "linear_attention",
     "gemma3": "sliding_attention",
     "gemma3-window": "sliding_attention",
 }
@@ -58,6 +57,14 @@ def pruned(family: str, method: str, keep: float | int, attention: str = "sdpa")
         with pytest.raises(vtprune.UnsupportedModel, match=NO_LAYERS[family]):
             vtprune.patch(model, stages)
         pytest.skip(f"refused as it should be: {family} has {NO_LAYERS[family]} layers")
+    if family == "qwen3_5" and method in AT_DECODE:
+        with pytest.raises(vtprune.UnsupportedModel, match="linear_attention, which store none"):
+            vtprune.patch(model, stages)
+        pytest.skip("refused as it should be: linear attention stores nothing to choose from")
+    if _reads_linear(model, stages):
+        with pytest.raises(vtprune.UnsupportedModel, match=r"linear_attention.*use a"):
+            vtprune.patch(model, stages)
+        pytest.skip("refused as it should be: it reads a layer that has no attention rows")
     if method in AT_DECODE & AT_PREFILL and any(stage.where < DEEP.get(family, 0) for stage in stages):
         with pytest.raises(vtprune.UnsupportedModel, match="no longer adds visual features after its first"):
             vtprune.patch(model, stages)
@@ -72,6 +79,13 @@ def pruned(family: str, method: str, keep: float | int, attention: str = "sdpa")
         pytest.skip("refused as it should be: the features of one of these images are resized after the tower")
     with vtprune.patch(model, stages) as handle:
         yield model, handle, log
+
+
+def _reads_linear(model: Any, stages: Sequence[vtprune.Stage]) -> bool:
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
+    inside = [s for s in stages if isinstance(s.where, int)]
+    read = [s.where + need.layer for s in inside for need in s.method.needs if need.kind != "relevance"]
+    return any(kinds[layer] == "linear_attention" for layer in read if kinds)
 
 
 def _by_image(stage: vtprune.Stage) -> vtprune.Stage:

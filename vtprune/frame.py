@@ -32,6 +32,7 @@ from .units import Alive, arange_of, begin, groups, kept_by_crop
 
 ROWS = 64  # softmax rows held at a time
 SHARPNESS, STEPS = 10, 5  # of the PageRank in AIM (https://arxiv.org/abs/2412.03248)
+LINEAR = "linear_attention"  # the kind of layer whose memory is a state and no keys
 WORDLESS = "no text stands behind the image of a row: its last token is asked in place of that text"
 # Signals of the decoder's attention.
 LLM_KINDS = (
@@ -441,6 +442,11 @@ class Frame:
         self._set(whole, where)
 
     def _set(self, whole: Compaction, first: int) -> None:
+        if whole.valid is not None and self.past and LINEAR in self.adapter.layer_types:
+            raise UnsupportedCall(
+                f"rows keep different numbers of tokens ({self.counts}) behind a cache, and the linear-attention layers "
+                f"of {self.adapter.model_type} would run over the padding between: continue the rows one by one"
+            )
         self.compaction = whole
         for i in range(first, len(self.lengths)):
             self.lengths[i], self.valids[i] = whole.n, whole.valid
@@ -668,6 +674,8 @@ class Frame:
         if mask is not None:
             past = self._past_columns(tensor_mask(mask), i, c.length)
             call["attention_mask"] = self._once(mask, lambda m: c.cut_mask(m, past))
+        elif c.valid is not None and self.adapter.layer_types[i] == LINEAR:
+            call["attention_mask"] = c.valid
         elif c.valid is not None:
             call["attention_mask"] = self._once(c, lambda _: self.causal_mask(c.valid))
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import cache as kv
 from .clock import Clock, timing
 from .compact import hide, in_window, mask_for, tensor_mask
-from .frame import LLM_KINDS, Frame, Last
+from .frame import LINEAR, LLM_KINDS, Frame, Last
 from .kernels import recording
 from .model_adapters.generic import MODALITIES, Adapter, Features
 from .recall import ROW, Step
@@ -248,6 +248,11 @@ class Session:
                 )
             if stage.compact:
                 raise ValueError(f"{name}: positions='compact' is undefined where tokens come back; use 'keep'")
+            if LINEAR in self.adapter.layer_types:
+                raise UnsupportedModel(
+                    f"{name} chooses at decode among the keys that layers store, but {self.adapter.model_type} has layers "
+                    f"of kind {LINEAR}, which store none: use a method that acts while the prompt is read"
+                )
             if "prefill" in stage.method.phases and stage.where < self.deep:
                 raise UnsupportedModel(
                     f"{name} at layer {stage.where} lets tokens come back at decode, when {self.adapter.model_type} no "
@@ -287,11 +292,11 @@ class Session:
         a, depth = self.adapter, len(self.adapter.layers)
         if not 0 <= layer < depth:
             raise ValueError(f"{name} at layer {layer}: the model has layers 0..{depth - 1}")
-        kinds = sorted(set(a.layer_types))
-        if kinds != ["full_attention"]:
+        others = sorted(set(a.layer_types) - {"full_attention", LINEAR})
+        if others:
             raise UnsupportedModel(
-                f"{name} at layer {layer}: {a.model_type} has layers of kinds {kinds}, and a stage inside the LLM "
-                "needs full attention throughout; use one that acts before the LLM"
+                f"{name} at layer {layer}: {a.model_type} has layers of kind {', '.join(others)}, and a stage inside the "
+                "LLM needs layers that see all tokens; use one that acts before the LLM"
             )
         if layer < self.deep and not hasattr(type(a.text), DEEPSTACK):
             raise UnsupportedModel(
@@ -351,6 +356,7 @@ class Session:
                     )
                 if need.kind in ("relevance", "head_output"):
                     continue
+                self._check_readable(stage, layer)
                 if need.kind == "rope_weight":
                     attention = attention_of(self.adapter.layers[layer])
                     hook = attention.register_forward_pre_hook(partial(self._rope_sink, layer), with_kwargs=True)
@@ -380,6 +386,18 @@ class Session:
         first = (kind, layer, own) not in self._watched
         self._watched.add((kind, layer, own))
         return first
+
+    def _check_readable(self, stage: Stage, layer: int) -> None:
+        """Linear attention has a state in place of attention rows."""
+        kinds = self.adapter.layer_types
+        if kinds[layer] != LINEAR:
+            return
+        back = [need.offset for need in stage.method.needs if need.kind != "relevance"]
+        fit = [k for k in range(-min(back), len(kinds)) if all(kinds[k + offset] != LINEAR for offset in back)]
+        raise UnsupportedModel(
+            f"{stage.method.name} at layer {stage.where} reads layer {layer} of {self.adapter.model_type}, whose kind is "
+            f"{LINEAR}: there are no attention rows; " + (f"use a layer of {fit}" if fit else "use another method")
+        )
 
     def _watch_transitions(self, stage: Stage, layer: int) -> None:
         if layer == stage.where:
