@@ -444,8 +444,8 @@ class Frame:
     def _set(self, whole: Compaction, first: int) -> None:
         if whole.valid is not None and self.past and LINEAR in self.adapter.layer_types:
             raise UnsupportedCall(
-                f"rows keep different numbers of tokens ({self.counts}) behind a cache, and the linear-attention layers "
-                f"of {self.adapter.model_type} would run over the padding between: continue the rows one by one"
+                f"rows keep different numbers of tokens ({self.counts}) behind a cache, and the linear-attention "
+                f"layers of {self.adapter.model_type} would run over the padding between: continue the rows one by one"
             )
         self.compaction = whole
         for i in range(first, len(self.lengths)):

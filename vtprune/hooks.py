@@ -250,8 +250,8 @@ class Session:
                 raise ValueError(f"{name}: positions='compact' is undefined where tokens come back; use 'keep'")
             if LINEAR in self.adapter.layer_types:
                 raise UnsupportedModel(
-                    f"{name} chooses at decode among the keys that layers store, but {self.adapter.model_type} has layers "
-                    f"of kind {LINEAR}, which store none: use a method that acts while the prompt is read"
+                    f"{name} chooses at decode among the keys that layers store, but {self.adapter.model_type} has "
+                    f"layers of kind {LINEAR}, which store none: use a method that acts while the prompt is read"
                 )
             if "prefill" in stage.method.phases and stage.where < self.deep:
                 raise UnsupportedModel(
@@ -295,8 +295,8 @@ class Session:
         others = sorted(set(a.layer_types) - {"full_attention", LINEAR})
         if others:
             raise UnsupportedModel(
-                f"{name} at layer {layer}: {a.model_type} has layers of kind {', '.join(others)}, and a stage inside the "
-                "LLM needs layers that see all tokens; use one that acts before the LLM"
+                f"{name} at layer {layer}: {a.model_type} has layers of kind {', '.join(others)}, and a stage inside "
+                "the LLM needs layers that see all tokens; use one that acts before the LLM"
             )
         if layer < self.deep and not hasattr(type(a.text), DEEPSTACK):
             raise UnsupportedModel(
@@ -395,8 +395,8 @@ class Session:
         back = [need.offset for need in stage.method.needs if need.kind != "relevance"]
         fit = [k for k in range(-min(back), len(kinds)) if all(kinds[k + offset] != LINEAR for offset in back)]
         raise UnsupportedModel(
-            f"{stage.method.name} at layer {stage.where} reads layer {layer} of {self.adapter.model_type}, whose kind is "
-            f"{LINEAR}: there are no attention rows; " + (f"use a layer of {fit}" if fit else "use another method")
+            f"{stage.method.name} at layer {stage.where} reads layer {layer} of {self.adapter.model_type}, whose kind "
+            f"is {LINEAR}: there are no attention rows; " + (f"use a layer of {fit}" if fit else "use another method")
         )
 
     def _watch_transitions(self, stage: Stage, layer: int) -> None:
