@@ -81,7 +81,7 @@ class SparseVLM(Method):
 
     @property
     def needs(self) -> tuple[Signal, ...]:
-        return (RELEVANCE, ROWS) if self.version == "v1" else (RELEVANCE, ROWS, HEADS, WEIGHT)
+        return (RELEVANCE, ROWS) if self.version == "v1" else (RELEVANCE, HEADS, WEIGHT)
 
     def stages(self, keep: float | int | None, depth: int) -> list[Stage]:
         behind = self.layers or sorted({round(layer * depth / OF) for layer in BEHIND} - {depth - 1, depth})
@@ -94,7 +94,8 @@ class SparseVLM(Method):
         return [Stage(layer + 1, self, keep=share, positions=kept) for layer, share in zip(behind, shares)]
 
     def __call__(self, v: Visual) -> Assignment:
-        relevance, rows = (signal_of(v, need, self.name) for need in (RELEVANCE, ROWS))
+        relevance = signal_of(v, RELEVANCE, self.name)
+        rows = signal_of(v, ROWS, self.name) if self.version == "v1" else signal_of(v, HEADS, self.name).mean(1)
         raters = relevance > relevance.mean()
         weight = torch.where(raters.any(), raters, True).float()
         scores = (rows if self.version == "v1" else self._sharp(v, weight)) @ weight / weight.sum()
