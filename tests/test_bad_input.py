@@ -339,7 +339,7 @@ def test_gradient_checkpointing_with_a_stage_inside_the_llm() -> None:
 
 
 IN_LLM = [cls.name for cls in vtprune.methods() if cls.seam == "in_llm"]
-WITH_LAYERS = ["pyramiddrop", "transprune", "sparsevlm", "lazyllm"]
+WITH_LAYERS = ["pyramiddrop", "transprune", "sparsevlm", "lazyllm", "spatten"]
 
 
 @pytest.mark.parametrize("method", IN_LLM)
@@ -376,7 +376,7 @@ def test_stages_that_do_not_ascend(model: Any) -> None:
         vtprune.patch(model, stages)
 
 
-@pytest.mark.parametrize("method", ["pyramiddrop", "transprune", "lazyllm"])
+@pytest.mark.parametrize("method", ["pyramiddrop", "transprune", "lazyllm", "spatten"])
 @pytest.mark.parametrize(
     ("ratios", "message"),
     [

@@ -123,6 +123,20 @@ def test_ragged_rows_cannot_be_continued_without_the_patch() -> None:
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_layers_that_store_other_tokens_cannot_be_continued_without_the_patch(kind: str) -> None:
+    cache = filled(kind)
+    kv.shrink(cache, 1, past=0, fed=FED, ran=RAN, valid=None, remask=False, shift=None, uneven=True)
+    one = torch.ones(2, 1, 1, WIDTH)
+    for layers in (cache.layers[1], copy.deepcopy(cache).layers[1]):
+        with pytest.raises(UnsupportedCall, match="rows or layers"):
+            layers.update(one, one)
+    kv.shrink(cache, 1, past=FED, fed=0, ran=0, valid=None, remask=False, shift=None)
+    assert cache.layers[1].uneven, "a later call does not even it out"
+    cache.reset()
+    cache.update(one, one, 1)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_past_mask_moves_the_columns_of_a_wider_layer(kind: str) -> None:
     cache = filled(kind)
     valid = torch.tensor([[True] * 4, [False, True, True, True]])

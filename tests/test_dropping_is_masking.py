@@ -35,6 +35,7 @@ METHODS: dict[str, Callable[[], list[Stage]]] = {
     "pyramiddrop": schedule("pyramiddrop", 0.3),
     "sparsevlm plus": schedule("sparsevlm", 0.3, version="plus"),
     "transprune": schedule("transprune", 0.3),
+    "spatten": schedule("spatten", 0.3),
     "aim_inllm": schedule("aim_inllm", 0.3),
     "flowcut_llm": schedule("flowcut_llm", 0.4),
     "withdraw": lambda: [Stage(2, Withdraw(None))],

@@ -28,7 +28,7 @@ def schedule(name: str, keep: float | int, **options: Any) -> Callable[[], list[
     return lambda: vtprune.create(name, **options).stages(keep, DEPTH)
 
 
-# What asks for a few attention rows only; AIM's PageRank is about all of them.
+# What asks for a few attention rows only; AIM's PageRank and what SpAtten sums up are about all of them.
 BY_ROWS: dict[str, Callable[[], list[Stage]]] = {
     "fastv": schedule("fastv", 0.25),
     "flowcut_llm": schedule("flowcut_llm", 0.25),
@@ -42,7 +42,7 @@ BY_ROWS: dict[str, Callable[[], list[Stage]]] = {
     "withdraw": lambda: [Stage(2, Withdraw(0.99))],
     "withdraw, untested": lambda: [Stage(2, Withdraw(None))],
 }
-SCHEDULES = BY_ROWS | {"aim_inllm": schedule("aim_inllm", 0.2)}
+SCHEDULES = BY_ROWS | {"aim_inllm": schedule("aim_inllm", 0.2), "spatten": schedule("spatten", 0.3)}
 
 
 @cache
