@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import families
@@ -138,6 +140,22 @@ def test_a_second_image_behind_a_pruned_cache(model: Any) -> None:
     cuts = reference.cuts_of_chat(log, [whole.units[0][:1], whole.units[0][1:]])
     theirs = reference.masked_logits(model, whole, cuts)[-1]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
+
+
+def test_copies_and_threads(model: Any) -> None:
+    """The step that is wrapped belongs to its own model, and what it cuts to its own thread."""
+    batches = [families.inputs("qwen3_vl", rows=(1 + i % 2,), seed=i) for i in range(6)]
+    dense = model(**batches[0]).logits
+    run = torch.no_grad()(lambda batch: model(**batch).logits)
+    with vtprune.patch(model, Stage(1, FASTV, keep=0.4)):
+        one_by_one = [run(b) for b in batches]
+        with ThreadPoolExecutor(3) as pool:
+            assert all(torch.equal(a, b) for a, b in zip(one_by_one, pool.map(run, batches)))
+        twin = copy.deepcopy(model)
+    assert torch.equal(twin(**batches[0]).logits, one_by_one[0]), "the copy keeps its own patch"
+    vtprune.unpatch(twin)
+    assert torch.equal(twin(**batches[0]).logits, dense)
+    assert "_deepstack_process" not in vars(twin.get_decoder())
 
 
 def test_gradients_reach_the_features_of_kept_tokens(model: Any) -> None:

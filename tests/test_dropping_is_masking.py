@@ -1,7 +1,8 @@
 """Dropping a token inside the LLM equals hiding its key from there on, where kept tokens keep their positions.
 
-The oracle is the unpatched model, whole, with one mask a layer; it knows which tokens a method dropped and nothing of
-how. A method that merges changes the tokens that stay, so it has no place here (`reference.pruned_logits` has it).
+The oracle is the unpatched eager model, whole, with one mask a layer; it knows which tokens a method dropped and
+nothing of how. A method that merges changes the tokens that stay, so it has no place here (`reference.pruned_logits`
+has it).
 """
 
 from __future__ import annotations
@@ -63,15 +64,16 @@ def test_prefill_and_decode(family: str, method: str) -> None:
     last: Any = handle.last
     assert last.lengths[-1] < last.lengths[0], "nothing was dropped inside the LLM"
     assert not any(answer.merges for call in log for answer in call.answers)
-    compare(model, family, log, tokens, ours)
+    compare(family, log, tokens, ours)
 
 
-def compare(model: Any, family: str, log: Sequence[Any], tokens: Any, ours: Any) -> None:
+def compare(family: str, log: Sequence[Any], tokens: Any, ours: Any) -> None:
+    eager = families.model(family, "eager")
     units = [families.inputs(family, rows=ROWS, only=row).units[0] for row in range(len(ROWS))]
     cuts = reference.cuts_of_row(log, range(len(ROWS)), units)
     for row in range(len(ROWS)):
         single, answer = families.inputs(family, rows=ROWS, only=row), tokens[row][:-1].tolist()
-        theirs = reference.masked_logits(model, single, cuts[row], answer)[-STEPS:]
+        theirs = reference.masked_logits(eager, single, cuts[row], answer)[-STEPS:]
         torch.testing.assert_close(ours[row], theirs, rtol=0, atol=TOLERANCE)
 
 
@@ -86,4 +88,4 @@ def test_the_oracle_sees_a_key_that_should_be_hidden() -> None:
     dropped = next(i for i in range(log[0].units[0].n) if i not in idx)
     log[0].answers = [replace(answer, idx=torch.cat([idx, torch.tensor([dropped])]).sort().values), *others]
     with pytest.raises(AssertionError, match="not close"):
-        compare(model, family, log, tokens, ours)
+        compare(family, log, tokens, ours)
