@@ -18,7 +18,8 @@ from .schedule import check_layers, pyramid
 
 Version = Literal["v1", "plus"]
 Order = Literal["positional", "official"]
-RELEVANCE, ROWS, HEADS, WEIGHT = map(Signal, ("relevance", "text_rows", "text_rows_by_head", "rope_weight"))
+RELEVANCE, ROWS = Signal("relevance"), Signal("text_rows")
+HEADS, WEIGHT = Signal("text_rows_by_head"), Signal("rope_weight")
 BEHIND, OF = (2, 6, 15), 32  # the published layers, and the depth they are meant for
 PUBLISHED = 576  # visual tokens of the model the lists below were published for; here they only become shares
 # Visual tokens behind each of them, of those, by the published average; those of v1 with its merged tokens.

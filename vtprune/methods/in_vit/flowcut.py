@@ -17,7 +17,9 @@ from ...types import Assignment, Method, Newlines, Signal, Stage, Visual, Where
 from .. import best_first, budget_of, check_choices, signal_of
 from ..in_llm.flowcut_llm import FlowCutLLM
 
-End, Count, Unit = Literal["before", "after"], Literal["unit", "batch"], Literal["block", "patch"]
+End = Literal["before", "after"]
+Count = Literal["unit", "batch"]
+Unit = Literal["block", "patch"]
 CLS, CLS_VALUE, VALUE_NORM = Signal("cls"), Signal("cls_value"), Signal("value_norm")
 MEAN_QUERY = Signal("mean_query", without_cls=True)
 
