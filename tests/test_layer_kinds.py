@@ -80,6 +80,7 @@ def test_a_layer_without_attention_rows_is_not_read() -> None:
         (1, "fastv", 0, r"a layer of \[2\]"),
         (3, "transprune", 2, "another method"),  # it reads two layers side by side
         (2, "pyramiddrop", 2, r"a layer of \[1, 3\]"),
+        (2, "spatten", 0, "another method"),  # all layers so far
     ):
         message = f"reads layer {read} of qwen3_5, whose kind is linear_attention.*use {ways}"
         with reference.untouched(model), pytest.raises(vtprune.UnsupportedModel, match=message):

@@ -25,6 +25,8 @@ from .recall import ROW, Step
 from .tap import HEADS, reweighed
 from .types import KEPT, Method, Signal, Stage, UnsupportedCall, UnsupportedModel
 
+# Signals that are sums over all layers that ran.
+SO_FAR = ("received_so_far", "head_output")
 # The method of a text model that adds visual features to its hidden states between layers.
 DEEPSTACK = "_deepstack_process"
 
@@ -349,14 +351,14 @@ class Session:
                         f"{stage.method.name} chooses among {stage.method.of} and reads {need}: 'head_output' is the "
                         "one signal of heads, and of nothing else"
                     )
-                if need.kind in ("received_so_far", "head_output") and need.offset != -1:
+                if need.kind in SO_FAR and need.offset != -1:
                     raise ValueError(
                         f"{stage.method.name} at layer {stage.where} reads {need}, which is a sum over all layers that "
                         "ran: use the offset -1"
                     )
+                self._check_readable(stage, need)
                 if need.kind in ("relevance", "head_output"):
                     continue
-                self._check_readable(stage, layer)
                 if need.kind == "rope_weight":
                     attention = attention_of(self.adapter.layers[layer])
                     hook = attention.register_forward_pre_hook(partial(self._rope_sink, layer), with_kwargs=True)
@@ -387,16 +389,19 @@ class Session:
         self._watched.add((kind, layer, own))
         return first
 
-    def _check_readable(self, stage: Stage, layer: int) -> None:
+    def _check_readable(self, stage: Stage, need: Signal) -> None:
         """Linear attention has a state in place of attention rows."""
         kinds = self.adapter.layer_types
-        if kinds[layer] != LINEAR:
+        found = [i for i in _layers_of(need, stage.where) if kinds[i] == LINEAR]  # type: ignore[arg-type]
+        if not found:
             return
-        back = [need.offset for need in stage.method.needs if need.kind != "relevance"]
-        fit = [k for k in range(-min(back), len(kinds)) if all(kinds[k + offset] != LINEAR for offset in back)]
+        needs = stage.method.needs
+        first = max(-other.offset for other in needs)
+        read = {k: [i for other in needs for i in _layers_of(other, k)] for k in range(first, len(kinds))}
+        fit = [k for k, layers in read.items() if all(kinds[i] != LINEAR for i in layers)]
         raise UnsupportedModel(
-            f"{stage.method.name} at layer {stage.where} reads layer {layer} of {self.adapter.model_type}, whose kind "
-            f"is {LINEAR}: there are no attention rows; " + (f"use a layer of {fit}" if fit else "use another method")
+            f"{stage.method.name} at layer {stage.where} reads layer {found[0]} of {self.adapter.model_type}, whose "
+            f"kind is {LINEAR}: there are no attention rows; use {f'a layer of {fit}' if fit else 'another method'}"
         )
 
     def _watch_transitions(self, stage: Stage, layer: int) -> None:
@@ -816,6 +821,14 @@ def _with_hidden(output: Any, hidden: Tensor) -> Any:
 def _uncover(module: nn.Module, name: str) -> None:
     """Let the class's own method show again."""
     module.__dict__.pop(name, None)
+
+
+def _layers_of(need: Signal, where: int) -> range:
+    """The decoder layers that a stage at `where` reads for a signal."""
+    if need.kind == "relevance":
+        return range(0)
+    last = where + need.offset
+    return range(0 if need.kind in SO_FAR else last, last + 1)
 
 
 def mlp_of(layer: nn.Module) -> nn.Module:
