@@ -111,7 +111,7 @@ class Trainer(BaseTrainer):
             features, cls = fast.tower_features(self.model, normalise([s.pixels for s in part]))
             return self.heads.losses(features, cls, make_labels(part))
 
-        return [partial(job, scenes[i::self.threads]) for i in range(self.threads)]
+        return [partial(job, scenes[i :: self.threads]) for i in range(self.threads)]
 
     def answer_work(self, stage: Stage, t: float) -> list[Job]:
         """Packed questions on scenes and one or two easy-VQA images, as one job per thread."""
@@ -129,9 +129,9 @@ class Trainer(BaseTrainer):
         easy = [self.easy.sample(rng, self.balances[1]) for _ in range(borrowed)]
         jobs: list[Job] = []
         for i in range(self.threads):
-            mine, others = scenes[i::self.threads], easy[self.threads - 1 - i :: self.threads]
+            mine, others = scenes[i :: self.threads], easy[self.threads - 1 - i :: self.threads]
             pixels = [s.pixels for s in mine] + [image for image, _ in others]
-            batch = pack(pixels, asks[i::self.threads] + [a for _, a in others], self.topics, stage.weighted)
+            batch = pack(pixels, asks[i :: self.threads] + [a for _, a in others], self.topics, stage.weighted)
             jobs.append(partial(self.answer_job, batch, mine, t < stage.frozen, stage.compare))
         return jobs
 

@@ -38,14 +38,15 @@ Job = Callable[[], dict[str, Tensor]]
 class Stage:
     """One part of the schedule.
 
-    `batch` examples a step; `muon` peak rate of Muon (AdamW: 1e-3, same shape); `shape` of the rate: "flat", "late"
-    (0.6 flat, then down to 0.3) or "cosine" (0.25 flat, then down to 0.02).
+    `batch` examples a step; `muon` and `adam` peak rates of Muon and AdamW; `shape` of both: "flat", "late" (0.6
+    flat, then down to 0.3) or "cosine" (0.25 flat, then down to 0.02).
     """
 
     name: str
     steps: int
     batch: int = 16
     muon: float = 0.02
+    adam: float = 1e-3
     shape: str = "flat"
 
 
@@ -146,7 +147,7 @@ class Trainer:
             known = [g for g in parts if g is not None]
             p.grad = torch.stack(known).sum(0) / self.threads if known else None
         factor = rate(stage, t, local)
-        self.optimiser.step(stage.muon * factor, 1e-3 * factor, 1.0 if index == 0 else TOWER_SCALE)
+        self.optimiser.step(stage.muon * factor, stage.adam * factor, 1.0 if index == 0 else TOWER_SCALE)
         self.done += 1
         return {name: sum(losses[name] for losses, _ in results) / self.threads for name in results[0][0]}
 

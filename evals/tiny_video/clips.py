@@ -58,14 +58,14 @@ def heldout_rng(seed: int) -> random.Random:
     return random.Random(f"vtprune-tiny-video/heldout/{seed}")
 
 
-def make_clip(rng: random.Random, most: int = MAX_EVENTS) -> Clip:
-    """Draw one clip with 1 to `most` shapes of different colours, each appearing in a slot of its own."""
+def make_clip(rng: random.Random) -> Clip:
+    """Draw one clip with one to four shapes of different colours, each appearing in a slot of its own."""
     noise = np.random.default_rng(rng.getrandbits(63))
     frames = np.empty((FRAMES, SIDE, SIDE, 3), np.int16)
     frames[:] = [rng.randint(225, 255) for _ in range(3)]
     owner = np.zeros((FRAMES, SIDE, SIDE), np.uint8)
     # More are wanted the more often, because a full clip finds no place for some of them.
-    wanted = rng.choices(range(1, most + 1), weights=range(1, most + 1))[0]
+    wanted = rng.choices(range(1, MAX_EVENTS + 1), weights=range(1, MAX_EVENTS + 1))[0]
     starts = sorted(rng.sample(range(SLOTS - 1), wanted))
     events: list[Event] = []
     taken: list[tuple[Event, tuple[int, int, int, int]]] = []
@@ -91,7 +91,7 @@ def _draw(
     """Paint `event` where its whole path touches no shape of the same time; False if it finds no place."""
     first, last = event.start * SLOT, event.stop * SLOT
     for attempt in range(_TRIES):
-        r = rng.randint(4, 6 if attempt < 20 else 4)
+        r = rng.randint(5, 7 if attempt < 20 else 5)
         hw, hh = silhouette(rng, event.shape, r)
         pace = 2 if last - first <= 8 and rng.random() < 0.5 else 1
         dx, dy = (pace * step for step in (WAYS[event.way] if event.way else (0, 0)))
@@ -125,12 +125,8 @@ def _draw(
     return False
 
 
-def _apart(
-    event: Event, box: tuple[int, int, int, int], other: Event, there: tuple[int, int, int, int]
-) -> bool:
+def _apart(event: Event, box: tuple[int, int, int, int], other: Event, there: tuple[int, int, int, int]) -> bool:
     if event.start >= other.stop or other.start >= event.stop:
         return True
     gap = 2
-    return (
-        box[0] > there[2] + gap or there[0] > box[2] + gap or box[1] > there[3] + gap or there[1] > box[3] + gap
-    )
+    return box[0] > there[2] + gap or there[0] > box[2] + gap or box[1] > there[3] + gap or there[1] > box[3] + gap

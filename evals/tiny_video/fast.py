@@ -30,7 +30,7 @@ def patches(clips: list[np.ndarray]) -> Tensor:
 
 @cache
 def _layout() -> tuple[Tensor, Tensor, Tensor, int]:
-    """One slot's patches in window order [144], the way back for merged tokens [36], (row, column) and window length."""
+    """Of one slot: patches in window order [144], the way back for its 36 tokens, places [144, 2], window length."""
     grid = torch.tensor([[1, CELLS, CELLS]])
     windows, bounds = get_vision_window_index(grid, MERGE, SIDE // 2, PATCH)
     places = get_vision_position_ids(grid, MERGE)

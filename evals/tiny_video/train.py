@@ -19,7 +19,7 @@ from vtprune.evals.tiny.trainer import Job, Trainer, run
 from vtprune.evals.tiny.trainer import Stage as Base
 from vtprune.evals.tiny_video import fast
 from vtprune.evals.tiny_video.asks import training_asks
-from vtprune.evals.tiny_video.clips import Clip, heldout_rng, make_clip, training_rng
+from vtprune.evals.tiny_video.clips import SLOTS, Clip, heldout_rng, make_clip, training_rng
 from vtprune.evals.tiny_video.labels import Heads, alignment_loss, make_labels
 from vtprune.evals.tiny_video.model import VOCABULARY, WIDTH, build_model, save
 
@@ -29,16 +29,16 @@ MONITOR_CLIPS = 48
 
 @dataclass(frozen=True)
 class Stage(Base):
-    """One part of the schedule: `most` shapes in a clip, `frozen` share of its steps with a fixed tower."""
+    """One part of the schedule; `frozen` share of its steps with a fixed tower."""
 
-    most: int = 4
     frozen: float = 0.0
 
 
+TOWER_SLOTS = 4  # the tower sees slots apart from each other, so half of a clip's will do while it trains alone
 STAGES = (
-    Stage("tower", 150, batch=16, muon=0.02, shape="late"),
-    Stage("look up", 250, frozen=1.0, most=3),
-    Stage("joint", 600),
+    Stage("tower", 500, adam=3e-3, shape="late"),
+    Stage("look up", 300, frozen=1.0),
+    Stage("joint", 500),
     Stage("anneal", 1200, muon=0.015, shape="cosine"),
 )
 
@@ -59,12 +59,13 @@ class VideoTrainer(Trainer):
         """The tower alone on a batch of clips, as one job per thread."""
         rng = training_rng(self.seed, self.done)
         clips = [make_clip(rng) for _ in range(stage.batch)]
-        return [partial(self.tower_job, clips[i :: self.threads]) for i in range(self.threads)]
+        slots = torch.tensor(sorted(rng.sample(range(SLOTS), TOWER_SLOTS)))
+        return [partial(self.tower_job, clips[i :: self.threads], slots) for i in range(self.threads)]
 
-    def tower_job(self, clips: list[Clip]) -> dict[str, Tensor]:
-        """Losses of one thread's clips without questions."""
-        visual = fast.visual_tokens(self.model, fast.patches([c.frames for c in clips]))
-        labels = make_labels(clips)
+    def tower_job(self, clips: list[Clip], slots: Tensor) -> dict[str, Tensor]:
+        """Losses of one thread's clips without questions, in some of their slots."""
+        visual = fast.visual_tokens(self.model, fast.patches([c.frames for c in clips])[:, slots])
+        labels = {k: v.unflatten(1, (SLOTS, -1))[:, slots].flatten(1) for k, v in make_labels(clips).items()}
         losses = self.heads.losses(visual, labels)
         losses["align"] = 0.3 * alignment_loss(visual, self.model.get_input_embeddings().weight, labels)
         return losses
@@ -72,7 +73,7 @@ class VideoTrainer(Trainer):
     def answer_work(self, stage: Stage, t: float) -> list[Job]:
         """Packed questions on clips, as one job per thread."""
         rng = training_rng(self.seed, self.done)
-        clips = [make_clip(rng, stage.most) for _ in range(stage.batch)]
+        clips = [make_clip(rng) for _ in range(stage.batch)]
         asks = [training_asks(c, rng, self.balances[0]) for c in clips]
         gap = rng.choice((0, 2))
         jobs: list[Job] = []
