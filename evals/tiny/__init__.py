@@ -79,6 +79,11 @@ class Question:
     template: str
 
     @property
+    def seen(self) -> Image.Image:
+        """What the question is about."""
+        return self.image
+
+    @property
     def source(self) -> int:
         """Number of the picture: questions that share it share the picture."""
         return self.image_id

@@ -2,8 +2,9 @@
 
     model, processor = load()
     for question in questions(per_capability=10):
+        clip = question.video
         inputs = processor(
-            videos=[question.video], video_metadata=[METADATA], text=[question.prompt], return_tensors="pt"
+            videos=[clip.frames], video_metadata=[clip.metadata], text=[question.prompt], return_tensors="pt"
         )
         model.generate(**inputs)
 
@@ -18,15 +19,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vtprune.evals.tiny import blind
+from vtprune.evals.video import Video
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
-    from numpy.typing import NDArray
     from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
-__all__ = ["CAPABILITIES", "CHECKPOINT", "METADATA", "Question", "blind", "load", "questions"]
+__all__ = ["CAPABILITIES", "CHECKPOINT", "Question", "blind", "load", "questions"]
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 _SHARES = {
@@ -37,15 +40,13 @@ _SHARES = {
     "shape": {"shape": 1},
 }
 CAPABILITIES = tuple(_SHARES)
-# What a processor must know of every clip: without it, it takes 24 frames a second for granted.
-METADATA = {"fps": 8.0, "total_num_frames": 16, "duration": 2.0, "frames_indices": list(range(16))}
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question: the clip `video` uint8 [16, 48, 48, 3], the full prompt for the processor, the expected words."""
+    """One question: a `video` of 16 frames of 48 x 48, the full prompt for the processor and the expected words."""
 
-    video: NDArray[np.uint8]
+    video: Video
     video_id: int
     prompt: str
     answer: str
@@ -53,26 +54,32 @@ class Question:
     template: str
 
     @property
+    def seen(self) -> Video:
+        """What the question is about."""
+        return self.video
+
+    @property
     def source(self) -> int:
         """Number of the clip: questions that share it share the clip."""
         return self.video_id
 
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """`video_metadata` of the clip."""
-        return METADATA
-
     def blank(self) -> Question:
         """The same question about a clip of the mean colour, which is zero once normalised."""
-        import numpy as np
-
         from vtprune.evals.tiny_video.model import MEAN_RGB
 
-        return replace(self, video=np.full_like(self.video, MEAN_RGB), video_id=-1)
+        return replace(self, video=as_video(np.full_like(self.video.frames, MEAN_RGB)), video_id=-1)
 
     def about(self, other: Question) -> Question:
         """The same question about the clip of another one."""
         return replace(self, video=other.video, video_id=other.video_id)
+
+
+def as_video(frames: NDArray[np.uint8]) -> Video:
+    """Generated frames [16, 48, 48, 3] as if they had been read from a file."""
+    from vtprune.evals.tiny_video.clips import FPS
+
+    order = np.arange(len(frames))
+    return Video(frames, order / FPS, order, len(frames), FPS)
 
 
 def load(
@@ -107,7 +114,7 @@ def questions(
         raise ValueError(f"per_capability={per_capability} must be at least 1")
     askers = {c: ASKERS[c] for c in CAPABILITIES if c in wanted}
     found = [
-        Question(clip.frames, number, _full_prompt(ask.text), ask.answer, ask.capability, ask.template)
+        Question(as_video(clip.frames), number, _full_prompt(ask.text), ask.answer, ask.capability, ask.template)
         for number, clip, ask in draw(make_clip, heldout_rng(seed), askers, _SHARES, per_capability, {})
     ]
     return sorted(found, key=lambda q: CAPABILITIES.index(q.capability))
