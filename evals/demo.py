@@ -12,7 +12,7 @@ from vtprune.evals.accuracy import VIDEO_KEEPS, AccuracyReport, evaluate
 
 TOYS = {
     "image": "A toy: 2.3 million parameters, 64 x 64 pixels, 71 words.",
-    "video": "A toy: 1.1 million parameters, clips of 16 frames of 48 x 48 pixels, 49 words.",
+    "video": "A toy: 1.1 million parameters, clips of 16 frames of 48 x 48 pixels, 57 words.",
 }
 CAVEAT = "It shows how methods differ on a model that really looks; it says nothing about a 7B model on {}."
 WHAT = {"image": "photographs", "video": "films"}

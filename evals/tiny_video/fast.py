@@ -29,6 +29,7 @@ def patches(clips: list[np.ndarray]) -> Tensor:
 
 
 @cache
+@torch.inference_mode(False)  # whoever asks first: what is kept must serve training too
 def _layout() -> tuple[Tensor, Tensor, Tensor, int]:
     """Of one slot: patches in window order [144], the way back for its 36 tokens, places [144, 2], window length."""
     grid = torch.tensor([[1, CELLS, CELLS]])
