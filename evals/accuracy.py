@@ -286,6 +286,7 @@ def evaluate(
     names = list(dict.fromkeys(q.capability for q in questions))
     device, dtype = model.device.type, str(model.dtype).removeprefix("torch.")
     env = environment(device, dtype, batch, questions=len(exam), parameters=model.num_parameters())
+    env["video"] = isinstance(questions[0].seen, Video)
     return AccuracyReport(title, _rows(marks, asked, names), env, (*NOTES, *left_out))
 
 
@@ -344,7 +345,7 @@ def _shared(exam: Exam, new_tokens: int, todo: list[Plan], workers: int) -> Iter
 
 NOTES = (
     "answer right: generation begins with the answer; stopped right: it is exactly the answer, then the end token.",
-    "blind: the dense model with the image zeroed, or with images shuffled between questions.",
+    "blind: the dense model with the image (or clip) zeroed, or shuffled between questions.",
     "accuracy kept = (pruned - blind) / (full - blind), with the better of the two blind scores.",
     "± half of the 95 % bootstrap interval over questions (scipy.stats.bootstrap, percentile, 2000 resamples; "
     "0 where every resample is the same, as when all answers are right).",

@@ -47,7 +47,7 @@ def sentence(command: F) -> F:
             return command(*args, **kwargs)
         except ModuleNotFoundError as error:
             raise _exit(f"{error.name} is not installed: run pip install 'vtprune[evals]'") from error
-        except (VtpruneError, ValueError, TypeError, OSError) as error:
+        except (VtpruneError, ImportError, ValueError, TypeError, OSError) as error:
             raise _exit(" ".join(str(error).split())) from error
 
     return run  # type: ignore[return-value]
@@ -318,13 +318,15 @@ def train_tiny(
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
     scale: Annotated[float, typer.Option(help="Length of every training phase; 1 is the published schedule.")] = 1.0,
     restart: Annotated[bool, typer.Option("--restart", help="Do not go on from what lies in the folder.")] = False,
+    video: Annotated[bool, typer.Option("--video", help="The model that watches clips.")] = False,
 ) -> None:
     """Train the embedded model from nothing: one script, one schedule, resumable."""
-    from vtprune.evals.tiny import train
+    from vtprune.evals.tiny.train import train as train_image
+    from vtprune.evals.tiny_video.train import train as train_video
 
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale={scale} trains nothing: use a number above 0; 1 is the published schedule")
-    train.train(out, resume=not restart, seed=seed, scale=scale, progress=True)
+    (train_video if video else train_image)(out, resume=not restart, seed=seed, scale=scale, progress=True)
     typer.echo(f"wrote {out}")
 
 

@@ -85,10 +85,16 @@ def as_video(frames: NDArray[np.uint8]) -> Video:
 def load(
     device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor]:
-    """The shipped checkpoint in the stock classes, in eval mode; float32 unless `dtype` says otherwise."""
+    """The shipped checkpoint in the stock classes, in eval mode; float32 unless `dtype` says otherwise.
+
+    Raises ImportError without torchvision, which the stock video processor needs.
+    """
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+    from transformers.utils import is_torchvision_available
 
+    if not is_torchvision_available():
+        raise ImportError("the tiny video model needs torchvision for its processor: pip install 'vtprune[video]'")
     model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=dtype or torch.float32)
     return model.to(device).eval(), Qwen2_5_VLProcessor.from_pretrained(CHECKPOINT)
 
