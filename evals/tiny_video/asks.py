@@ -56,9 +56,17 @@ ASKERS = {
 _PER_CLIP = {"first": 2, "order": 3, "direction": 2, "count": 1, "shape": 2}
 
 
-def captions(clip: Clip, rng: random.Random) -> Iterator[Ask]:
-    """One-hop lines: "list" -> "red blue", "rank blue" -> "2", "next red" -> "blue", "way red" -> "left"."""
+def captions(clip: Clip, rng: random.Random, compare: bool) -> Iterator[Ask]:
+    """One-hop lines: "list" -> "red blue", "rank blue" -> "2", "next red" -> "blue", "way red" -> "left".
+
+    compare: also "first blue red" -> "red", which names what the yes and no of `order` hide.
+    """
     names = [_color(event) for event in clip.events]
+    for _ in range(3 if compare and len(names) > 1 else 0):
+        i, j = rng.sample(range(len(names)), 2)
+        word = rng.choice(("first", "last"))
+        wanted = min(i, j) if word == "first" else max(i, j)
+        yield Ask(f"{word} {names[i]} {names[j]}", names[wanted], "caption", "pair", "pair", 0, 2.0)
     yield Ask("list", " ".join(names), "caption", "list", "list", 0, 1.0)
     for _ in range(2):
         name = rng.choice(names if rng.random() < 0.75 else COLOR_NAMES)
@@ -71,8 +79,8 @@ def captions(clip: Clip, rng: random.Random) -> Iterator[Ask]:
     yield Ask(f"way {_color(event)}", event.way or "none", "caption", "way", "way", 0, 0.7)
 
 
-def training_asks(clip: Clip, rng: random.Random, balance: Balance) -> list[Ask]:
-    """The admitted questions of one training clip and its captions."""
+def training_asks(clip: Clip, rng: random.Random, balance: Balance, compare: bool) -> list[Ask]:
+    """The admitted questions of one training clip and its captions; `compare` as in `captions`."""
     kept: list[Ask] = []
     for capability, ask in ASKERS.items():
         candidates = list(ask(clip, rng))
@@ -82,4 +90,4 @@ def training_asks(clip: Clip, rng: random.Random, balance: Balance) -> list[Ask]
             if room and candidate.text not in {k.text for k in kept} and balance.admit(candidate):
                 kept.append(candidate)
                 room -= 1
-    return kept + list({a.text: a for a in captions(clip, rng)}.values())
+    return kept + list({a.text: a for a in captions(clip, rng, compare)}.values())

@@ -29,17 +29,20 @@ MONITOR_CLIPS = 48
 
 @dataclass(frozen=True)
 class Stage(Base):
-    """One part of the schedule; `frozen` share of its steps with a fixed tower."""
+    """One part of the schedule; `frozen` share of its steps with a fixed tower, `compare` as in `captions`."""
 
     frozen: float = 0.0
+    compare: bool = False
 
 
 TOWER_SLOTS = 4  # the tower sees slots apart from each other, so half of a clip's will do while it trains alone
 STAGES = (
     Stage("tower", 500, adam=3e-3, shape="late"),
     Stage("look up", 300, frozen=1.0),
-    Stage("joint", 500),
-    Stage("anneal", 1200, muon=0.015, shape="cosine"),
+    Stage("joint", 150),
+    Stage("anneal", 333, muon=0.015, shape="cosine"),
+    Stage("compare", 400, compare=True),
+    Stage("settle", 400, muon=0.015, compare=True, shape="cosine"),
 )
 
 
@@ -74,7 +77,7 @@ class VideoTrainer(Trainer):
         """Packed questions on clips, as one job per thread."""
         rng = training_rng(self.seed, self.done)
         clips = [make_clip(rng) for _ in range(stage.batch)]
-        asks = [training_asks(c, rng, self.balances[0]) for c in clips]
+        asks = [training_asks(c, rng, self.balances[0], stage.compare) for c in clips]
         gap = rng.choice((0, 2))
         jobs: list[Job] = []
         for i in range(self.threads):
@@ -107,7 +110,7 @@ class VideoTrainer(Trainer):
         rng, balance = heldout_rng(MONITOR_SEED), Balance(1)
         for _ in range(MONITOR_CLIPS // 16):
             drawn = [make_clip(rng) for _ in range(16)]
-            asks = [training_asks(c, rng, balance) for c in drawn]
+            asks = [training_asks(c, rng, balance, True) for c in drawn]
             batch = lay(fast.patches([c.frames for c in drawn]), asks, VOCABULARY, 1, self.topics, False)
             visual = fast.visual_tokens(self.model, batch.pixels)
             yield batch, fast.question_hidden(self.model, visual, batch.ids, batch.segments, batch.positions)
