@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -25,13 +25,19 @@ from tqdm import tqdm
 
 import vtprune
 from vtprune.evals.report import Report, Row, environment
+from vtprune.evals.video import Video
 from vtprune.types import Method
 
 if TYPE_CHECKING:
-    from vtprune.evals.tiny import Question
+    from PIL import Image
+
+    from vtprune.evals import tiny, tiny_video
+
+    Question = tiny.Question | tiny_video.Question
 
 CONTROLS = ("random", "uniform")
 KEEPS = (0.5, 0.25, 0.11, 0.05)
+VIDEO_KEEPS = (0.25, 0.15, 0.1)
 _NUMBERS = "zero one two three four five six seven eight nine ten"
 _DIGITS = {word: str(i) for i, word in enumerate(_NUMBERS.split(" "))}
 Marks = NDArray[np.float64]
@@ -104,14 +110,11 @@ class Exam:
             yield inputs
 
     def _prepare(self, questions: Sequence[Question]) -> dict[str, Any]:
-        texts = [render(self.processor, q.prompt) for q in questions]
-        images = [[q.image] for q in questions]
-        self.processor.tokenizer.padding_side = "left"
-        inputs = self.processor(text=texts, images=images, padding=True, return_tensors="pt", add_special_tokens=False)
-        return dict(inputs.to(self.model.device, dtype=self.model.dtype))
+        return prepare(self.model, self.processor, [q.prompt for q in questions], [q.seen for q in questions])
 
     def _with_features(self, i: int, inputs: dict[str, Any]) -> dict[str, Any]:
-        encode = self.model.base_model.get_image_features
+        modality = "video" if isinstance(self.questions[0].seen, Video) else "image"
+        encode = getattr(self.model.base_model, f"get_{modality}_features")
         takes = inspect.signature(encode).parameters
         if self._held is None or "mm_encoder_outputs" not in inspect.signature(self.model.forward).parameters:
             return inputs
@@ -120,31 +123,50 @@ class Exam:
                 out = encode(**{k: v for k, v in inputs.items() if k in takes}, return_dict=True)
             slim = {k: v for k, v in out.items() if k in ("pooler_output", "deepstack_features")}
             self._features.append(type(out)(**slim))
-        rest = {k: v for k, v in inputs.items() if k not in takes}
-        return {**rest, "mm_encoder_outputs": {"image": self._features[i]}}
+        # Sizes and grids stay: M-RoPE counts positions from them.
+        rest = {k: v for k, v in inputs.items() if not (k in takes and k.startswith("pixel_values"))}
+        return {**rest, "mm_encoder_outputs": {modality: self._features[i]}}
 
     @staticmethod
     def _tensor_bytes(inputs: dict[str, Any]) -> dict[str, int]:
         return {k: v.nbytes for k, v in inputs.items() if isinstance(v, torch.Tensor)}
 
 
-def render(processor: Any, prompt: str) -> str:
-    """The text of one turn: through the chat template if the processor has one, else as the embedded model reads it."""
+def prepare(model: Any, processor: Any, prompts: Sequence[str], seen: Sequence[Image.Image | Video]) -> dict[str, Any]:
+    """What `generate` takes for a batch of prompts, each about one picture or one video (all of a kind).
+
+    Padded on the left, on the model's device and in its dtype.
+    """
+    processor.tokenizer.padding_side = "left"
+    video = isinstance(seen[0], Video)
+    media: dict[str, Any] = {"images": [[image] for image in seen]}
+    if video:
+        clips = cast(Sequence[Video], seen)
+        media = {"videos": [[v.frames] for v in clips], "video_metadata": [[v.metadata] for v in clips]}
+        media["do_sample_frames"] = False  # they have been chosen
+    texts = [render(processor, prompt, video) for prompt in prompts]
+    inputs = processor(text=texts, **media, padding=True, return_tensors="pt", add_special_tokens=False)
+    return dict(inputs.to(model.device, dtype=model.dtype))
+
+
+def render(processor: Any, prompt: str, video: bool = False) -> str:
+    """The text of one turn: through the chat template if the processor has one, else as the embedded models read it."""
     question = words_of(prompt)
     if getattr(processor, "chat_template", None):
         content = [
-            {"type": "image"},
+            {"type": "video" if video else "image"},
             {"type": "text", "text": f"{question}\nAnswer with one or two words."},
         ]
         turn = [{"role": "user", "content": content}]
         return processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
     start = processor.tokenizer.bos_token or ""
-    return f"{start} {processor.image_token} {question} answer:".strip()
+    place = f"<|vision_start|> {processor.video_token} <|vision_end|>" if video else processor.image_token
+    return f"{start} {place} {question} answer:".strip()
 
 
 def words_of(prompt: str) -> str:
-    """The question alone, without the embedded model's frame of `<s> <image> ... answer:`."""
-    return prompt.split("<image>")[-1].removesuffix("answer:").strip()
+    """The question alone, without the embedded models' frame, as `<s> <image> ... answer:`."""
+    return re.split(r"<image>|<\|vision_end\|>", prompt)[-1].removesuffix("answer:").strip()
 
 
 def _end_tokens(model: Any) -> set[int]:
@@ -237,11 +259,13 @@ def evaluate(
     title: str = "Accuracy",
     progress: bool = True,
     workers: int = 1,
+    skip: bool = False,
 ) -> AccuracyReport:
     """Ask every question dense, blind and pruned with every method (controls added) at every keep.
 
     methods: names, optionally with options ("todre:objective=kcenter"). seeds: draws of a random method. workers:
-    processes that share the passes, each with a copy of the model and one thread; for models on the CPU.
+    processes that share the passes, each with a copy of the model and one thread; for models on the CPU. skip: leave
+    out and note methods that this model cannot take, instead of raising.
     Returns rows by (method, keep, capability) plus capability "mean", the plain mean over capabilities.
     """
     if workers < 1 or (workers > 1 and model.device.type != "cpu"):
@@ -250,6 +274,7 @@ def evaluate(
     todo = [Plan("dense", None, 1.0), *(Plan(f"blind-{how}", None, 1.0, blind=how) for how in ("zero", "shuffle"))]
     todo += plans(methods, keeps, seeds)
     exam = Exam(model, processor, questions, batch)
+    todo, left_out = _possible(exam, todo) if skip else (todo, [])
     marks: dict[tuple[str, float | int], list[tuple[Marks, Marks]]] = {}
     with tqdm(total=len(todo), unit="pass", disable=not progress) as bar:
         runs = map(partial(_sit, exam, new_tokens), todo) if workers == 1 else _shared(exam, new_tokens, todo, workers)
@@ -261,7 +286,23 @@ def evaluate(
     names = list(dict.fromkeys(q.capability for q in questions))
     device, dtype = model.device.type, str(model.dtype).removeprefix("torch.")
     env = environment(device, dtype, batch, questions=len(exam), parameters=model.num_parameters())
-    return AccuracyReport(title, _rows(marks, asked, names), env, NOTES)
+    env["video"] = isinstance(questions[0].seen, Video)
+    return AccuracyReport(title, _rows(marks, asked, names), env, (*NOTES, *left_out))
+
+
+def _possible(exam: Exam, todo: list[Plan]) -> tuple[list[Plan], list[str]]:
+    """The passes that this model can take, found out with one question each, and a note on every other method."""
+    first = exam.questions[0]
+    one = prepare(exam.model, exam.processor, [first.prompt], [first.seen])
+    possible, reasons = [], {}
+    for plan in todo:
+        try:
+            with plan.applied(exam.model), torch.inference_mode():
+                exam.model(**one)
+            possible.append(plan)
+        except (vtprune.VtpruneError, ValueError) as error:
+            reasons.setdefault(plan.label, f"Not run: {plan.label}: {error}")
+    return possible, list(reasons.values())
 
 
 def _sit(exam: Exam, new_tokens: int, plan: Plan) -> tuple[Marks, Marks]:
@@ -304,7 +345,7 @@ def _shared(exam: Exam, new_tokens: int, todo: list[Plan], workers: int) -> Iter
 
 NOTES = (
     "answer right: generation begins with the answer; stopped right: it is exactly the answer, then the end token.",
-    "blind: the dense model with the image zeroed, or with images shuffled between questions.",
+    "blind: the dense model with the image (or clip) zeroed, or shuffled between questions.",
     "accuracy kept = (pruned - blind) / (full - blind), with the better of the two blind scores.",
     "± half of the 95 % bootstrap interval over questions (scipy.stats.bootstrap, percentile, 2000 resamples; "
     "0 where every resample is the same, as when all answers are right).",

@@ -13,7 +13,7 @@ from vtprune.evals import speed
 from vtprune.evals.accuracy import CONTROLS, share
 from vtprune.evals.report import Row
 
-BLOCK = re.compile(r"(<!-- vtprune eval --all: (\S+) -->\n\n).*?(\n\n<!-- end of table -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- vtprune eval (?:--video )?--all: (\S+) -->\n\n).*?(\n\n<!-- end of table -->)", re.DOTALL)
 
 
 def refreshed(text: str, root: Path) -> str:
@@ -35,10 +35,11 @@ def summary(saved: dict[str, Any]) -> str:
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     dense, zeroed, shuffled = (cells[name, 1.0] for name in ("dense", "blind-zero", "blind-shuffle"))
     env = saved["environment"]
+    seen = "clip" if env.get("video") else "image"
     return (
         f"{table}\n\n"
-        f"Dense: {_cell(dense)}. Blind: {100 * zeroed['right']:.1f} with the image zeroed, "
-        f"{100 * shuffled['right']:.1f} with images shuffled. ± is half of the 95 % bootstrap interval; "
+        f"Dense: {_cell(dense)}. Blind: {100 * zeroed['right']:.1f} with the {seen} zeroed, "
+        f"{100 * shuffled['right']:.1f} with {seen}s shuffled. ± is half of the 95 % bootstrap interval; "
         f"{dense['n'] // kinds} held-out questions of each kind, {env['cpu']}, {env['dtype']}, batch {env['batch']}, "
         f"torch {env['versions']['torch']}, transformers {env['versions']['transformers']}."
     )

@@ -78,9 +78,43 @@ def test_show_draws_the_kept_tokens(picture: Path, tmp_path: Path) -> None:
     assert len(read["kept"]) == 128
 
 
+def test_video_is_evaluated_demonstrated_and_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision", reason="the stock video processor needs it")
+    some = ["eval", "--video", "--keep", "25%", "--limit", 2, "--capability", "order", "--seeds", 1]
+    read = json.loads(run(*some, "--json"))
+    assert {row["method"] for row in read["rows"]} >= {"dense", "blind-zero", "random", "uniform", "divprune"}
+    assert read["environment"]["video"] is True
+    result = runner.invoke(app, ["demo", "--video", "--limit", "2", "--keep", "0.1", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "clips of 16 frames" in result.output
+    demo = json.loads((tmp_path / "demo.json").read_text())
+    told = {row["method"] for row in demo["rows"]} | {
+        n.split(": ")[1] for n in demo["notes"] if n.startswith("Not run")
+    }
+    assert told >= {cls.name for cls in vtprune.methods()}
+    assert Image.open(tmp_path / "overlay.png").width > 600
+
+
+def test_show_draws_a_contact_sheet_of_a_video_file(tmp_path: Path) -> None:
+    for package in ("torchvision", "decord", "av"):
+        pytest.importorskip(package, reason="a clip is encoded, decoded and seen")
+    from test_video import encode
+
+    clip = encode(tmp_path / "clip.mp4", [100 * i for i in range(40)])
+    out = run("show", "--video", clip, "--method", "uniform", "--keep", 24, "--out", tmp_path / "kept.png")
+    assert "uniform kept 24 of 224 visual tokens" in out  # 16 frames, two at a time, of 4 x 7 tokens
+    assert Image.open(tmp_path / "kept.png").width > 1200
+    again = ["show", "--video", clip, "--frames", 4, "--keep", 0.5, "--out", tmp_path / "kept.png", "--json"]
+    assert len(json.loads(run(*again))["kept"]) == 28
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
+        (["show"], "name one picture, or one video file"),
+        (["show", "--video", "/no/such/clip.mp4"], "no such video file"),
+        (["show", "picture.png", "--video", "clip.mp4"], "name one picture, or one video file"),
+        (["eval", "--video", "--capability", "ocr"], "unknown capabilities ['ocr']"),
         (["eval", "--keep", "0"], "--keep 0: use a share in (0, 1]"),
         (["eval", "--keep", "1.5"], "--keep 1.5:"),
         (["eval", "--keep=-3"], "--keep -3:"),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import families
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import vtprune
 from vtprune.evals import tiny
-from vtprune.show import Kept, draw, gallery, overlay, panels, record, tile_grid
+from vtprune.evals.video import Video
+from vtprune.show import Kept, contact_sheet, draw, film, gallery, overlay, panels, record, segments, tile_grid
 from vtprune.types import Span
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -104,3 +106,47 @@ def test_gallery_shows_every_method_beside_the_whole_image() -> None:
     sheet = gallery(model, processor, questions, ["divprune", "uniform"], 0.11, side=64)
     assert sheet.width >= 3 * 64
     assert sheet.height >= 2 * 64
+
+
+def _chained() -> Kept:
+    """Four time steps of 2 x 2 tokens: the second merged into the first, the fourth into the third, one place lost."""
+    into = torch.tensor([0, 1, 2, -1] * 2 + [8, 9, 10, -1] * 2)
+    return Kept(16, torch.tensor([0, 1, 2, 8, 9, 10]), (4, 2, 2), (), into)
+
+
+def test_a_video_is_a_panel_a_time_step_and_segments_are_what_no_merge_crosses() -> None:
+    kept = _chained()
+    assert [sum(p.kept) for p in film([kept])] == [3, 0, 3, 0]
+    assert [list(p.merged) for p in film([kept])][1] == [True, True, True, False]
+    assert segments(kept) == [2]
+    assert segments(Kept(16, kept.idx, (4, 2, 2), (), None)) == []
+    alone = torch.full((16,), -1)
+    alone[kept.idx] = kept.idx
+    assert segments(Kept(16, kept.idx, (4, 2, 2), (), alone)) == []  # nothing was merged over time
+
+
+def test_the_contact_sheet_tells_kept_merged_and_lost_apart() -> None:
+    frames = np.zeros((8, 40, 40, 3), np.uint8)
+    frames[..., 2] = 255  # blue
+    video = Video(frames, np.arange(8) / 4, np.arange(8), 8, 4.0)
+    sheet = contact_sheet(video, [_chained()], "chain", side=40, columns=4)
+    top = 22 + 5 + 22
+
+    def cell(step: int, place: int) -> tuple[int, int, int]:
+        return sheet.getpixel((10 + step * 50 + 10 + 20 * (place % 2), top + 10 + 20 * (place // 2)))
+
+    assert cell(0, 0) == BLUE
+    assert not _faded(cell(1, 0))
+    assert cell(1, 0) != BLUE
+    assert _faded(cell(1, 3))
+    bar = {t for t in range(1, 4) if sheet.getpixel((10 + t * 50 - 6, top)) == (31, 119, 180)}
+    assert bar == {2}
+
+
+def test_merged_tokens_are_followed_through_the_seam() -> None:
+    model, inputs = families.model("qwen2_5_vl"), families.inputs("qwen2_5_vl-video", rows=(1,))
+    (kept,) = record(model, inputs, vtprune.create("average_pool"), 0.25)
+    assert kept.into is not None
+    assert (kept.into >= 0).all()
+    assert torch.equal(kept.into[kept.idx], kept.idx)
+    assert set(kept.into.tolist()) == set(kept.idx.tolist())

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
@@ -33,6 +33,7 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")
 Batch = Annotated[int, typer.Option(min=1, help="Samples run together.")]
 Limit = Annotated[int, typer.Option(min=2, help="Questions of each capability.")]
 Out = Annotated[Path, typer.Option(help="Folder to write to.")]
+Clips = Annotated[bool, typer.Option("--video", help="Clips and the embedded model that watches them.")]
 
 
 def sentence(command: F) -> F:
@@ -46,7 +47,7 @@ def sentence(command: F) -> F:
             return command(*args, **kwargs)
         except ModuleNotFoundError as error:
             raise _exit(f"{error.name} is not installed: run pip install 'vtprune[evals]'") from error
-        except (VtpruneError, ValueError, TypeError, OSError) as error:
+        except (VtpruneError, ImportError, ValueError, TypeError, OSError) as error:
             raise _exit(" ".join(str(error).split())) from error
 
     return run  # type: ignore[return-value]
@@ -95,6 +96,7 @@ def methods(as_json: Json = False) -> None:
 def demo(
     keep: Keep = None,
     limit: Limit = 30,
+    video: Clips = False,
     out: Out = Path("out"),
     as_json: Json = False,
 ) -> None:
@@ -102,10 +104,10 @@ def demo(
     from vtprune.evals import demo as demonstration
 
     _quiet()
-    keeps = parse_keeps(keep, (0.5, 0.25, 0.11))
+    keeps = parse_keeps(keep, ())
     if not as_json:
-        typer.secho(demonstration.TOY, err=True)
-    report, files = demonstration.run(out, keeps, limit, progress=not as_json)
+        typer.secho(demonstration.toy(video), err=True)
+    report, files = demonstration.run(out, keeps, limit, progress=not as_json, video=video)
     _show(report, as_json)
     if not as_json:
         for path in files:
@@ -119,6 +121,7 @@ def evaluate(
     all_methods: Annotated[bool, typer.Option("--all", help="Every registered method.")] = False,
     keep: Keep = None,
     model: Model = None,
+    video: Clips = False,
     limit: Limit = 310,
     seeds: Annotated[int, typer.Option(min=1, help="Draws of a random method.")] = 3,
     capability: Annotated[
@@ -134,17 +137,20 @@ def evaluate(
 ) -> None:
     """Measure accuracy dense, blind and pruned, by kind of question, with the random and uniform controls."""
     import vtprune
-    from vtprune.evals import accuracy, tiny
+    from vtprune.evals import accuracy, tiny, tiny_video
 
     names = [cls.name for cls in vtprune.methods()] if all_methods else list(method or ["divprune"])
-    keeps = parse_keeps(keep, accuracy.KEEPS)
+    keeps = parse_keeps(keep, accuracy.VIDEO_KEEPS if video else accuracy.KEEPS)
     accuracy.plans(names, keeps, seeds)
-    questions = tiny.questions(per_capability=limit, capabilities=capability)
-    loaded, processor = _load(model, device, dtype)
-    title = "Accuracy of " + (model or "the embedded toy VLM") + f", {limit} questions a capability, percent"
+    asked: Any = tiny_video if video else tiny
+    questions = asked.questions(per_capability=limit, capabilities=capability)
+    loaded, processor = _load(model, device, dtype, video)
+    name = model or f"the embedded toy {'video ' if video else ''}VLM"
+    title = f"Accuracy of {name}, {limit} questions a capability, percent"
     report = accuracy.evaluate(
         loaded, processor, questions, names, keeps,
         seeds=seeds, batch=batch, new_tokens=new_tokens, title=title, progress=not as_json, workers=workers,
+        skip=video and all_methods,
     )  # fmt: skip
     if out is not None:
         report.save(out / "eval.json")
@@ -254,39 +260,55 @@ def _from_files(files: list[Path], plot: bool, table: bool, out: Path) -> None:
 @app.command()
 @sentence
 def show(
-    image: Annotated[Path, typer.Argument(help="A picture.")],
+    image: Annotated[Path | None, typer.Argument(help="A picture.", show_default=False)] = None,
+    video: Annotated[Path | None, typer.Option(help="A video file instead: a contact sheet.")] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Frames to take from it.")] = 16,
     method: Annotated[str, typer.Option(help="A name, or name:option=value,option=value.")] = "divprune",
     keep: Annotated[str, typer.Option(help="0.25 or 25% (share), 64 (tokens).")] = "0.25",
     model: Model = None,
     question: Annotated[
-        str, typer.Option(help="What is asked; methods that read the text depend on it.")
-    ] = "how many shapes are there ?",
+        str | None, typer.Option(help="What is asked (how many shapes); methods that read the text depend on it.")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("kept.png"),
     as_json: Json = False,
 ) -> None:
-    """Draw the kept visual tokens over an image; the dropped ones are dimmed."""
-    from PIL import Image
-
+    """Draw the kept visual tokens over an image or the frames of a video; the dropped ones are dimmed."""
     import vtprune
-    from vtprune.evals.accuracy import parse_method, render
-    from vtprune.show import overlay, record
+    from vtprune import show as drawing
+    from vtprune.evals.accuracy import parse_method, prepare
 
+    if (image is None) == (video is None):
+        raise ValueError("name one picture, or one video file with --video")
     name, options = parse_method(method)
     rule, budget = vtprune.create(name, **options), parse_keep(keep)
-    picture = Image.open(image).convert("RGB")
-    loaded, processor = _load(model, device, dtype)
-    inputs = processor(
-        text=[render(processor, question)], images=[[picture]], return_tensors="pt", add_special_tokens=False
-    ).to(loaded.device, dtype=loaded.dtype)
-    unit = record(loaded, dict(inputs), rule, budget)[0]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    overlay(picture, unit, f"{method} at {keep}").save(out)
-    if as_json:
-        typer.echo(json.dumps({"file": str(out), "visual_tokens": unit.n, "kept": unit.idx.tolist()}))
+    subject: Any
+    if video is not None:
+        from vtprune.evals.video import read
+
+        subject = read(video, frames)
     else:
-        typer.echo(f"{method} kept {len(unit.idx)} of {unit.n} visual tokens; wrote {out}")
+        from PIL import Image
+
+        subject = Image.open(cast(Path, image)).convert("RGB")
+    loaded, processor = _load(model, device, dtype, video is not None)
+    question = question or f"how many shapes {'are there' if video is None else 'appear'} ?"
+    units = drawing.record(loaded, prepare(loaded, processor, [question], [subject]), rule, budget)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    title = f"{method} at {keep}"
+    if video is None:
+        units = units[:1]
+        drawing.overlay(subject, units[0], title).save(out)
+    else:
+        drawing.contact_sheet(subject, units, title).save(out)
+    kept, total = sum(len(unit.idx) for unit in units), sum(unit.n for unit in units)
+    if as_json:
+        starts = [sum(unit.n for unit in units[:i]) for i in range(len(units))]
+        tokens = [start + i for start, unit in zip(starts, units) for i in unit.idx.tolist()]
+        typer.echo(json.dumps({"file": str(out), "visual_tokens": total, "kept": tokens}))
+    else:
+        typer.echo(f"{method} kept {kept} of {total} visual tokens; wrote {out}")
 
 
 @app.command("train-tiny")
@@ -296,13 +318,15 @@ def train_tiny(
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
     scale: Annotated[float, typer.Option(help="Length of every training phase; 1 is the published schedule.")] = 1.0,
     restart: Annotated[bool, typer.Option("--restart", help="Do not go on from what lies in the folder.")] = False,
+    video: Annotated[bool, typer.Option("--video", help="The model that watches clips.")] = False,
 ) -> None:
     """Train the embedded model from nothing: one script, one schedule, resumable."""
-    from vtprune.evals.tiny import train
+    from vtprune.evals.tiny.train import train as train_image
+    from vtprune.evals.tiny_video.train import train as train_video
 
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale={scale} trains nothing: use a number above 0; 1 is the published schedule")
-    train.train(out, resume=not restart, seed=seed, scale=scale, progress=True)
+    (train_video if video else train_image)(out, resume=not restart, seed=seed, scale=scale, progress=True)
     typer.echo(f"wrote {out}")
 
 
@@ -350,15 +374,15 @@ def _dtype(name: str | None, device: str) -> Any:
     return known[name]
 
 
-def _load(name: str | None, device: str | None, dtype: str | None) -> tuple[Any, Any]:
+def _load(name: str | None, device: str | None, dtype: str | None, video: bool = False) -> tuple[Any, Any]:
     """(model, processor); the embedded one runs in float32 on the CPU unless told otherwise."""
     _quiet()
     where = _device(device or (None if name else "cpu"))
     kind = _dtype(dtype, where)
     if name is None:
-        from vtprune.evals import tiny
+        from vtprune.evals import tiny, tiny_video
 
-        return tiny.load(where, kind)
+        return tiny_video.load(where, kind) if video else tiny.load(where, kind)
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 

@@ -12,14 +12,17 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import vtprune
-from vtprune.evals.accuracy import mark, render, words_of
+from vtprune.evals.accuracy import mark, prepare, words_of
 from vtprune.types import Method, Span
 
 if TYPE_CHECKING:
-    from vtprune.frame import Last
+    from vtprune.evals.video import Video
+    from vtprune.frame import Last, UnitResult
 
 _DIM = 0.78  # how far a dropped cell fades towards white
+_HALF = 0.45  # and a merged one
 _MARK = (214, 39, 40)
+_MERGED = (31, 119, 180)
 _GOOD = (0, 128, 60)
 _INK = (40, 40, 40)
 _GAP = 10
@@ -28,23 +31,32 @@ _TITLE = 22
 
 @dataclass(frozen=True)
 class Panel:
-    """One drawing of the whole image: `rows` x `cols` cells of which `kept` (row-major) stay; `tiles` crops apart."""
+    """One drawing of the whole image: `rows` x `cols` cells of which `kept` (row-major) stay; `tiles` crops apart.
+
+    merged: cells that are gone but live on in a kept one; () if there are none.
+    """
 
     title: str
     rows: int
     cols: int
     kept: list[bool]
     tiles: tuple[int, int] = (1, 1)
+    merged: Sequence[bool] = ()
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What stayed of one unit's n tokens: idx [K] int64 among them, and the rasters they form."""
+    """What stayed of one unit's n tokens: idx [K] int64 among them, and the rasters they form.
+
+    into: [n] int64, the kept token that took in most of each token (itself if it was kept), -1 for one that is lost;
+    None where nothing is known of merging.
+    """
 
     n: int
     idx: torch.Tensor
     grid: tuple[int, int, int] | None
     spans: tuple[Span, ...]
+    into: torch.Tensor | None = None
 
 
 def record(model: Any, inputs: Any, method: Method, keep: float | int) -> list[Kept]:
@@ -62,12 +74,35 @@ def kept_units(last: Last | None) -> list[Kept]:
     for unit in last.units:
         by_stage.setdefault(unit.where, []).append(unit)
     first, *later = by_stage.values()
-    kept = [Kept(u.n, u.idx.cpu(), u.grid, u.spans) for u in first]
+    kept = [Kept(u.n, u.idx.cpu(), u.grid, u.spans, _into(u)) for u in first]
     for stage in later:
         if [u.n for u in stage] != [len(k.idx) for k in kept]:
             raise ValueError("the stages see different units (per=...), so their picture is not one picture")
-        kept = [dataclasses.replace(k, idx=k.idx[u.idx.cpu()]) for k, u in zip(kept, stage)]
+        kept = [_then(k, u) for k, u in zip(kept, stage)]
     return kept
+
+
+def _into(u: UnitResult) -> torch.Tensor:
+    """`Kept.into` of one stage, [n] among the tokens that it saw."""
+    idx, a = u.idx.cpu(), u.assignment
+    into = torch.full((u.n,), -1)
+    if a.src is not None and a.dst is not None and a.w is not None and len(a.idx) == len(idx):
+        rising = a.w.cpu().argsort(stable=True)  # the heaviest share of a token is written last
+        into[a.src.cpu()[rising]] = idx[a.dst.cpu()[rising]]
+    into[idx] = idx
+    return into
+
+
+def _then(k: Kept, u: UnitResult) -> Kept:
+    """What stays when a later stage sees what an earlier one left."""
+    idx, step = k.idx, _into(u)
+    further = torch.where(step >= 0, idx[step], -1)  # [K]: of every token that had stayed
+    into = None
+    if k.into is not None:
+        place = torch.full((k.n,), -1)
+        place[idx] = torch.arange(len(idx))
+        into = torch.where(k.into >= 0, further[place[k.into]], -1)
+    return dataclasses.replace(k, idx=idx[u.idx.cpu()], into=into)
 
 
 def panels(unit: Kept, aspect: float) -> list[Panel]:
@@ -77,23 +112,87 @@ def panels(unit: Kept, aspect: float) -> list[Panel]:
     thumbnail, which comes last, beside them. Rasters of unequal size (any-resolution base view and mosaic) each
     show the whole image.
     """
-    kept = torch.zeros(unit.n, dtype=torch.bool)
-    kept[unit.idx] = True
-    if unit.grid is not None:
-        spans: tuple[Span, ...] = (Span(0, unit.grid),)
-    elif unit.spans:
-        spans = unit.spans
-    else:
-        side = math.isqrt(unit.n)
-        if side * side != unit.n:
-            raise ValueError(
-                f"the {unit.n} visual tokens of this image form no known grid, so they cannot be drawn on it"
-            )
-        spans = (Span(0, (1, side, side)),)
+    kept, spans = _flags(unit), _spans(unit)
     same = len({(s.grid, s.newline) for s in spans}) == 1
     if len(spans) > 2 and same and not spans[0].newline and spans[0].grid[0] == 1:
         return [_tiled(spans[:-1], kept, aspect), _raster(spans[-1], kept, "thumbnail")]
     return [_raster(s, kept, "") for s in spans]
+
+
+def _flags(unit: Kept) -> torch.Tensor:
+    """[n] bool: kept."""
+    kept = torch.zeros(unit.n, dtype=torch.bool)
+    kept[unit.idx] = True
+    return kept
+
+
+def _spans(unit: Kept) -> tuple[Span, ...]:
+    if unit.grid is not None:
+        return (Span(0, unit.grid),)
+    if unit.spans:
+        return unit.spans
+    side = math.isqrt(unit.n)
+    if side * side != unit.n:
+        raise ValueError(f"the {unit.n} visual tokens of this image form no known grid, so they cannot be drawn on it")
+    return (Span(0, (1, side, side)),)
+
+
+def film(units: Sequence[Kept]) -> list[Panel]:
+    """A panel for every time step of a video's tokens, in order; `units` are its parts (all of it, or frames)."""
+    found: list[Panel] = []
+    for unit in units:
+        kept = _flags(unit)
+        merged = torch.zeros_like(kept) if unit.into is None else (unit.into >= 0) & ~kept
+        for span in _spans(unit):
+            _, h, w = span.grid
+            for stays, goes in zip(_cells(span, kept).flatten(1), _cells(span, merged).flatten(1)):
+                found.append(Panel("", h, w, stays.tolist(), merged=goes.tolist()))
+    return found
+
+
+def segments(unit: Kept) -> list[int]:
+    """Time steps at which a new segment begins: no token was merged across. [] if none was merged over time."""
+    if unit.into is None:
+        return []
+    steps = [(span.start + i * (len(span) // span.grid[0]), span) for span in _spans(unit) for i in range(span.grid[0])]
+    step = torch.searchsorted(torch.tensor([start for start, _ in steps]), torch.arange(unit.n), right=True) - 1
+    gone = unit.into >= 0
+    first, last = torch.minimum(step[gone], step[unit.into[gone]]), torch.maximum(step[gone], step[unit.into[gone]])
+    crossed = {t for a, b in zip(first.tolist(), last.tolist()) for t in range(a + 1, b + 1)}
+    return [t for t in range(1, len(steps)) if t not in crossed] if crossed else []
+
+
+def contact_sheet(video: Video, units: Sequence[Kept], title: str, side: int = 168, columns: int = 8) -> Image.Image:
+    """Every time step of a video's tokens over the frame in its middle: kept bright, merged half faded, lost faded.
+
+    A thick bar before a frame: a new segment, where no token was merged from one side to the other.
+    """
+    parts = film(units)
+    starts = segments(units[0]) if len(units) == 1 else []
+    kept, n = (sum(len(u.idx) if left else u.n for u in units) for left in (True, False))
+    frames = [video.frames[(2 * i + 1) * len(video.frames) // (2 * len(parts))] for i in range(len(parts))]
+    times = [video.times[i * len(video.frames) // len(parts)] for i in range(len(parts))]
+    drawn = [draw(Image.fromarray(frame), part, side) for frame, part in zip(frames, parts)]
+    width, height = drawn[0].size
+    columns = min(columns, len(drawn))
+    lines = -(-len(drawn) // columns)
+    merged = sum(sum(part.merged) for part in parts)
+    more = f", {merged} merged into them" if merged else ""
+    more += f"; {len(starts) + 1} segments" if starts else ""
+    text, font = f"{title}: {kept} of {n} visual tokens{more}", ImageFont.load_default(15)
+    step = height + _TITLE + _GAP
+    size = (max(_GAP + columns * (width + _GAP), math.ceil(font.getlength(text)) + 2 * _GAP), _TITLE + lines * step)
+    sheet = Image.new("RGB", (size[0], size[1] + _GAP), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((_GAP, _GAP // 2), text, fill=_INK, font=font)
+    for i, picture in enumerate(drawn):
+        x, y = _GAP + i % columns * (width + _GAP), _TITLE + _GAP // 2 + i // columns * step
+        pen.text((x, y), f"{times[i]:.2f} s", fill=_INK, font=font)
+        sheet.paste(picture, (x, y + _TITLE))
+        if i in starts:
+            middle = x - _GAP // 2 - 1
+            pen.line((middle, y, middle, y + _TITLE + height), fill=_MERGED, width=4)
+    return sheet
 
 
 def _cells(span: Span, kept: torch.Tensor) -> torch.Tensor:
@@ -132,11 +231,14 @@ def draw(image: Image.Image, panel: Panel, side: int = 336) -> Image.Image:
     bright = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
     out = Image.blend(bright, Image.new("RGB", size, "white"), _DIM)
     pen = ImageDraw.Draw(out)
-    for i, kept in enumerate(panel.kept):
-        if kept:
+    half = Image.blend(bright, Image.new("RGB", size, "white"), _HALF) if any(panel.merged) else bright
+    states = zip(panel.kept, panel.merged or [False] * len(panel.kept))
+    for i, (kept, merged) in enumerate(states):
+        if kept or merged:
             box = _box(size, panel.rows, panel.cols, *divmod(i, panel.cols))
-            out.paste(bright.crop(box), box)
-            pen.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=_MARK)
+            out.paste((bright if kept else half).crop(box), box)
+            if kept:
+                pen.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=_MARK)
     tile_rows, tile_cols = panel.tiles
     for r in range(1, tile_rows):
         pen.line((0, size[1] * r // tile_rows, size[0], size[1] * r // tile_rows), fill=_INK, width=2)
@@ -199,27 +301,47 @@ def gallery(
     return sheet
 
 
+def film_gallery(
+    model: Any, processor: Any, questions: Sequence[Any], methods: Sequence[str], keep: float | int
+) -> Image.Image:
+    """One clip, asked one question: a contact sheet for each method with the model's answer in its title."""
+    question = questions[0]
+    inputs = prepare(model, processor, [question.prompt], [question.seen])
+    sheets = []
+    for name in methods:
+        with vtprune.patch(model, name, keep=keep) as handle:
+            said = _said(model, processor, inputs)
+            units = kept_units(handle.last)
+        sheets.append(contact_sheet(question.seen, units, f"{name} says {said}", side=96))
+    head = f"{words_of(question.prompt)}  ({question.answer}; all tokens: {_said(model, processor, inputs)})"
+    size = (max(s.width for s in sheets), _TITLE + _GAP + sum(s.height for s in sheets))
+    out = Image.new("RGB", size, "white")
+    ImageDraw.Draw(out).text((_GAP, _GAP // 2), head, fill=_INK, font=ImageFont.load_default(15))
+    y = _TITLE + _GAP
+    for sheet in sheets:
+        out.paste(sheet, (0, y))
+        y += sheet.height
+    return out
+
+
+def _said(model: Any, processor: Any, inputs: Any) -> str:
+    with torch.inference_mode():
+        ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
 def _answered(
     model: Any, processor: Any, question: Any, name: str | None, keep: float | int, side: int
 ) -> tuple[Image.Image, str]:
     """The picture of what a method (None: dense) leaves, and what the model then answers."""
-    inputs = processor(
-        text=[render(processor, question.prompt)],
-        images=[[question.image]],
-        return_tensors="pt",
-        add_special_tokens=False,
-    ).to(model.device, dtype=model.dtype)
+    inputs = prepare(model, processor, [question.prompt], [question.seen])
     picture = question.image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
-    with torch.inference_mode():
-        if name is None:
-            ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-        else:
-            with vtprune.patch(model, name, keep=keep) as handle:
-                ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-            unit = kept_units(handle.last)[0]
-            picture = draw(question.image, panels(unit, question.image.width / question.image.height)[0], side)
-    said = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return picture, said.strip()
+    if name is None:
+        return picture, _said(model, processor, inputs)
+    with vtprune.patch(model, name, keep=keep) as handle:
+        said = _said(model, processor, inputs)
+    unit = kept_units(handle.last)[0]
+    return draw(question.image, panels(unit, question.image.width / question.image.height)[0], side), said
 
 
 def _spread(questions: Sequence[Any], count: int) -> list[Any]:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,18 @@ _SHARES: dict[str, dict[str, int]] = {
     "exist": {"exist COLOR": 1, "exist SHAPE": 1, "exist COLOR SHAPE": 2},
     "ocr": {"ocr": 1},
 }
-_MAX_SCENES = 50_000
+Seen = TypeVar("Seen", bound="Visible")
+
+
+class Visible(Protocol):
+    """A question whose picture or clip can be taken away."""
+
+    @property
+    def capability(self) -> str: ...
+    @property
+    def source(self) -> int: ...
+    def blank(self) -> Any: ...
+    def about(self, other: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,28 @@ class Question:
     answer: str
     capability: str
     template: str
+
+    @property
+    def seen(self) -> Image.Image:
+        """What the question is about."""
+        return self.image
+
+    @property
+    def source(self) -> int:
+        """Number of the picture: questions that share it share the picture."""
+        return self.image_id
+
+    def blank(self) -> Question:
+        """The same question about a picture of the mean colour, which is zero once normalised."""
+        from PIL import Image
+
+        from vtprune.evals.tiny.model import MEAN_RGB
+
+        return replace(self, image=Image.new("RGB", (64, 64), MEAN_RGB), image_id=-1)
+
+    def about(self, other: Question) -> Question:
+        """The same question about the picture of another one."""
+        return replace(self, image=other.image, image_id=other.image_id)
 
 
 def load(
@@ -107,19 +140,14 @@ def questions(
     return [q for c in CAPABILITIES if c in wanted for q in found[c]]
 
 
-def blind(questions: Sequence[Question], mode: str = "zero", seed: int = 0) -> list[Question]:
-    """The same questions without their picture, for the score a guesser gets.
+def blind(questions: Sequence[Seen], mode: str = "zero", seed: int = 0) -> list[Seen]:
+    """The same questions without their picture (or clip), for the score a guesser gets.
 
     `mode="zero"`: the mean colour, which is zero once normalised. `mode="shuffle"`: the picture of another question
     of the same capability, never the question's own picture.
     """
-    from PIL import Image
-
-    from vtprune.evals.tiny.model import MEAN_RGB
-
     if mode == "zero":
-        gray = Image.new("RGB", (64, 64), MEAN_RGB)
-        return [replace(q, image=gray, image_id=-1) for q in questions]
+        return [q.blank() for q in questions]
     if mode != "shuffle":
         raise ValueError(f"mode={mode!r} must be 'zero' or 'shuffle'")
     out = list(questions)
@@ -127,17 +155,16 @@ def blind(questions: Sequence[Question], mode: str = "zero", seed: int = 0) -> l
     for i, question in enumerate(questions):
         groups[question.capability].append(i)
     for capability, members in groups.items():
-        images = sorted({questions[i].image_id for i in members})
-        random.Random(f"{seed}/{capability}").shuffle(images)
-        ranks = {image: rank for rank, image in enumerate(images)}
-        members.sort(key=lambda i: ranks[questions[i].image_id])
+        sources = sorted({questions[i].source for i in members})
+        random.Random(f"{seed}/{capability}").shuffle(sources)
+        ranks = {source: rank for rank, source in enumerate(sources)}
+        members.sort(key=lambda i: ranks[questions[i].source])
         # Members of one picture are neighbours now, so a rotation by the longest run gives each another picture.
-        shift = max(Counter(questions[i].image_id for i in members).values())
+        shift = max(Counter(questions[i].source for i in members).values())
         if 2 * shift > len(members):
             raise ValueError(f"too few pictures among the {capability} questions to shuffle them")
         for place, i in enumerate(members):
-            donor = questions[members[(place + shift) % len(members)]]
-            out[i] = replace(out[i], image=donor.image, image_id=donor.image_id)
+            out[i] = out[i].about(questions[members[(place + shift) % len(members)]])
     return out
 
 
@@ -145,43 +172,23 @@ def _full_prompt(words: str) -> str:
     return f"<s> <image> {words} answer:"
 
 
-def _quotas(shares: dict[str, int], total: int) -> dict[str, int]:
-    """Split `total` over templates by share; what rounding leaves goes to the first ones."""
-    whole = sum(shares.values())
-    quota = {name: total * share // whole for name, share in shares.items()}
-    for name in list(shares)[: total - sum(quota.values())]:
-        quota[name] += 1
-    return quota
-
-
 def _drawn(count: int, seed: int, capabilities: Sequence[str]) -> dict[str, list[Question]]:
     """Questions about synthetic scenes: at most one per scene and capability."""
     from PIL import Image
 
-    from vtprune.evals.tiny.asks import ASKERS, Balance
+    from vtprune.evals.tiny.asks import ASKERS
+    from vtprune.evals.tiny.drawing import draw
     from vtprune.evals.tiny.scenes import heldout_rng, make_scene
 
     rng = heldout_rng(seed)
     found: dict[str, list[Question]] = {c: [] for c in capabilities}
-    quotas = {c: _quotas(_SHARES[c], count) for c in capabilities}
     # Two-digit numbers have 90 answers: insisting on one round after another would need thousands of scenes.
-    balances = {c: Balance(4 if c == "ocr" else 1) for c in capabilities}
-    for image_id in range(_MAX_SCENES):
-        open_ones = [c for c in capabilities if len(found[c]) < count]
-        if not open_ones:
-            return found
-        scene = make_scene(rng)
+    askers, slack = {c: ASKERS[c] for c in capabilities}, {"ocr": 4}
+    for number, scene, ask in draw(make_scene, rng, askers, _SHARES, count, slack):
         image = Image.fromarray(scene.pixels)
-        for capability in open_ones:
-            candidates = list(ASKERS[capability](scene, rng))
-            rng.shuffle(candidates)
-            for ask in candidates:
-                if quotas[capability][ask.template] and balances[capability].admit(ask):
-                    quotas[capability][ask.template] -= 1
-                    prompt = _full_prompt(ask.text)
-                    found[capability].append(Question(image, image_id, prompt, ask.answer, capability, ask.template))
-                    break
-    raise RuntimeError(f"{_MAX_SCENES} scenes did not fill {count} balanced questions of {open_ones}")
+        prompt = _full_prompt(ask.text)
+        found[ask.capability].append(Question(image, number, prompt, ask.answer, ask.capability, ask.template))
+    return found
 
 
 @cache

@@ -29,19 +29,26 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2).contiguous()
 
 
-def _rows(q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
+def _rows(q: Tensor, k: Tensor, biases: tuple[Tensor, ...]) -> list[tuple[slice, slice]]:
     """(query rows, key columns): all at once, or the prefix among itself and the questions over all."""
     queries, keys = q.shape[1], k.shape[1]
-    if keys == PREFIX or queries < keys:
+    if len(biases) < 2:
         return [(slice(0, queries), slice(0, keys))]
-    return [(slice(0, PREFIX), slice(0, PREFIX)), (slice(PREFIX, queries), slice(0, keys))]
+    prefix = len(biases[0])
+    return [(slice(0, prefix), slice(0, prefix)), (slice(prefix, queries), slice(0, keys))]
 
 
-class _Attention(torch.autograd.Function):
+def _parts(keys: int, batch: int) -> list[slice]:
+    """Runs of images whose attention scores fit the cache together."""
+    size = max(CHUNK, CHUNK * PREFIX // keys)
+    return [slice(start, start + size) for start in range(0, batch, size)]
+
+
+class Attention(torch.autograd.Function):
     """Multi-head attention of q [B, N, H * D] over k, v [B, L, H * D].
 
-    `biases` are added to the scores: none (tower), (causal [257, 257], questions [B, L - 257, L]) or, where
-    N = L - 257, the latter alone. `rope`: cos and sin [B, L, D]; the queries are the last N positions.
+    `biases` are added to the scores: none (tower), (causal [P, P], questions [B, L - P, L]) or, where
+    N = L - P, the latter alone. `rope`: cos and sin [B, L, D]; the queries are the last N positions.
     """
 
     @staticmethod
@@ -57,8 +64,7 @@ class _Attention(torch.autograd.Function):
         out = torch.empty_like(q)
         probs: list[Tensor] = []
         scale = (q.shape[-1] // heads) ** -0.5
-        for start in range(0, q.shape[0], CHUNK):
-            part = slice(start, start + CHUNK)
+        for part in _parts(k.shape[1], len(q)):
             qh, kh, vh = (_heads(t[part], heads) for t in (q, k, v))
             if rope is not None:
                 cos, sin = rope[0][part, None], rope[1][part, None]
@@ -67,7 +73,7 @@ class _Attention(torch.autograd.Function):
                     _rotate(kh, cos, sin),
                 )
             qh = qh * scale
-            for i, (rows, columns) in enumerate(_rows(q, k)):
+            for i, (rows, columns) in enumerate(_rows(q, k, biases)):
                 scores = qh[:, :, rows] @ kh[:, :, columns].transpose(-1, -2)
                 if biases:
                     scores += biases[i] if biases[i].dim() == 2 else biases[i][part, None]
@@ -75,17 +81,16 @@ class _Attention(torch.autograd.Function):
                 out[part, rows] = (p @ vh[:, :, columns]).transpose(1, 2).flatten(2)
                 probs.append(p)
         ctx.save_for_backward(q, k, v, out, *probs)
-        ctx.heads, ctx.rope, ctx.scale = heads, rope, scale
+        ctx.heads, ctx.rope, ctx.scale, ctx.biases = heads, rope, scale, biases
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         q, k, v, out, *probs = ctx.saved_tensors
-        heads, rope, scale = ctx.heads, ctx.rope, ctx.scale
+        heads, rope, scale, biases = ctx.heads, ctx.rope, ctx.scale, ctx.biases
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         used = iter(probs)
-        for start in range(0, q.shape[0], CHUNK):
-            part = slice(start, start + CHUNK)
+        for part in _parts(k.shape[1], len(q)):
             qh, kh, vh, gh = (_heads(t[part], heads) for t in (q, k, v, grad))
             inner = (gh * _heads(out[part], heads)).sum(-1, keepdim=True)
             if rope is not None:
@@ -95,7 +100,7 @@ class _Attention(torch.autograd.Function):
                     _rotate(kh, cos, sin),
                 )
             dqh, dkh, dvh = torch.empty_like(qh), torch.zeros_like(kh), torch.zeros_like(vh)
-            for rows, columns in _rows(q, k):
+            for rows, columns in _rows(q, k, biases):
                 p, g = next(used), gh[:, :, rows]
                 dvh[:, :, columns] += p.transpose(-1, -2) @ g
                 ds = g @ vh[:, :, columns].transpose(-1, -2)
@@ -112,7 +117,7 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, None, None, None
 
 
-def _linear(x: Tensor, layer: Any) -> Tensor:
+def linear(x: Tensor, layer: Any) -> Tensor:
     return F.linear(x, layer.weight, layer.bias)
 
 
@@ -140,7 +145,7 @@ class _RMSNorm(torch.autograd.Function):
         return (g - normed * mean).mul_(inv), dweight, None
 
 
-def _rms_norm(x: Tensor, layer: Any) -> Tensor:
+def rms_norm(x: Tensor, layer: Any) -> Tensor:
     return _RMSNorm.apply(x, layer.weight, layer.variance_epsilon)
 
 
@@ -162,20 +167,20 @@ def tower_features(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         attention = layer.self_attn
         h = _layer_norm(x, layer.layer_norm1)
         q, k, v = (
-            _linear(h[:, rows], attention.q_proj),
-            _linear(h, attention.k_proj),
-            _linear(h, attention.v_proj),
+            linear(h[:, rows], attention.q_proj),
+            linear(h, attention.k_proj),
+            linear(h, attention.v_proj),
         )
-        x = x[:, rows] + _linear(_Attention.apply(q, k, v, heads, (), None), attention.out_proj)
-        h = _linear(_layer_norm(x, layer.layer_norm2), layer.mlp.fc1)
-        x = x + _linear(F.silu(1.702 * h) * (1 / 1.702), layer.mlp.fc2)  # quick_gelu
+        x = x[:, rows] + linear(Attention.apply(q, k, v, heads, (), None), attention.out_proj)
+        h = linear(_layer_norm(x, layer.layer_norm2), layer.mlp.fc1)
+        x = x + linear(F.silu(1.702 * h) * (1 / 1.702), layer.mlp.fc2)  # quick_gelu
     return features[:, 1:], _layer_norm(x[:, 0], vit.post_layernorm)
 
 
 def project(model: Any, features: Tensor) -> Tensor:
     """Patch features [B, 256, d] -> visual tokens [B, 256, d]."""
     projector = model.model.multi_modal_projector
-    return _linear(F.gelu(_linear(features, projector.linear_1)), projector.linear_2)
+    return linear(F.gelu(linear(features, projector.linear_1)), projector.linear_2)
 
 
 def question_hidden(model: Any, visual: Tensor, ids: Tensor, segments: Tensor, positions: Tensor) -> Tensor:
@@ -185,29 +190,38 @@ def question_hidden(model: Any, visual: Tensor, ids: Tensor, segments: Tensor, p
     question a token belongs to (padding: -1) and its rotary position.
     """
     lm = model.model.language_model
-    table = lm.embed_tokens.weight
+    batch = len(ids)
+    prefix = torch.cat([lm.embed_tokens.weight[BOS].expand(batch, 1, -1), visual], 1)
+    all_positions = torch.cat([torch.arange(PREFIX).expand(batch, -1), positions], 1)
+    return prefixed_hidden(lm, prefix, ids, segments, all_positions)
+
+
+def prefixed_hidden(lm: Any, prefix: Tensor, ids: Tensor, segments: Tensor, positions: Tensor) -> Tensor:
+    """Final hidden states [B, Q, d] of questions behind the embedded `prefix` [B, P, d].
+
+    `ids` and `segments` [B, Q] as in `question_hidden`; `positions` [..., B, P + Q] as the model's rotary takes them.
+    """
     batch, count = ids.shape
-    start = table[BOS].expand(batch, 1, -1)
-    x = torch.cat([start, visual, F.embedding(ids, table)], 1)
+    width = prefix.shape[1]
+    x = torch.cat([prefix, F.embedding(ids, lm.embed_tokens.weight)], 1)
     order = torch.arange(count)
     seen = (segments[:, :, None] == segments[:, None]) & (order[:, None] >= order)
     low = -1e4
-    bias = torch.cat([torch.zeros(batch, count, PREFIX), torch.where(seen, 0.0, low)], -1).to(x.dtype)
-    causal = torch.full((PREFIX, PREFIX), low).triu(1).to(x.dtype)
-    all_positions = torch.cat([torch.arange(PREFIX).expand(batch, -1), positions], 1)
-    cos, sin = lm.rotary_emb(x, all_positions)
+    bias = torch.cat([torch.zeros(batch, count, width), torch.where(seen, 0.0, low)], -1).to(x.dtype)
+    causal = torch.full((width, width), low).triu(1).to(x.dtype)
+    cos, sin = lm.rotary_emb(x, positions)
     heads = lm.config.num_attention_heads
     for i, layer in enumerate(lm.layers):
         attention, mlp = layer.self_attn, layer.mlp
         last = i == len(lm.layers) - 1  # nobody reads the image positions after the last layer
-        rows, biases = (slice(PREFIX, None), (bias,)) if last else (slice(None), (causal, bias))
-        h = _rms_norm(x, layer.input_layernorm)
+        rows, biases = (slice(width, None), (bias,)) if last else (slice(None), (causal, bias))
+        h = rms_norm(x, layer.input_layernorm)
         q, k, v = (
-            _linear(h[:, rows], attention.q_proj),
-            _linear(h, attention.k_proj),
-            _linear(h, attention.v_proj),
+            linear(h[:, rows], attention.q_proj),
+            linear(h, attention.k_proj),
+            linear(h, attention.v_proj),
         )
-        x = x[:, rows] + _linear(_Attention.apply(q, k, v, heads, biases, (cos, sin)), attention.o_proj)
-        h = _rms_norm(x, layer.post_attention_layernorm)
-        x = x + _linear(F.silu(_linear(h, mlp.gate_proj)) * _linear(h, mlp.up_proj), mlp.down_proj)
-    return _rms_norm(x, lm.norm)
+        x = x[:, rows] + linear(Attention.apply(q, k, v, heads, biases, (cos, sin)), attention.o_proj)
+        h = rms_norm(x, layer.post_attention_layernorm)
+        x = x + linear(F.silu(linear(h, mlp.gate_proj)) * linear(h, mlp.up_proj), mlp.down_proj)
+    return rms_norm(x, lm.norm)

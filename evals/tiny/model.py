@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,31 +31,42 @@ SPECIALS = ("<pad>", "<unk>", "<s>", "</s>", "<image>", "answer:")
 PAD, UNK, BOS, EOS, IMAGE, ANSWER = range(len(SPECIALS))
 _GRAMMAR = """what color is the shape ? how many shapes are there where on left or right at top bottom of above
 below a number written describe column row which in first second digit yes no none does image contain not present"""
-WORDS = sorted({*_GRAMMAR.split(), *"0123456789", *SHAPES, *COLOR_NAMES, *(f"{s}s" for s in SHAPES)})
-VOCABULARY = {word: i for i, word in enumerate((*SPECIALS, *WORDS))}
+WORDS = {*_GRAMMAR.split(), *"0123456789", *SHAPES, *COLOR_NAMES, *(f"{s}s" for s in SHAPES)}
+
+
+def vocabulary(specials: Iterable[str], words: Iterable[str]) -> dict[str, int]:
+    """Token ids: the special ones first, then the words in order of the alphabet."""
+    return {word: i for i, word in enumerate((*specials, *sorted(set(words))))}
+
+
+VOCABULARY = vocabulary(SPECIALS, WORDS)
 POSITIONS = 4096  # rotary positions the config admits; training sees about 300
 
 
-def encode(text: str) -> list[int]:
+def encode(text: str, ids: dict[str, int] = VOCABULARY) -> list[int]:
     """Token ids of space-separated words, without the tokenizer's overhead; an unknown word is a KeyError."""
-    return [VOCABULARY[word] for word in text.split()]
+    return [ids[word] for word in text.split()]
 
 
-def build_processor() -> LlavaProcessor:
-    """The stock processor: one `<image>` becomes 256 placeholders, batches are padded on the left."""
-    words = Tokenizer(WordLevel(VOCABULARY, unk_token="<unk>"))
+def build_tokenizer(ids: dict[str, int], visual: dict[str, str], longest: int) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of `ids`; `visual` names its placeholders (attribute -> token); pads on the left."""
+    words = Tokenizer(WordLevel(ids, unk_token="<unk>"))
     words.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=words,
         pad_token="<pad>",
         unk_token="<unk>",
         bos_token="<s>",
         eos_token="</s>",
-        extra_special_tokens={"image_token": "<image>"},
+        extra_special_tokens=visual,
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        model_max_length=POSITIONS,
+        model_max_length=longest,
     )
+
+
+def build_processor() -> LlavaProcessor:
+    """The stock processor: one `<image>` becomes 256 placeholders, batches are padded on the left."""
     images = CLIPImageProcessor(
         size={"height": SIDE, "width": SIDE},
         do_center_crop=False,
@@ -64,7 +76,7 @@ def build_processor() -> LlavaProcessor:
     )
     return LlavaProcessor(
         image_processor=images,
-        tokenizer=tokenizer,
+        tokenizer=build_tokenizer(VOCABULARY, {"image_token": "<image>"}, POSITIONS),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,

@@ -37,7 +37,7 @@ class Optimiser:
         self.names = [name for name, _ in named]
         self.params = [p for _, p in named]
         self.slow = [slow in name for name in self.names]
-        self.matrix = [p.dim() == 2 and ".layers." in name for name, p in named]
+        self.matrix = [p.dim() == 2 and (".layers." in name or ".blocks." in name) for name, p in named]
         self.decay = decay
         self.masters = [p.detach().float().clone() for p in self.params]
         self.average = [m.clone() for m in self.masters]

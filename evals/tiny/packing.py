@@ -10,12 +10,12 @@ from torch import Tensor
 
 from vtprune.evals.tiny import fast
 from vtprune.evals.tiny.asks import Ask
-from vtprune.evals.tiny.model import EOS, MEAN_RGB, PAD, STD, encode
+from vtprune.evals.tiny.model import EOS, MEAN_RGB, PAD, STD, VOCABULARY, encode
 
 
 @dataclass
 class Batch:
-    """Pixels [B, 3, 64, 64]; packed questions [B, Q]; labels [B, Q] are the next token or -100."""
+    """Pixels, of pictures [B, 3, 64, 64]; packed questions [B, Q]; labels [B, Q] are the next token or -100."""
 
     pixels: Tensor
     ids: Tensor
@@ -34,26 +34,37 @@ def normalise(pixels: list[np.ndarray]) -> Tensor:
 
 
 def pack(pixels: list[np.ndarray], asks: list[list[Ask]], topics: dict[str, int], weighted: bool) -> Batch:
-    """Lay all questions of each image side by side; see `fast.question_hidden` for what makes that exact."""
+    """The questions of each picture side by side, behind `<s>` and its 256 visual tokens."""
+    return lay(normalise(pixels), asks, VOCABULARY, fast.PREFIX, topics, weighted)
+
+
+def lay(
+    pixels: Tensor, asks: list[list[Ask]], ids: dict[str, int], start: int, topics: dict[str, int], weighted: bool
+) -> Batch:
+    """Lay all questions of each image side by side; see `fast.question_hidden` for what makes that exact.
+
+    `ids` is the vocabulary, in which padding and the end token are those of the tiny LLaVA; every question begins at
+    rotary position `start`; `topics` numbers the kinds of question and grows.
+    """
     rows: list[list[tuple[int, int, int, int, float, int]]] = []
     for image_asks in asks:
         row = []
         for segment, ask in enumerate(image_asks):
-            prompt, answer = encode(ask.prompt), encode(ask.answer)
+            prompt, answer = encode(ask.prompt, ids), encode(ask.answer, ids)
             targets = [-100] * (len(prompt) - 1) + answer + [EOS]
             weight = ask.weight if weighted else 1.0
             topic = topics.setdefault(ask.template if ask.capability == "caption" else ask.capability, len(topics))
             for i, (token, target) in enumerate(zip(prompt + answer, targets, strict=True)):
                 w = weight * (0.2 if target == EOS else 1.0)
-                row.append((token, segment, fast.PREFIX + i, target, w, topic))
+                row.append((token, segment, start + i, target, w, topic))
         rows.append(row)
     width = max(len(row) for row in rows)
-    filler = (PAD, -1, fast.PREFIX, -100, 0.0, 0)
+    filler = (PAD, -1, start, -100, 0.0, 0)
     table = torch.tensor([row + [filler] * (width - len(row)) for row in rows], dtype=torch.float64)
-    ids, segments, positions, labels, weights, kinds = table.unbind(-1)
+    tokens, segments, positions, labels, weights, kinds = table.unbind(-1)
     return Batch(
-        normalise(pixels),
-        ids.long(),
+        pixels,
+        tokens.long(),
         segments.long(),
         positions.long(),
         labels.long(),

@@ -91,14 +91,15 @@ def heldout_rng(seed: int) -> random.Random:
     return random.Random(f"vtprune-tiny/heldout/{seed}")
 
 
-def _silhouette(rng: random.Random, shape: int, r: int) -> tuple[float, float]:
+def silhouette(rng: random.Random, shape: int, r: int) -> tuple[float, float]:
     """Half width and half height of a shape of radius `r`."""
     if shape != 1:
         return r, r
     return rng.choice(((0.9 * r, 0.9 * r), (r, 0.6 * r), (0.6 * r, r)))
 
 
-def _mask(shape: int, turn: int, dx: np.ndarray, dy: np.ndarray, hw: float, hh: float) -> np.ndarray:
+def stencil(shape: int, turn: int, dx: np.ndarray, dy: np.ndarray, hw: float, hh: float) -> np.ndarray:
+    """Which of the pixels at offsets (`dx`, `dy`) from its centre a shape covers; `turn` is where a triangle points."""
     if shape == 0:
         return dx * dx + dy * dy <= hw * hw
     inside = (abs(dx) <= hw) & (abs(dy) <= hh)
@@ -121,14 +122,14 @@ def _place(scene: Scene, rng: random.Random, kind: tuple[int, int], radii: tuple
     shape, color = kind
     for attempt in range(30):
         r = rng.randint(radii[0], radii[1] if attempt < 10 else min(radii[1], 6))
-        hw, hh = _silhouette(rng, shape, r)
+        hw, hh = silhouette(rng, shape, r)
         cx = rng.randint(math.ceil(hw), SIDE - 1 - math.ceil(hw))
         cy = rng.randint(math.ceil(hh), SIDE - 1 - math.ceil(hh))
         box = (math.floor(cx - hw), math.floor(cy - hh), math.ceil(cx + hw), math.ceil(cy + hh))
         if not _free(boxes, box):
             continue
         window = (slice(max(box[1], 0), box[3] + 1), slice(max(box[0], 0), box[2] + 1))
-        mask = _mask(shape, rng.randrange(3), _XX[window] - cx, _YY[window] - cy, hw, hh)
+        mask = stencil(shape, rng.randrange(3), _XX[window] - cx, _YY[window] - cy, hw, hh)
         rgb = [min(255, max(0, c + rng.randint(-14, 14))) for c in COLORS[COLOR_NAMES[color]]]
         scene.pixels[window][mask] = rgb
         scene.items.append(Item(shape, color, cx, cy, box))

@@ -1,0 +1,136 @@
+"""Train the tiny Qwen2.5-VL from scratch on one CPU core: `python -m vtprune.evals.tiny_video.train OUT`.
+
+`STAGES` is its schedule; `vtprune.evals.tiny.trainer` says how it is followed and resumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vtprune.evals.tiny.asks import Balance
+from vtprune.evals.tiny.packing import Batch, lay
+from vtprune.evals.tiny.trainer import Job, Trainer, run
+from vtprune.evals.tiny.trainer import Stage as Base
+from vtprune.evals.tiny_video import fast
+from vtprune.evals.tiny_video.asks import training_asks
+from vtprune.evals.tiny_video.clips import SLOTS, Clip, heldout_rng, make_clip, training_rng
+from vtprune.evals.tiny_video.labels import Heads, alignment_loss, make_labels
+from vtprune.evals.tiny_video.model import VOCABULARY, WIDTH, build_model, save
+
+MONITOR_SEED = 990001
+MONITOR_CLIPS = 48
+
+
+@dataclass(frozen=True)
+class Stage(Base):
+    """One part of the schedule; `frozen` share of its steps with a fixed tower, `compare` as in `captions`."""
+
+    frozen: float = 0.0
+    compare: bool = False
+
+
+TOWER_SLOTS = 4  # the tower sees slots apart from each other, so half of a clip's will do while it trains alone
+STAGES = (
+    Stage("tower", 500, adam=3e-3, shape="late"),
+    Stage("look up", 300, frozen=1.0),
+    Stage("joint", 150),
+    Stage("anneal", 333, muon=0.015, shape="cosine"),
+    Stage("compare", 400, compare=True),
+    Stage("settle", 400, muon=0.015, compare=True, shape="cosine"),
+)
+
+
+class VideoTrainer(Trainer):
+    """Generated clips, their questions and captions."""
+
+    stages = STAGES
+    threads = 1
+
+    def __init__(self, out: Path, seed: int, scale: float) -> None:
+        module = nn.ModuleDict({"model": build_model(seed), "heads": Heads(WIDTH)})
+        super().__init__(out, seed, scale, module, slow=".visual.")
+        self.heads = module["heads"]
+        self.balances = [Balance(6)]
+
+    def tower_work(self, stage: Stage) -> list[Job]:
+        """The tower alone on a batch of clips, as one job per thread."""
+        rng = training_rng(self.seed, self.done)
+        clips = [make_clip(rng) for _ in range(stage.batch)]
+        slots = torch.tensor(sorted(rng.sample(range(SLOTS), TOWER_SLOTS)))
+        return [partial(self.tower_job, clips[i :: self.threads], slots) for i in range(self.threads)]
+
+    def tower_job(self, clips: list[Clip], slots: Tensor) -> dict[str, Tensor]:
+        """Losses of one thread's clips without questions, in some of their slots."""
+        visual = fast.visual_tokens(self.model, fast.patches([c.frames for c in clips])[:, slots])
+        labels = {k: v.unflatten(1, (SLOTS, -1))[:, slots].flatten(1) for k, v in make_labels(clips).items()}
+        losses = self.heads.losses(visual, labels)
+        losses["align"] = 0.3 * alignment_loss(visual, self.model.get_input_embeddings().weight, labels)
+        return losses
+
+    def answer_work(self, stage: Stage, t: float) -> list[Job]:
+        """Packed questions on clips, as one job per thread."""
+        rng = training_rng(self.seed, self.done)
+        clips = [make_clip(rng) for _ in range(stage.batch)]
+        asks = [training_asks(c, rng, self.balances[0], stage.compare) for c in clips]
+        gap = rng.choice((0, 2))
+        jobs: list[Job] = []
+        for i in range(self.threads):
+            mine = clips[i :: self.threads]
+            pixels = fast.patches([c.frames for c in mine])
+            batch = lay(pixels, asks[i :: self.threads], VOCABULARY, 1, self.topics, True)
+            jobs.append(partial(self.answer_job, batch, mine, t < stage.frozen, gap))
+        return jobs
+
+    def answer_job(self, batch: Batch, clips: list[Clip], frozen: bool, gap: int) -> dict[str, Tensor]:
+        """Losses of one thread's clips."""
+        with torch.set_grad_enabled(not frozen):
+            visual = fast.visual_tokens(self.model, batch.pixels)
+        hidden = fast.question_hidden(self.model, visual, batch.ids, batch.segments, batch.positions, gap)
+        losses = {"answer": self.answer_loss(hidden, batch)}
+        labels = make_labels(clips)
+        losses["align"] = 0.3 * alignment_loss(visual, self.model.get_input_embeddings().weight, labels)
+        if not frozen:
+            losses["tower"] = 0.3 * torch.stack(list(self.heads.losses(visual, labels).values())).sum()
+        return losses
+
+    def export(self, weights: dict[str, Tensor], folder: Path) -> None:
+        """Write the averaged weights of the model in the stock format."""
+        whole = build_model()
+        whole.load_state_dict(weights)
+        save(whole, folder)
+
+    def monitored(self) -> Iterator[tuple[Batch, Tensor]]:
+        """Held-out batches and their final hidden states [B, Q, d]."""
+        rng, balance = heldout_rng(MONITOR_SEED), Balance(1)
+        for _ in range(MONITOR_CLIPS // 16):
+            drawn = [make_clip(rng) for _ in range(16)]
+            asks = [training_asks(c, rng, balance, True) for c in drawn]
+            batch = lay(fast.patches([c.frames for c in drawn]), asks, VOCABULARY, 1, self.topics, False)
+            visual = fast.visual_tokens(self.model, batch.pixels)
+            yield batch, fast.question_hidden(self.model, visual, batch.ids, batch.segments, batch.positions)
+
+
+def train(out: Path, *, resume: bool = True, seed: int = 0, scale: float = 1.0, progress: bool = True) -> Path:
+    """Train and return the folder of the finished checkpoint, `out/checkpoint`.
+
+    `resume` continues from `out/training.pt`, which is rewritten every two minutes and at the end. `scale`
+    multiplies the steps of every stage, for smoke tests.
+    """
+    return run(VideoTrainer(Path(out), seed, scale), resume, progress)
+
+
+if __name__ == "__main__":
+    import argparse
+
+    parser = argparse.ArgumentParser(description="Train the tiny Qwen2.5-VL (about an hour on one CPU core).")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=float, default=1.0)
+    options = parser.parse_args()
+    train(options.out, seed=options.seed, scale=options.scale)
