@@ -39,16 +39,16 @@ def run(
     model: Any
     model, processor = tiny_video.load("cpu") if video else tiny.load("cpu")
     questions: Sequence[Any] = (tiny_video if video else tiny).questions(per_capability=limit)
-    names = [cls.name for cls in vtprune.methods()]
+    names = [cls.name for cls in vtprune.methods() if video or not cls.video]
     title = f"The embedded toy {'video ' if video else ''}VLM, dense and pruned"
     workers = min(4, os.cpu_count() or 1)
     report = evaluate(
         model, processor, questions, names, keeps, seeds=1, title=title, progress=progress, workers=workers, skip=video
     )
     report.notes = (toy(video), *report.notes)
-    run_ones = {row["method"] for row in report.rows}
-    picture = film_gallery if video else gallery
-    overlay = picture(model, processor, questions, [n for n in names if n in run_ones], keep=keeps[-1])
+    ran = {row["method"] for row in report.rows}
+    drawn = [cls.name for cls in vtprune.methods() if cls.name in ran and "prefill" in cls.phases]
+    overlay = (film_gallery if video else gallery)(model, processor, questions, drawn, keep=keeps[-1])
     out.mkdir(parents=True, exist_ok=True)
     overlay.save(out / "overlay.png")
     files = [report.save(out / "demo.json"), report.plot(out / "pareto.png"), out / "overlay.png"]

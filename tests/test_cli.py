@@ -57,7 +57,7 @@ def test_demo_ends_with_table_plot_and_overlay(tmp_path: Path) -> None:
         assert f"wrote {tmp_path / name}" in " ".join(result.stdout.split())
         assert (tmp_path / name).stat().st_size > 1000
     for cls in vtprune.methods():
-        assert cls.name in result.stdout
+        assert cls.video or cls.name in result.stdout
 
 
 def test_bench_writes_one_file_a_run(tmp_path: Path) -> None:
@@ -167,3 +167,13 @@ def test_keep_is_a_share_or_a_number_of_tokens(text: str, value: float | int) ->
 def test_several_keeps() -> None:
     assert parse_keeps(["0.5,0.25", "64"], (0.1,)) == [0.5, 0.25, 64]
     assert parse_keeps(None, (0.1,)) == [0.1]
+
+
+def test_show_says_why_a_choice_made_at_decode_cannot_be_drawn(tmp_path: Path) -> None:
+    picture = tmp_path / "p.png"
+    Image.new("RGB", (64, 64), "white").save(picture)
+    arguments = ["show", str(picture), "--method", "dycoke_kv:layer=1", "--out", str(tmp_path / "kept.png")]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "recalled" in " ".join(result.output.split())
+    assert not (tmp_path / "kept.png").exists()

@@ -118,7 +118,9 @@ def demo(
 @sentence
 def evaluate(
     method: Methods = None,
-    all_methods: Annotated[bool, typer.Option("--all", help="Every registered method.")] = False,
+    all_methods: Annotated[
+        bool, typer.Option("--all", help="Every method; rules about frames with --video.")
+    ] = False,
     keep: Keep = None,
     model: Model = None,
     video: Clips = False,
@@ -139,7 +141,8 @@ def evaluate(
     import vtprune
     from vtprune.evals import accuracy, tiny, tiny_video
 
-    names = [cls.name for cls in vtprune.methods()] if all_methods else list(method or ["divprune"])
+    every = [cls.name for cls in vtprune.methods() if video or not cls.video]
+    names = every if all_methods else list(method or ["divprune"])
     keeps = parse_keeps(keep, accuracy.VIDEO_KEEPS if video else accuracy.KEEPS)
     accuracy.plans(names, keeps, seeds)
     asked: Any = tiny_video if video else tiny

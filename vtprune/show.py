@@ -61,6 +61,11 @@ class Kept:
 
 def record(model: Any, inputs: Any, method: Method, keep: float | int) -> list[Kept]:
     """Run one forward pass with `method`; what stayed of every unit after all stages. The model stays as it was."""
+    if "prefill" not in method.phases:
+        raise ValueError(
+            f"{method.name} chooses at every decode step and drops nothing of the prompt, so there is nothing to draw; "
+            "Handle.last.recalled says what the last step saw"
+        )
     with vtprune.patch(model, method, keep=keep) as handle, torch.inference_mode():
         model(**inputs)
         return kept_units(handle.last)

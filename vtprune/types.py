@@ -190,7 +190,8 @@ class Method(ABC):
     """A pruning rule: a frozen dataclass of options and one call, `Visual -> Assignment`.
 
     Class attributes `paper` (URL) and `seam` ("pre_llm", "in_llm" or "in_vit") are set by `vtprune.register`; `per`,
-    `newlines` and `positions` are the method's own policy, which a `Stage` may override.
+    `newlines` and `positions` are the method's own policy, which a `Stage` may override. `video`: it compares frames,
+    so a still image leaves it little to go by.
     """
 
     name: ClassVar[str] = ""
@@ -199,6 +200,7 @@ class Method(ABC):
     per: ClassVar[Per] = "image"
     newlines: ClassVar[Newlines] = "compete"
     positions: ClassVar[Positions] = "keep"
+    video: ClassVar[bool] = False
     # When a stage inside the LLM asks: while the prompt is read, at every step of decoding, or both. At decode a unit
     # is a row, `x` is empty, the signal is the new token's "last_row" of the layer before, and `state` stays with the
     # cache from step to step (tensors of one row). A method asked at both times lets dropped tokens come back.

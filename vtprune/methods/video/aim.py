@@ -38,6 +38,7 @@ class AIM(Method):
         official code for images; there before the projector, here behind it). inner: the part inside the LLM.
     """
 
+    video: ClassVar[bool] = True
     newlines: ClassVar[Newlines] = "keep"
     positions: ClassVar[Positions] = "compact"
     rounds: int = 2

@@ -31,6 +31,7 @@ class DyCoke(Method):
     kv: also choose at every decoding step which visual tokens are seen (`dycoke_kv`).
     """
 
+    video: ClassVar[bool] = True
     newlines: ClassVar[Newlines] = "keep"
     positions: ClassVar[Positions] = "compact"
     k: float = 0.7

@@ -24,6 +24,7 @@ class EVS(Method):
     ratio: without keep, int(ratio * T * P) tokens stay, and at least the first frame.
     """
 
+    video: ClassVar[bool] = True
     newlines: ClassVar[Newlines] = "keep"
     ratio: float = 0.25
 

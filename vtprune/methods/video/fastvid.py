@@ -45,6 +45,7 @@ class FastVID(Method):
     tau: None: 0.9, with "qwen" 0.84. frames: [T, P, D] -> [T, G], what frames are compared by.
     """
 
+    video: ClassVar[bool] = True
     newlines: ClassVar[Newlines] = "keep"
     variant: Variant = "ov"
     ratio: float = 0.1

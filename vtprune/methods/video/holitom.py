@@ -40,6 +40,7 @@ class HoliTom(Method):
     tau: 0.8; the authors use 0.65 at 10 %. beta: None merges by the plain mean. inner: the second stage.
     """
 
+    video: ClassVar[bool] = True
     newlines: ClassVar[Newlines] = "keep"
     positions: ClassVar[Positions] = "compact"
     ratio: float = 0.15

@@ -39,6 +39,7 @@ class PruneVid(Method):
     scenes: share of the frames that are centres of scenes, at least one.
     """
 
+    video: ClassVar[bool] = True
     newlines: ClassVar[Newlines] = "keep"
     positions: ClassVar[Positions] = "compact"
     ratio: float = 0.5

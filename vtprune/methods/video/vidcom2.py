@@ -33,6 +33,7 @@ class VidCom2(Method):
     ratio: R without keep; frames then round on their own, as officially, each to at least one token.
     """
 
+    video: ClassVar[bool] = True
     newlines: ClassVar[Newlines] = "keep"
     ratio: float = 0.25
 
