@@ -26,7 +26,7 @@ Modality = Literal["image", "video"]
 Call = dict[str, Any]
 CLS_KINDS = ("cls", "cls_full", "cls_value")
 PER_QUERY = ("received", "mean_query")  # where packed, sums: windows and images of different length are comparable
-VECTORS = ("keys", "mean_keys", "values", "hidden")
+VECTORS = ("queries", "keys", "mean_keys", "values", "hidden")
 CLS_NAMES = ("class_embedding", "cls_token", "class_token")
 
 

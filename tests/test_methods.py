@@ -29,7 +29,9 @@ def visual(n: int, budget: int | None, seed: int = 0, dtype: torch.dtype = torch
     x = torch.randn(n, 16, generator=g).to(dtype)
     row = torch.rand(n, generator=g)
     asked = {need for method in vtprune.methods() for need in method().needs}
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("keys", "mean_keys", "values", "hidden", "text_rows"), (n, 8))
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
+        ("queries", "keys", "mean_keys", "values", "hidden", "text_rows"), (n, 8)
+    )
     shapes["relevance"] = (8,)
     signals = {
         need: torch.rand(shapes[need.kind], generator=g) if need.kind in shapes else row

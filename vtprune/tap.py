@@ -24,7 +24,7 @@ Change = Callable[[Tensor, "Tensor | None", nn.Module, Tensor, Tensor, Tensor, "
 HEADS = "vtprune_heads"  # argument of a decoder layer, for its tap: [B, H] bool, the query heads that speak
 MASKED = 1 << 22  # entries of a mask, or of softmax rows, made for some of the queries
 KINDS = (
-    "cls", "cls_full", "cls_value", "received", "mean_query", "keys", "mean_keys", "values", "value_norm", "last_row"
+    "cls", "cls_full", "cls_value", "received", "mean_query", "queries", "keys", "mean_keys", "values", "value_norm", "last_row"
 )  # fmt: skip
 # Arguments by which some attention functions change the logits beyond scaling and mask.
 LOGIT_CHANGES = ("softcap", "s_aux", "position_bias")
@@ -252,7 +252,7 @@ def read(
     "last_row": softmax row of the last query over all keys, mean over heads: [B, N] float32.
     "received": mean softmax weight each key receives, over heads and queries, [B, N] float32, for attention
         without causality. Padding neither gives nor receives: the mean is over the real queries only.
-    "keys", "values": heads concatenated, [B, N, G * d], in the model's dtype.
+    "queries", "keys", "values": heads concatenated, [B, N, G * d], in the model's dtype.
     "mean_keys": mean over heads, [B, N, d] float32; after rotary embedding, which the product has seen already.
     block: queries handled at a time for "received"; None chooses by memory.
     Raises ValueError on another kind.
@@ -278,8 +278,8 @@ def read(
         return attention_rows(q[:, :, -1:], k, _mask_rows(mask, -1), scaling).mean(1)[:, 0]
     if kind == "received":
         return _received(q, k, mask, scaling, block)
-    if kind in ("keys", "values"):
-        return (k if kind == "keys" else v).transpose(1, 2).flatten(2)
+    if kind in ("queries", "keys", "values"):
+        return {"queries": q, "keys": k, "values": v}[kind].transpose(1, 2).flatten(2)
     if kind == "mean_keys":
         return k.float().mean(1)
     raise ValueError(f"signal kind {kind!r}: choose one of {', '.join(map(repr, KINDS))}")
