@@ -217,8 +217,8 @@ class Reducer(Method):
         left = self.due(v)
         if left == v.n:
             return Assignment(torch.arange(v.n, device=v.x.device))
-        size = v.state.get("size")
         k, last = v.block or (0, 0)
+        size = v.state.get("size")
         tokens = Tokens(
             x=v.x[None],
             size=None if size is None else size[None],
@@ -229,7 +229,7 @@ class Reducer(Method):
         tokens = replace(tokens, scaling=self._head_width(v) ** -0.5)
         found = self.reduce(tokens, left)
         after, order = found.resize(tokens.size), found.index[0].argsort()
-        if after is not None:
+        if after is not None and k < last:
             v.state["size"] = after[0, order]
         return found.assignment()
 

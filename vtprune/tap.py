@@ -24,7 +24,8 @@ Change = Callable[[Tensor, "Tensor | None", nn.Module, Tensor, Tensor, Tensor, "
 HEADS = "vtprune_heads"  # argument of a decoder layer, for its tap: [B, H] bool, the query heads that speak
 MASKED = 1 << 22  # entries of a mask, or of softmax rows, made for some of the queries
 KINDS = (
-    "cls", "cls_full", "cls_value", "received", "mean_query", "queries", "keys", "mean_keys", "values", "value_norm", "last_row"
+    "cls", "cls_full", "cls_value", "received", "mean_query", "queries", "keys", "mean_keys", "values", "value_norm",
+    "last_row",
 )  # fmt: skip
 # Arguments by which some attention functions change the logits beyond scaling and mask.
 LOGIT_CHANGES = ("softcap", "s_aux", "position_bias")

@@ -40,8 +40,8 @@ class Signal:
     kind: "cls" (the CLS token's softmax row, mean over heads, [N]; absent on towers without CLS),
         "cls_full" (the same row of one head as wide as the tower: softmax of q.k / sqrt(C), [N]; absent likewise),
         "received" (mean softmax weight each token receives from all queries, mean over heads, [N]),
-        "queries" / "keys" / "values" (heads concatenated, [N, C]), "mean_keys" (mean over heads, [N, d]); all as the attention
-        product sees them, that is after rotary embedding and norms where the tower has any,
+        "queries" / "keys" / "values" (heads concatenated, [N, C]), "mean_keys" (mean over heads, [N, d]); all as the
+        attention product sees them, that is after rotary embedding and norms where the tower has any,
         "cls_value" (softmax of v_CLS . v_j over all tokens, mean over heads, [N]; absent likewise),
         "mean_query" (softmax row of the mean query, mean over heads, [N]), "value_norm" (L1 norm of the values' mean
         over heads, [N]),
@@ -73,10 +73,9 @@ class Signal:
     """
 
     kind: Literal[
-        "cls", "cls_full", "cls_value", "received", "mean_query", "queries", "keys", "mean_keys", "values", "value_norm", "hidden",
-        "last_row", "last_visual", "last_value", "from_text", "to_text", "transition", "kept",
-        "relevance", "text_rows", "text_rows_by_head", "rope_weight", "page_rank", "received_so_far",
-        "head_output",
+        "cls", "cls_full", "cls_value", "received", "mean_query", "queries", "keys", "mean_keys", "values",
+        "value_norm", "hidden", "last_row", "last_visual", "last_value", "from_text", "to_text", "transition", "kept",
+        "relevance", "text_rows", "text_rows_by_head", "rope_weight", "page_rank", "received_so_far", "head_output",
     ]  # fmt: skip
     layer: int | float | None = -1
     without_cls: bool = False
