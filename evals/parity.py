@@ -882,7 +882,7 @@ def _list(budgets: Sequence[int]) -> str:
 
 def _load() -> None:
     """Register the cases that live in modules of their own."""
-    from . import parity_video  # noqa: F401
+    from . import parity_video, parity_vit  # noqa: F401
 
 
 def run(directory: Path, only: Sequence[str] = ()) -> list[Row]:

@@ -11,8 +11,8 @@ from .types import Method, Stage, check_keep
 if TYPE_CHECKING:
     from torch import nn
 
-    from .frame import Last
     from .hooks import Session
+    from .vit import VitSession
 
 _KEY = "_vtprune"
 _STAGE_OPTIONS = ("keep_total", "per", "newlines", "positions")
@@ -26,7 +26,7 @@ class Handle:
     ...     handle.last.units[0].idx
     """
 
-    def __init__(self, model: nn.Module, session: Session) -> None:
+    def __init__(self, model: nn.Module, session: Session | VitSession) -> None:
         self._model, self._session = model, session
 
     @property
@@ -35,8 +35,11 @@ class Handle:
         return list(self._session.stages)
 
     @property
-    def last(self) -> Last | None:
-        """What the last prefill with visual tokens kept, of this thread if it ran one; None before the first."""
+    def last(self) -> Any:
+        """What the last prefill with visual tokens kept, a `Last`, of this thread if it ran one; None before the first.
+
+        On a plain vision transformer what the last forward pass left, a `VitLast`.
+        """
         return self._session.local.last or self._session.latest
 
     @property
@@ -75,6 +78,9 @@ def patch(
 ) -> Handle:
     """Prune the visual tokens of `model`, an unmodified Hugging Face VLM, from its next call on.
 
+    Also of a plain vision transformer of timm, open_clip or transformers, inside its blocks: then `keep` counts the
+    patches that leave the last block, and a stage is at ("vit", k), in the middle of block k, or a slice of them.
+
     method: a name from `vtprune.methods()`, a `Method`, a `Stage`, or a list of `Stage`s.
     keep: float in (0, 1] = share of a unit's visual tokens, int >= 1 = tokens per unit (more than there are keeps
         all). 1.0 computes exactly what the unpatched model computes. Required with a name or a `Method`, unless the
@@ -95,13 +101,23 @@ def patch(
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; pass the loaded Hugging Face model itself")
-    stages = _stages(model, method, keep, options)
+    from .model_adapters.vits import vit_of
+
+    vit = vit_of(model)
+    stages = _stages(model, method, keep, options, vit is not None)
     before: Handle | None = model.__dict__.get(_KEY)
     if before is not None and not add:
         raise ValueError(
             f"this model is already patched ({before!r}): call handle.remove() or vtprune.unpatch(model) first, or "
             "pass add=True to add the stages"
         )
+    if vit is not None:
+        if before is not None:
+            raise ValueError("add=True is for vision-language models: pass a vision transformer all its stages at once")
+        from .vit import VitSession
+
+        handle = model.__dict__[_KEY] = Handle(model, VitSession(vit, stages))
+        return handle
     from .hooks import Session
 
     if before is not None:
@@ -125,7 +141,10 @@ def unpatch(model: nn.Module) -> None:
         handle.remove()
 
 
-def _stages(model: nn.Module, method: Any, keep: float | int | None, options: dict[str, Any]) -> list[Stage]:
+def _stages(
+    model: nn.Module, method: Any, keep: float | int | None, options: dict[str, Any], plain: bool
+) -> list[Stage]:
+    """plain: the model is a vision transformer alone, every block of which a method given by name may use."""
     if isinstance(method, Stage) or (isinstance(method, Sequence) and not isinstance(method, str)):
         stages = [method] if isinstance(method, Stage) else list(method)
         if keep is not None or options:
@@ -150,6 +169,10 @@ def _stages(model: nn.Module, method: Any, keep: float | int | None, options: di
     if keep is None and where.get("keep_total") is None and not made.adaptive:
         raise TypeError(f"{made.name}: keep is missing; use a float in (0, 1] (share) or an int >= 1 (tokens)")
     check_keep(keep)
+    if plain:
+        if where:
+            raise TypeError(f"{', '.join(where)}: for vision-language models; a vision transformer takes keep only")
+        return [Stage(("vit", slice(None)), made, keep=keep)]
     import dataclasses
 
     from .model_adapters.generic import Adapter

@@ -71,7 +71,8 @@ class Reduction:
     index: [B, M] int64, the token each output row stands for, in output order; the prefix first.
     src, dst, w: [B, E] sources, the output row (0..M-1) that takes them, and their weight; None: tokens are dropped.
     gain: [B, E] float32, what a source adds to the size of its output row; None: sizes only follow their token.
-    matrix: [B, M, N] float32, all of W where old tokens feed several new ones; then `mass` [B, M] are the new sizes.
+    matrix: [B, M, N] float32, all of W where old tokens feed several new ones; then `mass` [B, M] are the new sizes
+        (None: as without merging).
     stats: tensors for inspection, such as the share of heads that passed a filter.
     """
 

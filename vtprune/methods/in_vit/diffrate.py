@@ -73,7 +73,7 @@ class DiffRate(Reducer):
         order = t.read("attention")[:, t.prefix :].sort(dim=1, descending=True, stable=True).indices
         stay, go = order[:, :left].sort(1).values, order[:, left:kept]
         if kept == left:
-            return Reduction(keep_rows(t, stay), *_nothing(stay))
+            return Reduction(keep_rows(t, stay))
         return merge_into(t.x.float(), t.sizes(), keep_rows(t, stay), go + t.prefix, t.prefix)
 
 
@@ -92,12 +92,6 @@ def merge_into(x: Tensor, size: Tensor, index: Tensor, src: Tensor, prefix: int)
     total = before.scatter_add(1, dst, gain)
     short = (SMALLEST - total).clamp(min=0) / (count - 1).clamp(min=1)
     return Reduction(index, src, dst, 1 / count.gather(1, dst), gain + short.gather(1, dst))
-
-
-def _nothing(like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """No sources at all, for a step that prunes only but keeps sizes."""
-    none = like[:, :0]
-    return none, none, none.float(), none.float()
 
 
 def scaled(count: int, n: int) -> int:

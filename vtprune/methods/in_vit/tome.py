@@ -81,13 +81,12 @@ class ToMe(Reducer):
         if r <= t.n // 2:
             return match(metric, sizes, t.prefix, r)
         # More than half goes: match again among what is left, and add up.
-        index, slots, n, size = None, None, t.n, sizes
+        index = slots = torch.arange(metric.shape[1], device=metric.device).expand_as(sizes)
+        n, size = t.n, sizes
         while n > left:
             step = match(metric, size, t.prefix, min(n - left, n // 2))
-            index = step.index if index is None else index.gather(1, step.index)
-            here = step.slots(metric.shape[1])
-            slots = here if slots is None else here.gather(1, slots)
-            metric, size = step.apply(metric), step.resize(size)
+            index, slots = index.gather(1, step.index), step.slots(metric.shape[1]).gather(1, slots)
+            metric, size = step.apply(metric), sizes.new_zeros(index.shape).scatter_add_(1, slots, sizes)
             n = metric.shape[1] - t.prefix
         return together(index, slots, sizes)
 

@@ -1,0 +1,442 @@
+"""Plain vision transformers of timm, open_clip and transformers: where their blocks are, and what a block is made of.
+
+Libraries are recognised by the names of their classes, so nothing of them is imported before such a model is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vtprune.types import UnsupportedCall, UnsupportedModel
+
+Given = dict[str, Any]
+Sizes = Callable[[], "Tensor | None"]
+INSIDE = ("visual", "trunk", "vision_model", "vit", "dinov2", "dinov2_with_registers")
+LISTS = ("blocks", "transformer.resblocks", "encoder.layers", "encoder.layer", "layers")
+# transformers: tokens before the patches by model type of the tower, CLS first where there are any.
+PREFIX: dict[str, Callable[[Any], int]] = {
+    "vit": lambda config: 1,
+    "clip_vision_model": lambda config: 1,
+    "siglip_vision_model": lambda config: 0,
+    "dinov2": lambda config: 1,
+    "dinov2_with_registers": lambda config: 1 + config.num_register_tokens,
+}
+WHOLE = ("clip", "siglip")  # transformers: text-image models that hold such a tower
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A block class in its own modules: x = x + attend(x), then x + feed(x).
+
+    attend: (block, x, bias [B, N] or None, further arguments) -> what attention adds; bias is added to the logits of
+        every key. feed: (block, x) -> what the MLP adds. attention: name of the attention module.
+    queries, keys: names of the modules inside it that put out queries and keys, [B, N, C] or [B, H, N, d]; empty: they
+        are slices of one packed projection of what `norm` puts out.
+    check: raises UnsupportedModel for a block of this class that `attend` and `feed` would not reproduce.
+    rotate: (block, queries or keys, arguments) -> rotated; None: positions do not enter attention.
+    """
+
+    attend: Callable[[Any, Tensor, Tensor | None, Given], Tensor]
+    feed: Callable[[Any, Tensor], Tensor]
+    attention: str
+    queries: str = ""
+    keys: str = ""
+    norm: str = ""
+    check: Callable[[Any], None] = lambda block: None
+    rotate: Callable[[Any, Tensor, Given], Tensor] | None = None
+
+
+@dataclass
+class Vit:
+    """One vision transformer. prefix: rows before the patches; has_cls: row 0 is a CLS token.
+
+    owner: the model that reads the tower's rows: the model itself, or the classifier around it.
+    """
+
+    owner: Any
+    root: Any
+    blocks: list[nn.Module]
+    parts: Parts
+    prefix: int
+    has_cls: bool
+
+    def checkpointing(self) -> bool:
+        """True if blocks will be run a second time in the backward pass."""
+        holders = (self.root, getattr(self.root, "transformer", None))
+        if any(getattr(holder, "grad_checkpointing", False) for holder in holders):
+            return torch.is_grad_enabled()
+        return any(block.training and getattr(block, "gradient_checkpointing", False) for block in self.blocks)
+
+    @property
+    def flash(self) -> bool:
+        """True if attention runs on kernels that take no additive mask."""
+        config = getattr(self.root, "config", None)
+        return "flash" in (getattr(config, "_attn_implementation", None) or "")
+
+
+# -- blocks -----------------------------------------------------------------------------------------------------------
+
+
+def _everywhere(bias: Tensor | None) -> Tensor | None:
+    """A bias on keys [B, N] as a mask for all heads and queries, [B, 1, 1, N]."""
+    return None if bias is None else bias[:, None, None, :]
+
+
+def _timm_attend(b: Any, x: Tensor, bias: Tensor | None, given: Given) -> Tensor:
+    return b.drop_path1(b.ls1(b.attn(b.norm1(x), attn_mask=_everywhere(bias))))
+
+
+def _timm_feed(b: Any, x: Tensor) -> Tensor:
+    return b.drop_path2(b.ls2(b.mlp(b.norm2(x))))
+
+
+def _scaled(gamma: Tensor | None, x: Tensor) -> Tensor:
+    return x if gamma is None else gamma * x
+
+
+def _eva_attend(b: Any, x: Tensor, bias: Tensor | None, given: Given) -> Tensor:
+    out = b.attn(b.norm1(x), rope=given.get("rope"), attn_mask=_everywhere(bias))
+    return b.drop_path1(_scaled(b.gamma_1, out))
+
+
+def _eva_feed(b: Any, x: Tensor) -> Tensor:
+    return b.drop_path2(_scaled(b.gamma_2, b.mlp(b.norm2(x))))
+
+
+def _eva_rotate(b: Any, x: Tensor, given: Given) -> Tensor:
+    rope, first = given.get("rope"), b.attn.num_prefix_tokens
+    if rope is None:
+        return x
+    from timm.layers import apply_rot_embed_cat
+
+    turned = apply_rot_embed_cat(x[:, :, first:], rope, half=getattr(b.attn, "rotate_half", False))
+    return torch.cat([x[:, :, :first], turned], 2).type_as(x)
+
+
+def _clip_attend(b: Any, x: Tensor, bias: Tensor | None, given: Given) -> Tensor:
+    y = b.ln_1(x)
+    return b.ls_1(b.attn(y, y, y, need_weights=False, key_padding_mask=bias)[0])
+
+
+def _custom_clip_attend(b: Any, x: Tensor, bias: Tensor | None, given: Given) -> Tensor:
+    return b.ls_1(b.ln_attn(b.attn(b.ln_1(x), attn_mask=_everywhere(bias))))
+
+
+def _clip_feed(b: Any, x: Tensor) -> Tensor:
+    return b.ls_2(b.mlp(b.ln_2(x)))
+
+
+def _hf_clip_attend(b: Any, x: Tensor, bias: Tensor | None, given: Given) -> Tensor:
+    return b.self_attn(hidden_states=b.layer_norm1(x), attention_mask=_everywhere(bias), **given)[0]
+
+
+def _hf_clip_feed(b: Any, x: Tensor) -> Tensor:
+    return b.mlp(b.layer_norm2(x))
+
+
+def _hf_vit_attend(b: Any, x: Tensor, bias: Tensor | None, given: Given) -> Tensor:
+    return b.dropout(b.attention(b.layernorm_before(x), _everywhere(bias), **given)[0])
+
+
+def _hf_vit_feed(b: Any, x: Tensor) -> Tensor:
+    return b.dropout(b.mlp(b.layernorm_after(x)))
+
+
+def _dinov2_attend(b: Any, x: Tensor, bias: Tensor | None, given: Given) -> Tensor:
+    out = b.attention(b.norm1(x), attention_mask=_everywhere(bias), **given)[0]
+    return b.drop_path(b.layer_scale1(out))
+
+
+def _dinov2_feed(b: Any, x: Tensor) -> Tensor:
+    return b.drop_path(b.layer_scale2(b.mlp(b.norm2(x))))
+
+
+def _refuse(block: Any, why: str) -> None:
+    raise UnsupportedModel(f"{type(block).__name__} {why}; this model cannot be pruned exactly")
+
+
+def _check_timm(b: Any) -> None:
+    if _name(type(b.attn)) not in ("timm.layers.attention.Attention",):
+        _refuse(b, f"attends by {type(b.attn).__name__}, which is not known to vtprune")
+
+
+def _check_clip(b: Any) -> None:
+    if hasattr(b, "ln_1_kv") or not b.attn.batch_first:
+        _refuse(b, "attends across two sequences, or takes the batch second")
+
+
+def _check_custom_clip(b: Any) -> None:
+    if b.attn.logit_scale is not None:
+        _refuse(b, "has scaled cosine attention")
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+_timm = Parts(_timm_attend, _timm_feed, "attn", "q_norm", "k_norm", check=_check_timm)
+_eva = Parts(_eva_attend, _eva_feed, "attn", "q_norm", "k_norm", rotate=_eva_rotate)
+_hf_clip = Parts(_hf_clip_attend, _hf_clip_feed, "self_attn", "q_proj", "k_proj")
+_dinov2 = Parts(_dinov2_attend, _dinov2_feed, "attention", "q_proj", "k_proj")
+BLOCKS: dict[str, Parts] = {
+    "timm.models.vision_transformer.Block": _timm,
+    "timm.models.eva.EvaBlock": _eva,
+    "open_clip.transformer.ResidualAttentionBlock": Parts(
+        _clip_attend, _clip_feed, "attn", norm="ln_1", check=_check_clip
+    ),
+    "open_clip.transformer.CustomResidualAttentionBlock": Parts(
+        _custom_clip_attend, _clip_feed, "attn", "ln_q", "ln_k", check=_check_custom_clip
+    ),
+    "transformers.models.clip.modeling_clip.CLIPEncoderLayer": _hf_clip,
+    "transformers.models.siglip.modeling_siglip.SiglipEncoderLayer": _hf_clip,
+    "transformers.models.vit.modeling_vit.ViTLayer": Parts(
+        _hf_vit_attend, _hf_vit_feed, "attention", "q_proj", "k_proj"
+    ),
+    "transformers.models.dinov2.modeling_dinov2.Dinov2Layer": _dinov2,
+    "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersLayer": _dinov2,
+}
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+def vit_of(model: Any) -> Vit | None:
+    """The vision transformer that `model` is or holds; None if it is none of timm, open_clip or a plain one of
+    transformers (vision-language models are none).
+
+    Raises UnsupportedModel, naming the class, for one whose blocks are not known.
+    """
+    library = _library(model)
+    if library is None:
+        return None
+    root, owner = model, model
+    while (blocks := _blocks(root)) is None:
+        inner = next((getattr(root, name) for name in INSIDE if getattr(root, name, None) is not None), None)
+        if inner is None:
+            raise UnsupportedModel(
+                f"{type(root).__name__} of {library} holds no list of transformer blocks that vtprune knows; supported "
+                f"blocks: {', '.join(sorted(name.rsplit('.', 1)[1] for name in BLOCKS))}"
+            )
+        root = inner
+    parts = BLOCKS[_name(type(blocks[0]))]
+    for block in blocks:
+        parts.check(block)
+    prefix, has_cls = _prefix(root)
+    return Vit(owner, root, list(blocks), parts, prefix, has_cls)
+
+
+def _library(model: Any) -> str | None:
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    names = {cls.__module__.split(".")[0] for cls in type(model).__mro__}
+    if "transformers" in names:
+        return "transformers" if kind in PREFIX or kind in WHOLE else None
+    return next((name for name in ("timm", "open_clip") if name in names), None)
+
+
+def _blocks(root: Any) -> Any:
+    """The list of blocks of a tower, if it has one; all must be of one known class."""
+    for path in LISTS:
+        found = root
+        for name in path.split("."):
+            found = getattr(found, name, None)
+        if not isinstance(found, nn.ModuleList | nn.Sequential) or not len(found):
+            continue
+        unknown = [type(b).__name__ for b in found if _name(type(b)) not in BLOCKS]
+        if unknown or len({type(b) for b in found}) > 1:
+            names = ", ".join(sorted(name.rsplit(".", 1)[1] for name in BLOCKS))
+            raise UnsupportedModel(
+                f"{type(root).__name__} is made of {', '.join(sorted(set(unknown) or {'blocks of several classes'}))}, "
+                f"which vtprune cannot split between attention and MLP exactly; supported blocks: {names}"
+            )
+        return found
+    return None
+
+
+def _prefix(root: Any) -> tuple[int, bool]:
+    if hasattr(root, "num_prefix_tokens"):
+        return root.num_prefix_tokens, getattr(root, "cls_token", None) is not None
+    config = getattr(root, "config", None)
+    prefix = PREFIX[config.model_type](config) if config is not None else 1
+    return prefix, prefix > 0
+
+
+# -- signals ----------------------------------------------------------------------------------------------------------
+
+
+class Attention:
+    """Queries and keys of one block, from what its own modules put out."""
+
+    def __init__(self, vit: Vit, k: int, seen: dict[str, Tensor], given: Given) -> None:
+        self.parts, self.block, self.seen, self.given = vit.parts, vit.blocks[k], seen, given
+        self.module: Any = getattr(self.block, self.parts.attention)
+
+    @property
+    def scaling(self) -> float:
+        """Factor on q.k."""
+        return self.module.head_dim**-0.5
+
+    def queries(self) -> Tensor:
+        """[B, H, N, d], rotated."""
+        return self._rotated(self._heads(self.seen["q"] if self.parts.queries else self._packed(0)))
+
+    def keys(self) -> Tensor:
+        """[B, H, N, d], rotated."""
+        return self._rotated(self._heads(self.seen["k"] if self.parts.queries else self._packed(1)))
+
+    def mean_keys(self) -> Tensor:
+        """[B, N, d], before rotation: the mean over heads, which a packed projection takes of its weights."""
+        if self.parts.keys:
+            return self._heads(self.seen["k"]).mean(1)
+        w, b = self._slice(1)
+        heads, d = self.module.num_heads, self.module.head_dim
+        return F.linear(
+            self.seen["norm"], w.view(heads, d, -1).mean(0), None if b is None else b.view(heads, d).mean(0)
+        )
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        return x if self.parts.rotate is None else self.parts.rotate(self.block, x, self.given)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x if x.dim() == 4 else x.unflatten(-1, (-1, self.module.head_dim)).transpose(1, 2)
+
+    def _slice(self, part: int) -> tuple[Tensor, Tensor | None]:
+        w, b = self.module.in_proj_weight, self.module.in_proj_bias
+        rows = slice(part * w.shape[1], (part + 1) * w.shape[1])
+        return w[rows], None if b is None else b[rows]
+
+    def _packed(self, part: int) -> Tensor:
+        return F.linear(self.seen["norm"], *self._slice(part))
+
+
+def watch(vit: Vit, k: int, note: Callable[[int, str, Tensor], None]) -> list[Callable[[], None]]:
+    """Call note(k, "q" | "k" | "norm", output) when those modules of block k ran; returns the undo."""
+    block: Any = vit.blocks[k]
+    attention = getattr(block, vit.parts.attention)
+    names = {"q": vit.parts.queries, "k": vit.parts.keys}
+    found = {name: getattr(attention, path) for name, path in names.items() if path}
+    if vit.parts.norm:
+        found["norm"] = getattr(block, vit.parts.norm)
+    return [module.register_forward_hook(partial(_noted, note, k, name)).remove for name, module in found.items()]
+
+
+def _noted(note: Callable[[int, str, Tensor], None], k: int, name: str, module: Any, args: Any, output: Tensor) -> None:
+    note(k, name, output)
+
+
+# -- pooling ----------------------------------------------------------------------------------------------------------
+
+
+def weighted_pooling(vit: Vit, sizes: Sizes) -> list[Callable[[], None]]:
+    """Let mean and attention pooling count a row as often as sizes() [B, M] says; returns the undo.
+
+    Raises UnsupportedModel for a pooling that takes no weights.
+    """
+    root, owner, undo = vit.root, vit.owner, []
+    pool = getattr(root, "attn_pool", None)
+    if pool is not None:
+        undo += _attention_pool(pool, vit, sizes)
+    for name, ours in (("pool", _timm_pool), ("_global_pool", _clip_pool)):
+        if callable(getattr(type(root), name, None)):
+            root.__dict__[name] = partial(ours, root, sizes)
+            undo.append(partial(root.__dict__.pop, name, None))
+    head: Any = getattr(root, "head", None)
+    if isinstance(getattr(head, "attention", None), nn.MultiheadAttention):  # SigLIP
+        hook = partial(_padded, sizes, 0)
+        undo.append(head.attention.register_forward_pre_hook(hook, with_kwargs=True).remove)
+    first = _mean_head(owner)
+    if first is not None:
+        undo.append(root.register_forward_hook(partial(_weighted_states, sizes, first)).remove)
+    return undo
+
+
+def _attention_pool(pool: Any, vit: Vit, sizes: Sizes) -> list[Callable[[], None]]:
+    name = _name(type(pool))
+    if name == "timm.layers.attention_pool.AttentionPoolLatent" and pool.pos_embed is None:
+        return [pool.register_forward_pre_hook(partial(_biased, sizes), with_kwargs=True).remove]
+    if name == "open_clip.transformer.AttentionalPooler":
+        pools = [p for p in (pool, getattr(vit.root, "attn_pool_contrastive", None)) if p is not None]
+        if getattr(vit.root, "attn_pool_type", "") == "cascade":  # the second pools what the first put out
+            pools = pools[:1]
+        return [p.attn.register_forward_pre_hook(partial(_padded, sizes, 0), with_kwargs=True).remove for p in pools]
+    raise UnsupportedModel(
+        f"{type(pool).__name__} pools by attention that takes no weights for merged tokens (or has positions of its "
+        "own): choose a method that prunes without merging (topk_cls, zero_tprune)"
+    )
+
+
+def _log(size: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """[B, rows] log sizes of the last rows."""
+    return size[:, size.shape[1] - rows :].log().to(dtype)
+
+
+def _biased(sizes: Sizes, module: Any, args: Any, kwargs: Given) -> Any:
+    size = sizes()
+    if size is None:
+        return None
+    x = args[0]
+    return args, {**kwargs, "attn_mask": _log(size, x.shape[1], x.dtype)[:, None, None, :]}
+
+
+def _padded(sizes: Sizes, _: int, module: Any, args: Any, kwargs: Given) -> Any:
+    size = sizes()
+    if size is None:
+        return None
+    keys = args[1]
+    return args, {**kwargs, "key_padding_mask": _log(size, keys.shape[1], keys.dtype)}
+
+
+def weigh_rows(x: Tensor, size: Tensor, first: int) -> Tensor:
+    """x [B, M, C] with rows from `first` on scaled so that their plain mean is the mean weighted by size [B, M]."""
+    if x.shape[1] != size.shape[1]:
+        raise UnsupportedCall(
+            f"{x.shape[1]} rows to pool, but the last forward pass left {size.shape[1]}: pool what it put out"
+        )
+    part = size[:, first:]
+    factor = (part * (part.shape[1] / part.sum(1, keepdim=True))).to(x.dtype)
+    return torch.cat([x[:, :first], x[:, first:] * factor[..., None]], 1)
+
+
+def _timm_pool(root: Any, sizes: Sizes, x: Tensor, pool_type: str | None = None) -> Tensor:
+    plain, size = type(root).pool, sizes()
+    kind = root.global_pool if pool_type is None else pool_type
+    if size is None or root.attn_pool is not None or kind not in ("avg", "avgmax"):
+        return plain(root, x, pool_type)
+    first = 0 if getattr(root, "pool_include_prefix", False) else root.num_prefix_tokens
+    mean = plain(root, weigh_rows(x, size, first), "avg")
+    return mean if kind == "avg" else 0.5 * (plain(root, x, "max") + mean)
+
+
+def _clip_pool(root: Any, sizes: Sizes, x: Tensor) -> Any:
+    size = sizes()
+    pooled, tokens = type(root)._global_pool(root, x)
+    if size is None or root.pool_type != "avg":
+        return pooled, tokens
+    return type(root)._global_pool(root, weigh_rows(x, size, 1))[0], tokens
+
+
+# transformers: classifiers that take the mean of the tower's rows, and the first row that counts.
+MEAN_HEADS: dict[str, Callable[[Any], int]] = {
+    "CLIPForImageClassification": lambda owner: 1,
+    "SiglipForImageClassification": lambda owner: 0,
+    "Dinov2ForImageClassification": lambda owner: 1,
+    "Dinov2WithRegistersForImageClassification": lambda owner: 1 + owner.config.num_register_tokens,
+}
+
+
+def _mean_head(owner: Any) -> int | None:
+    found = MEAN_HEADS.get(type(owner).__name__)
+    return None if found is None else found(owner)
+
+
+def _weighted_states(sizes: Sizes, first: int, module: Any, args: Any, output: Any) -> Any:
+    size = sizes()
+    if size is not None:
+        output.last_hidden_state = weigh_rows(output.last_hidden_state, size, first)
+    return output
