@@ -217,14 +217,15 @@ def vit_of(model: Any) -> Vit | None:
     if library is None:
         return None
     root, owner = model, model
-    while (blocks := _blocks(root)) is None:
-        inner = next((getattr(root, name) for name in INSIDE if getattr(root, name, None) is not None), None)
-        if inner is None:
-            raise UnsupportedModel(
-                f"{type(root).__name__} of {library} holds no list of transformer blocks that vtprune knows; supported "
-                f"blocks: {', '.join(sorted(name.rsplit('.', 1)[1] for name in BLOCKS))}"
-            )
+    # Inwards first: the blocks that a text-image model shows itself are those of its text tower.
+    while (inner := next((getattr(root, name, None) for name in INSIDE if hasattr(root, name)), None)) is not None:
         root = inner
+    blocks = _blocks(root)
+    if blocks is None:
+        raise UnsupportedModel(
+            f"{type(root).__name__} of {library} holds no list of transformer blocks that vtprune knows; supported "
+            f"blocks: {', '.join(sorted(name.rsplit('.', 1)[1] for name in BLOCKS))}"
+        )
     parts = BLOCKS[_name(type(blocks[0]))]
     for block in blocks:
         parts.check(block)
@@ -330,6 +331,16 @@ def _noted(note: Callable[[int, str, Tensor], None], k: int, name: str, module: 
     note(k, name, output)
 
 
+def cover(module: nn.Module, name: str, function: Callable[..., Any]) -> Callable[[], None]:
+    """Let a function stand before the method that the module's class has; returns the undo."""
+    module.__dict__[name] = function
+    return partial(_uncover, module, name)
+
+
+def _uncover(module: nn.Module, name: str) -> None:
+    module.__dict__.pop(name, None)
+
+
 # -- pooling ----------------------------------------------------------------------------------------------------------
 
 
@@ -344,8 +355,7 @@ def weighted_pooling(vit: Vit, sizes: Sizes) -> list[Callable[[], None]]:
         undo += _attention_pool(pool, vit, sizes)
     for name, ours in (("pool", _timm_pool), ("_global_pool", _clip_pool)):
         if callable(getattr(type(root), name, None)):
-            root.__dict__[name] = partial(ours, root, sizes)
-            undo.append(partial(root.__dict__.pop, name, None))
+            undo.append(cover(root, name, partial(ours, root, sizes)))
     head: Any = getattr(root, "head", None)
     if isinstance(getattr(head, "attention", None), nn.MultiheadAttention):  # SigLIP
         hook = partial(_padded, sizes, 0)

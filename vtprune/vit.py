@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from .kernels import attention_received, attention_rows
-from .model_adapters.vits import Attention, Given, Vit, watch, weighted_pooling
+from .model_adapters.vits import Attention, Given, Vit, cover, watch, weighted_pooling
 from .reduction import Reducer, Reduction, Tokens, keep_rows
 from .tower import places
-from .types import Method, Stage, UnsupportedCall, UnsupportedModel, Visual
+from .types import Method, Stage, UnsupportedCall, UnsupportedModel, Visual, budget
 
 MASKS = ("attn_mask", "attention_mask", "is_causal", "k_x", "v_x")
 READABLE = {"cls": "attention", "received": "attention", "mean_keys": "mean_keys", "keys": "keys"}
@@ -156,16 +156,14 @@ class VitSession:
                     f"block {k} ({type(block).__name__}) has a forward of its own on the instance, put there by "
                     "another library: undo that first"
                 )
-            block.__dict__["forward"] = partial(self._forward, k)
-            self._undo.append(partial(block.__dict__.pop, "forward", None))
+            self._undo.append(cover(block, "forward", partial(self._forward, k)))
         if any(method.reads for method in self.reducers):
             for k in range(self.depth):
                 self._undo += watch(self.vit, k, self._note)
         if any(method.pools for method in self.reducers):
             self._undo += weighted_pooling(self.vit, self._sizes)
         if callable(getattr(type(self.vit.root), "forward_intermediates", None)):
-            self.vit.root.__dict__["forward_intermediates"] = self._intermediates
-            self._undo.append(partial(self.vit.root.__dict__.pop, "forward_intermediates", None))
+            self._undo.append(cover(self.vit.root, "forward_intermediates", self._intermediates))
 
     def remove(self) -> None:
         """Undo everything; safe to call twice."""
@@ -178,9 +176,12 @@ class VitSession:
         """(method, patches left) of every block, of n patches."""
         if n not in self._plans:
             plan: list[tuple[Reducer | None, int]] = [(None, n)] * self.depth
-            for stage, method, at in zip(self.stages, self.reducers, self.at):
-                for k, left in zip(at, method.counts(n, len(at), stage.keep)):
+            now = n
+            for stage, method, at in sorted(zip(self.stages, self.reducers, self.at), key=lambda found: found[2][0]):
+                goal = None if stage.keep is None else min(now, budget(stage.keep, n))
+                for k, left in zip(at, method.counts(now, len(at), goal)):
                     plan[k] = method, left
+                    now = left
             self._plans[n] = plan
         return self._plans[n]
 

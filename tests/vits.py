@@ -1,0 +1,177 @@
+"""Tiny random vision transformers of every class that can be patched, and what the tests know about each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+SIZE, PATCH, WIDTH, DEPTH, HEADS, CLASSES = 56, 8, 32, 4, 2, 5
+PATCHES = (SIZE // PATCH) ** 2
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How to make a model, and which of its modules the oracles hook.
+
+    tower: path to the module with the blocks. blocks: path from there. norm: a block's norm before the MLP. attention:
+    a block's attention. mask: how that takes "these keys are hidden". prefix: tokens before the patches. rope:
+    positions enter attention.
+    """
+
+    make: Callable[[], nn.Module]
+    blocks: str
+    norm: str
+    attention: str
+    mask: str
+    tower: str = ""
+    prefix: int = 1
+    rope: bool = False
+
+
+def _timm(cls: str, **options: Any) -> nn.Module:
+    timm = pytest.importorskip("timm")
+    sizes = {"img_size": SIZE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS}
+    found = {
+        "vit": timm.models.VisionTransformer,
+        "distilled": timm.models.deit.VisionTransformerDistilled,
+        "eva": timm.models.Eva,
+    }[cls]
+    return found(**{**sizes, "num_classes": CLASSES, **options})
+
+
+def _clip_tower(**options: Any) -> nn.Module:
+    open_clip = pytest.importorskip("open_clip")
+    sizes = {"image_size": SIZE, "patch_size": PATCH, "width": WIDTH, "layers": DEPTH, "heads": HEADS}
+    return open_clip.transformer.VisionTransformer(**sizes, mlp_ratio=2.0, output_dim=CLASSES, **options)
+
+
+def _clip(timm_tower: bool = False) -> nn.Module:
+    open_clip = pytest.importorskip("open_clip")
+    vision: dict[str, Any] = {
+        "image_size": SIZE, "patch_size": PATCH, "width": WIDTH, "layers": DEPTH, "head_width": WIDTH // HEADS,
+    }  # fmt: skip
+    text = {"context_length": 8, "vocab_size": 20, "width": WIDTH, "heads": HEADS, "layers": 2}
+    if timm_tower:
+        from open_clip.timm_model import TimmModel
+
+        tower = TimmModel("test_vit", WIDTH, pool="avg", proj="linear")
+        tower.trunk, tower.head = _timm("vit", global_pool="avg", num_classes=0), nn.Linear(WIDTH, WIDTH)
+        model = open_clip.model.CustomTextCLIP(WIDTH, vision, text)
+        model.visual = tower
+        return model
+    return open_clip.model.CLIP(WIDTH, vision, text)
+
+
+def _hf(name: str, config: str, **options: Any) -> nn.Module:
+    import transformers
+
+    sizes = {
+        "image_size": SIZE, "patch_size": PATCH, "hidden_size": WIDTH, "num_hidden_layers": DEPTH,
+        "num_attention_heads": HEADS, "intermediate_size": 2 * WIDTH, "num_labels": CLASSES,
+    }  # fmt: skip
+    return getattr(transformers, name)(getattr(transformers, config)(**{**sizes, **options}))
+
+
+def _hf_whole(name: str, config: str) -> nn.Module:
+    import transformers
+
+    sizes = {
+        "image_size": SIZE, "patch_size": PATCH, "hidden_size": WIDTH, "num_hidden_layers": DEPTH,
+        "num_attention_heads": HEADS, "intermediate_size": 2 * WIDTH,
+    }  # fmt: skip
+    whole = getattr(transformers, config)(vision_config=sizes, num_labels=CLASSES)
+    return getattr(transformers, name)(whole)
+
+
+_T = partial(Kind, blocks="blocks", norm="norm2", attention="attn", mask="attn_mask")
+_O = partial(Kind, blocks="transformer.resblocks", norm="ln_2", attention="attn", mask="key_padding_mask")
+_H = partial(Kind, norm="norm2", attention="attention", mask="attention_mask")
+_C = partial(Kind, blocks="encoder.layers", norm="layer_norm2", attention="self_attn", mask="attention_mask")
+_D = partial(_H, blocks="encoder.layer")
+_V = partial(_H, blocks="layers", norm="layernorm_after")
+EVA02 = {
+    "use_rot_pos_emb": True, "swiglu_mlp": True, "scale_mlp": True, "qkv_fused": False, "mlp_ratio": 8 / 3,
+}  # fmt: skip
+
+KINDS: dict[str, Kind] = {
+    "timm-deit": _T(partial(_timm, "vit")),
+    "timm-deit-distilled": _T(partial(_timm, "distilled"), prefix=2),
+    "timm-deit3": _T(partial(_timm, "vit", init_values=0.3, no_embed_class=True, drop_path_rate=0.2)),
+    "timm-augreg-qk-norm": _T(partial(_timm, "vit", qk_norm=True, scale_attn_norm=True, scale_mlp_norm=True)),
+    "timm-mae": _T(partial(_timm, "vit", global_pool="avg")),
+    "timm-clip": _T(partial(_timm, "vit", pre_norm=True)),
+    "timm-dinov2-reg4": _T(
+        partial(_timm, "vit", init_values=0.5, reg_tokens=4, no_embed_class=True, global_pool="avg"), prefix=5
+    ),
+    "timm-siglip": _T(partial(_timm, "vit", class_token=False, global_pool="map"), prefix=0),
+    "timm-gap": _T(partial(_timm, "vit", class_token=False, global_pool="avg"), prefix=0),
+    "timm-eva": _T(partial(_timm, "eva", init_values=0.4)),
+    "timm-eva02": _T(partial(_timm, "eva", init_values=0.4, **EVA02), rope=True),
+    "open_clip": _O(_clip, tower="visual"),
+    "open_clip-tower-avg": _O(partial(_clip_tower, pool_type="avg", ls_init_value=0.3)),
+    "open_clip-tower-attention-pool": _O(partial(_clip_tower, attentional_pool=True, attn_pooler_heads=1)),
+    "open_clip-tower-qk-norm": _O(partial(_clip_tower, qk_norm=True, scale_fc=True, scale_attn=True), mask="attn_mask"),
+    "open_clip-timm": _T(partial(_clip, True), tower="visual.trunk"),
+    "vit": _V(partial(_hf, "ViTModel", "ViTConfig")),
+    "vit-classifier": _V(partial(_hf, "ViTForImageClassification", "ViTConfig"), tower="vit"),
+    "clip": _C(partial(_hf, "CLIPVisionModel", "CLIPVisionConfig")),
+    "clip-projection": _C(partial(_hf, "CLIPVisionModelWithProjection", "CLIPVisionConfig"), tower="vision_model"),
+    "clip-classifier": _C(partial(_hf_whole, "CLIPForImageClassification", "CLIPConfig"), tower="vision_model"),
+    "siglip": _C(partial(_hf, "SiglipVisionModel", "SiglipVisionConfig"), prefix=0),
+    "siglip-classifier": _C(
+        partial(_hf_whole, "SiglipForImageClassification", "SiglipConfig"), tower="vision_model", prefix=0
+    ),
+    "dinov2": _D(partial(_hf, "Dinov2Model", "Dinov2Config", layerscale_value=0.5)),
+    "dinov2-classifier": _D(partial(_hf, "Dinov2ForImageClassification", "Dinov2Config"), tower="dinov2"),
+    "dinov2-registers": _D(
+        partial(_hf, "Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", num_register_tokens=3),
+        tower="dinov2_with_registers",
+        prefix=4,
+    ),
+}
+NAMES = tuple(KINDS)
+
+
+@cache
+def model(name: str) -> Any:
+    """One model of each kind for all tests, with weights large enough to tell tokens apart."""
+    torch.manual_seed(NAMES.index(name))
+    made = KINDS[name].make().eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.15)
+    return made
+
+
+def images(batch: int = 3, seed: int = 0) -> Tensor:
+    return torch.randn(batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def run(model: Any, x: Tensor) -> Tensor:
+    """The one tensor that a user of the model wants: logits, or the pooled features."""
+    out = model.encode_image(x) if hasattr(model, "encode_image") else model(x)
+    for name in ("logits", "image_embeds", "pooler_output"):
+        if getattr(out, name, None) is not None:
+            return getattr(out, name)
+    return out
+
+
+def part(module: Any, path: str) -> Any:
+    for name in filter(None, path.split(".")):
+        module = getattr(module, name)
+    return module
+
+
+def tower(name: str, model: Any) -> Any:
+    return part(model, KINDS[name].tower)
+
+
+def blocks(name: str, model: Any) -> list[Any]:
+    return list(part(tower(name, model), KINDS[name].blocks))
