@@ -98,7 +98,7 @@ class Reduction:
         if x.is_cpu and x.dtype == torch.float32:
             out = rows.index_select(0, at)
             delta = rows.index_select(0, src) - out.index_select(0, dst)
-            return out.index_add_(0, dst, delta * self.w.reshape(-1, 1)).view(batch, m, width)
+            return out.index_add_(0, dst, delta.mul_(self.w.view(-1, 1))).view(batch, m, width)
         own = torch.ones(batch * m, device=x.device).index_add(0, dst, -self.w.flatten())
         pairs = torch.arange(batch * m, device=x.device)
         weights = torch.cat([own, self.w.flatten()])
