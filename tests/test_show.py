@@ -11,7 +11,7 @@ from PIL import Image
 import vtprune
 from vtprune.evals import tiny
 from vtprune.evals.video import Video
-from vtprune.show import Kept, contact_sheet, draw, film, gallery, overlay, panels, record, segments, tile_grid
+from vtprune.show import Kept, contact_sheet, draw, draw_groups, film, gallery, overlay, panels, record, segments, tile_grid
 from vtprune.types import Span
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -150,3 +150,16 @@ def test_merged_tokens_are_followed_through_the_seam() -> None:
     assert (kept.into >= 0).all()
     assert torch.equal(kept.into[kept.idx], kept.idx)
     assert set(kept.into.tolist()) == set(kept.idx.tolist())
+
+
+def test_groups_of_a_vision_transformer_have_their_mean_colour_and_a_line_around_them() -> None:
+    slots = torch.tensor([0, 0, 1, -1])  # the upper row together: one patch red, one blue
+    sheet = draw_groups(_halves(48, 48), slots, (2, 2), "tome")
+    left = 10 + 48 + 10  # the right picture of the strip
+    top = sheet.height - 10 - 48
+    assert sheet.getpixel((left + 6, top + 6)) == sheet.getpixel((left + 30, top + 6)) == (128, 0, 128)
+    assert sheet.getpixel((left + 6, top + 40)) == RED
+    assert _faded(sheet.getpixel((left + 40, top + 40)))
+    assert sheet.getpixel((left + 24, top + 40)) == (40, 40, 40)
+    with pytest.raises(ValueError, match="3 patches do not fill a grid of 2 x 2"):
+        draw_groups(_halves(), slots[:3], (2, 2), "tome")

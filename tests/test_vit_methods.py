@@ -220,7 +220,7 @@ def test_diffrate_equals_its_oracle(prefix: int) -> None:
     out, sizes = step.apply(x), step.resize(size)
     for b in range(2):
         order = [prefix + i for i in oracles.top(row[b, prefix:], n)]
-        pruned_to = left + (n - left) // 2
+        pruned_to = n - (n - left) // 2
         kept, sources = sorted(order[:left]), order[left:pruned_to]
         rows = x[b].double()
         groups = {p: [(p, 1.0)] for p in (*range(prefix), *kept)}

@@ -274,10 +274,18 @@ def show(
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
+    vit: Annotated[
+        Path | None, typer.Option(help="Weights as for eval-vit: draw what became of the patches inside that model.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("kept.png"),
     as_json: Json = False,
 ) -> None:
     """Draw the kept visual tokens over an image or the frames of a video; the dropped ones are dimmed."""
+    if vit is not None:
+        if image is None:
+            raise ValueError("--vit draws one picture: name it")
+        _show_vit(image, method, keep, vit, _device(device), out, as_json)
+        return
     import vtprune
     from vtprune import show as drawing
     from vtprune.evals.accuracy import parse_method, prepare
@@ -312,6 +320,37 @@ def show(
         typer.echo(json.dumps({"file": str(out), "visual_tokens": total, "kept": tokens}))
     else:
         typer.echo(f"{method} kept {kept} of {total} visual tokens; wrote {out}")
+
+
+def _show_vit(image: Path, method: str, keep: str, weights: Path, device: str, out: Path, as_json: bool) -> None:
+    """Draw which patches of a picture became one token inside a vision transformer."""
+    import torch
+    from PIL import Image
+
+    import vtprune
+    from vtprune.evals.accuracy import parse_method
+    from vtprune.evals.vit_data import dinov2_small, photo
+    from vtprune.show import draw_groups
+
+    _quiet()
+    name, options = parse_method(method)
+    rule = vtprune.create(name, **options)
+    side = 16
+    picture = Image.open(image).convert("RGB")
+    model = dinov2_small(weights).to(device)
+    x = photo(picture, side * 14).to(device)
+    with vtprune.patch(model, rule, keep=None if rule.adaptive else parse_keep(keep)) as handle, torch.inference_mode():
+        model(pixel_values=x)
+    last = handle.last
+    slots = torch.arange(last.n) if last.slots is None else last.slots[0].cpu()
+    patches = slots[last.prefix :]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draw_groups(picture, patches, (side, side), f"{method} at {keep}").save(out)
+    kept = len(set(patches.tolist()) - {-1})
+    if as_json:
+        typer.echo(json.dumps({"file": str(out), "patches": len(patches), "kept": kept, "slots": patches.tolist()}))
+    else:
+        typer.echo(f"{method} made {kept} tokens of {len(patches)} patches; wrote {out}")
 
 
 @app.command("eval-vit")

@@ -230,7 +230,7 @@ class Reducer(Method):
         tokens = replace(tokens, scaling=self._head_width(v) ** -0.5)
         found = self.reduce(tokens, left)
         after, order = found.resize(tokens.size), found.index[0].argsort()
-        if after is not None and k < last:
+        if after is not None and v.block is not None:
             v.state["size"] = after[0, order]
         return found.assignment()
 

@@ -222,6 +222,36 @@ def _tiled(spans: Sequence[Span], kept: torch.Tensor, aspect: float) -> Panel:
     return Panel(f"{rows} x {cols} crops", rows * h, cols * w, whole.flatten().tolist(), (rows, cols))
 
 
+def draw_groups(image: Image.Image, slots: torch.Tensor, grid: tuple[int, int], title: str) -> Image.Image:
+    """Which patches of a vision transformer became one token: each group in its mean colour, a line around it.
+
+    slots: [h * w] int64, the token that holds each patch of the grid (h, w), -1 for a dropped one, which is dimmed.
+    """
+    h, w = grid
+    if slots.numel() != h * w:
+        raise ValueError(f"{slots.numel()} patches do not fill a grid of {h} x {w}")
+    side = 24
+    bright = image.convert("RGB").resize((w * side, h * side), Image.Resampling.BICUBIC)
+    small = torch.tensor(list(image.convert("RGB").resize((w, h), Image.Resampling.BOX).getdata()), dtype=torch.float32)
+    out = Image.blend(bright, Image.new("RGB", bright.size, "white"), _DIM)
+    pen = ImageDraw.Draw(out)
+    for slot in slots.unique().tolist():
+        members = (slots == slot).nonzero()[:, 0].tolist()
+        colour = tuple(int(v) for v in small[members].mean(0).round().tolist())
+        for at in members if slot >= 0 else ():
+            pen.rectangle(_box(out.size, h, w, *divmod(at, w)), fill=colour)
+    cells = slots.view(h, w).tolist()
+    for r in range(h):
+        for c in range(w):
+            x, y, right, below = _box(out.size, h, w, r, c)
+            if c + 1 < w and cells[r][c] != cells[r][c + 1]:
+                pen.line((right, y, right, below), fill=_INK)
+            if r + 1 < h and cells[r][c] != cells[r + 1][c]:
+                pen.line((x, below, right, below), fill=_INK)
+    kept = len(set(slots.tolist()) - {-1})
+    return _strip([(bright, ""), (out, "")], f"{title}: {slots.numel()} patches, {kept} tokens")
+
+
 def tile_grid(count: int, aspect: float) -> tuple[int, int]:
     """(rows, cols) with rows * cols == count whose shape is closest to the image's; ties go to fewer rows."""
     pairs = [(r, count // r) for r in range(1, count + 1) if count % r == 0]

@@ -104,6 +104,7 @@ class TowerRun:
     notes: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
+    bias: Tensor | None = None
     memo: dict[int, tuple[Any, Any]] = field(default_factory=dict)
 
     def once(self, value: Any, cut: Callable[[], Any]) -> Any:
@@ -176,6 +177,12 @@ class TowerStages:
         if self.by_patch and not all(stage.method.by_patch for stage in self.stages):
             raise ValueError(
                 "stages in the tower must agree on what they choose among: single patches, or whole tokens"
+            )
+        weighing = [stage.method.name for stage in self.stages if getattr(stage.method, "weighs", False)]
+        if weighing and "flash" in (self.tower.config._attn_implementation or ""):
+            raise UnsupportedModel(
+                f"{weighing[0]} biases attention by the size of merged tokens, which flash attention does not take: "
+                "load the model with attn_implementation='sdpa'"
             )
         if self.by_patch and getattr(self.tower, "deepstack_visual_indexes", None):
             raise UnsupportedModel(
@@ -315,6 +322,8 @@ class TowerStages:
             call["attention_mask"] = run.once(mask, lambda: cut.cut_mask(mask, 0))
         elif cut.valid is not None:
             call["attention_mask"] = _padding(cut.valid, self.tower.config._attn_implementation, call["hidden_states"])
+        if run.bias is not None:
+            call["attention_mask"] = _with_bias(call.get("attention_mask"), run.bias, call["hidden_states"])
         hidden = call.pop("hidden_states")
         return (hidden,), call
 
@@ -371,6 +380,7 @@ class TowerStages:
                 x = self._run(run, stage, k, at[-1], x)
         if sum(crop.alive.shape[0] for crop in run.crops) < before:
             run.cut = self._compact(run)
+            run.bias = self._size_bias(run)
             run.memo.clear()
         for key in [key for key in run.rows if self.needs[key] <= k]:
             del run.rows[key]
@@ -458,6 +468,30 @@ class TowerStages:
             keep[crop.row].index_fill_(0, crop.patches.flatten(), True)
             counts[crop.row] += crop.patches.numel()
         return right_padded(keep, counts)
+
+    def _size_bias(self, run: TowerRun) -> Tensor | None:
+        """[T, n] float32: log of how many tokens each row stands for, where merged ones weigh; None if none do.
+
+        Towers that pack images take none: their masks are segment lengths.
+        """
+        sizes = [
+            (crop, state["size"])
+            for crop in run.crops
+            for stage in self.stages
+            if getattr(stage.method, "weighs", False)
+            and (state := crop.states.get(id(stage.method), {})).get("size") is not None
+        ]
+        if not sizes or run.cut is None:
+            return None
+        if self.layout.packed:
+            note = "sizes of merged tokens do not enter attention in a tower that packs images into one row"
+            run.notes.extend([note] if note not in run.notes else [])
+            return None
+        whole = sizes[0][1].new_zeros(run.shape[:2])
+        for crop, size in sizes:
+            patches = crop.patches
+            whole[crop.row, patches.flatten()] = size.clamp(min=1e-3).log().repeat_interleave(patches.shape[1])
+        return run.cut.cut(whole, 1)
 
     def _report(self, run: TowerRun, stage: Stage, crop: Crop, k: int, view: Visual, answer: Assignment) -> None:
         note = view.state.get("note")
@@ -576,6 +610,18 @@ def _padding(valid: Tensor, attention: str | None, hidden: Tensor) -> Tensor:
         return valid[:, None, None, :]
     blocked = torch.zeros(valid.shape, dtype=dtype, device=valid.device).masked_fill(~valid, torch.finfo(dtype).min)
     return blocked[:, None, None, :]
+
+
+def _with_bias(mask: Tensor | None, bias: Tensor, hidden: Tensor) -> Tensor:
+    """An attention mask (None, bool or additive, [T, 1, .., n]) and a bias on keys [T, n], as one additive mask."""
+    bias = bias.to(hidden.device, hidden.dtype)[:, None, None, :]
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        return bias.expand(torch.broadcast_shapes(bias.shape, mask.shape)).masked_fill(
+            ~mask, torch.finfo(hidden.dtype).min
+        )
+    return torch.maximum(mask + bias, mask.new_tensor(torch.finfo(mask.dtype).min))
 
 
 def _bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from torch import Tensor
 from ...reduction import Reads, Reducer, Reduction, Tokens, keep_rows
 from ...registry import register
 
-PATCHES = 196  # the published counts are for 224 x 224 pixels in patches of 16 x 16
 SMALLEST = 1e-3  # sizes shrink where sources point away from their destination; log needs a positive one
 
 
@@ -25,15 +24,20 @@ class DiffRate(Reducer):
     Similarity g is the cosine of the residual stream. Features become the plain mean of a destination and its sources,
     sizes the sum s + g s_source; attention adds log size. Published counts came from a gradient search over them.
 
-    prune, merge: tokens left by each block's two steps, CLS included, for 197 tokens (other lengths in proportion); a
-        count above what is there does nothing. None: as `keep` says, evenly over the blocks, half pruned, half merged.
+    prune, merge: tokens left by each block's two steps, CLS included, of `tokens` (other lengths in proportion; the
+        published counts are of 197); a count above what is there does nothing. None: as `keep` says, evenly over the
+        blocks, and of what goes the share `pruned` is pruned and the rest merged.
     """
 
     reads: ClassVar[tuple[Reads, ...]] = ("attention",)
     prune: Sequence[int] | None = None
     merge: Sequence[int] | None = None
+    tokens: int = 197
+    pruned: float = 0.5
 
     def __post_init__(self) -> None:
+        if self.tokens < 2 or not 0 <= self.pruned <= 1:
+            raise ValueError(f"diffrate: tokens={self.tokens} must be above 1, pruned={self.pruned} from 0 to 1")
         if (self.prune is None) != (self.merge is None):
             raise ValueError("diffrate: prune and merge go together, one count a block each")
         if self.prune is None or self.merge is None:
@@ -61,15 +65,19 @@ class DiffRate(Reducer):
             raise ValueError(f"diffrate: counts for {len(self.prune)} blocks, but the model has {depth}")
         left, now = [], n
         for p, q in zip(self.prune, self.merge):
-            now = min(now, scaled(p, n), scaled(q, n))
+            now = min(now, self._scaled(p, n), self._scaled(q, n))
             left.append(now)
         return left
 
+    def _scaled(self, count: int, n: int) -> int:
+        """Patches that a count of `tokens`, CLS included, means for n patches."""
+        return max(1, round((count - 1) * n / (self.tokens - 1)))
+
     def reduce(self, t: Tokens, left: int) -> Reduction:
         if self.prune is None:
-            kept = left + (t.n - left) // 2
+            kept = t.n - int(self.pruned * (t.n - left))
         else:
-            kept = max(left, min(t.n, scaled(self.prune[t.block[0]], t.n0)))
+            kept = max(left, min(t.n, self._scaled(self.prune[t.block[0]], t.n0)))
         order = t.read("attention")[:, t.prefix :].sort(dim=1, descending=True, stable=True).indices
         stay, go = order[:, :left].sort(1).values, order[:, left:kept]
         if kept == left:
@@ -92,8 +100,3 @@ def merge_into(x: Tensor, size: Tensor, index: Tensor, src: Tensor, prefix: int)
     total = before.scatter_add(1, dst, gain)
     short = (SMALLEST - total).clamp(min=0) / (count - 1).clamp(min=1)
     return Reduction(index, src, dst, 1 / count.gather(1, dst), gain + short.gather(1, dst))
-
-
-def scaled(count: int, n: int) -> int:
-    """Patches that a published count (CLS included, of 197) means for n patches."""
-    return max(1, round((count - 1) * n / PATCHES))
