@@ -1,4 +1,6 @@
-"""What `merge` and `compact` cost beside the plain way: `python -m vtprune.evals.bench_kernels [--device cuda]`.
+"""What `merge`, `compact` and ToMe's merge step cost beside the plain way.
+
+    python -m vtprune.evals.bench_kernels [--device cuda]
 
 Both forms take turns in one process on the same data and must give the same result; a row whose results differ
 carries no speed-up. On the CPU everything runs on one thread.
@@ -23,7 +25,7 @@ from ..kernels import Compacted, compact, merge, use
 def kernels(device: str = "cpu") -> list[dict[str, Any]]:
     """One row per comparison this device allows; seconds are the best seen. RuntimeError if "cuda" is not there."""
     if device == "cpu":
-        return [merge_against_loop()]
+        return [merge_against_loop(), *tome_against_scatter()]
     if not torch.cuda.is_available():
         raise RuntimeError(f"device={device!r}: no CUDA device is visible to torch; use 'cpu'")
     rows = [merge_against_index_add(device)]
@@ -65,6 +67,70 @@ def merge_against_index_add(device: str, n: int = 6272, d: int = 896, k: int = 6
         same = torch.allclose(merge(x, src, dst, w, k).float(), plain().float(), rtol=2e-2, atol=2e-2)
         ours, theirs = _race(lambda: merge(x, src, dst, w, k), plain, 50, _device_seconds)
     return _row("merge", "index_add_", same, ours, theirs, n=n, d=d, k=k, dtype="bfloat16", device=device)
+
+
+def tome_against_scatter(
+    batch: int = 16, n: int = 197, c: int = 384, d: int = 64, r: int = 13, repeats: int = 8
+) -> list[dict[str, Any]]:
+    """ToMe's merge step on one CPU core, [batch, n, c] with a CLS token; then the same with matching by [batch, n, d].
+
+    Each form runs ten times in a row, so that memory just freed is used again, as between the blocks of a model.
+    """
+    from ..methods.in_vit.tome import match
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        g = torch.Generator().manual_seed(0)
+        x, metric = torch.randn(batch, n, c, generator=g), torch.randn(batch, n, d, generator=g)
+        size = torch.randint(1, 4, (batch, n), generator=g).float()
+        step, found = match(metric, size, 1, r), scatter_matching(metric, r)
+
+        def ours(step: Any) -> tuple[Tensor, Tensor]:
+            return step.apply(x), step.resize(size)
+
+        same = all(
+            torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(ours(step), scatter_merging(x, size, found))
+        )
+        merging = _race(lambda: ours(step), lambda: scatter_merging(x, size, found), repeats, _best_of_ten)
+        whole = _race(
+            lambda: ours(match(metric, size, 1, r)),
+            lambda: scatter_merging(x, size, scatter_matching(metric, r)),
+            repeats,
+            _best_of_ten,
+        )
+    finally:
+        torch.set_num_threads(threads)
+    shape: dict[str, Any] = {"batch": batch, "n": n, "d": c, "k": r, "device": "cpu", "threads": 1}
+    return [
+        _row("tome merging", "scatter form", same, *merging, **shape),
+        _row("tome matching + merging", "scatter form", same, *whole, **shape),
+    ]
+
+
+def scatter_matching(metric: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The straightforward way with a CLS token: all scores, -inf for CLS, a full sort."""
+    metric = metric / metric.norm(dim=-1, keepdim=True)
+    scores = metric[:, ::2] @ metric[:, 1::2].mT
+    scores[:, 0] = -torch.inf
+    best, partner = scores.max(-1)
+    order = best.argsort(-1, descending=True)[..., None]
+    src, rest = order[:, :r], order[:, r:].sort(1).values
+    return src, rest, partner[..., None].gather(1, src)
+
+
+def scatter_merging(x: Tensor, size: Tensor, found: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """All rows times their size, sources scattered onto the odd places, all rows divided by the new sizes."""
+    src, rest, dst = found
+
+    def merged(y: Tensor) -> Tensor:
+        even, odd, width = y[:, ::2], y[:, 1::2], y.shape[-1]
+        kept = even.gather(1, rest.expand(-1, -1, width))
+        odd = odd.scatter_reduce(1, dst.expand(-1, -1, width), even.gather(1, src.expand(-1, -1, width)), "sum")
+        return torch.cat([kept, odd], 1)
+
+    total = merged(size[..., None])
+    return merged(x * size[..., None]) / total, total[..., 0]
 
 
 def compact_against_gathers(
@@ -175,6 +241,10 @@ def _host_seconds(run: Callable[[], Any]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+def _best_of_ten(run: Callable[[], Any]) -> float:
+    return min(_host_seconds(run) for _ in range(10))
 
 
 def _device_seconds(run: Callable[[], Any]) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def _tome_round(arrays: Arrays, metric: str, tag: str, x: Tensor, size: Tensor, 
     unmerged, b = x.shape[1] - r - x.shape[1] // 2, x.shape[1] // 2
     _pairs(
         f"pairs {tag}",
-        ((step.src // 2), step.dst - unmerged if prefix != 2 else _distilled(step.dst, unmerged)),  # type: ignore[operator,arg-type]
+        ((step.src // 2), step.dst - unmerged if prefix != 2 else _distilled(step.dst, unmerged)),
         (arrays[f"src_idx{tag}"], arrays[f"dst_idx{tag}"]),
     )
     kept = step.index if prefix != 2 else torch.cat([step.index[:, :1], step.index[:, 2:]], 1)
@@ -142,13 +142,14 @@ def _timm(arrays: Arrays, kind: str = "cls") -> Any:
     import timm
 
     image, patch, width, depth, heads, classes = arrays["cfg"].tolist()
-    cls: Any = timm.models.VisionTransformer
-    options: Mapping[str, Any] = {
-        "gap": {"class_token": False, "global_pool": "avg"},
-        "mae": {"global_pool": "avg"},
-    }.get(kind, {})
-    if kind == "dist":
-        from timm.models.deit import VisionTransformerDistilled as cls  # type: ignore[no-redef]
+    plain = timm.models.VisionTransformer
+    kinds: dict[str, tuple[Any, dict[str, Any]]] = {
+        "cls": (plain, {}),
+        "gap": (plain, {"class_token": False, "global_pool": "avg"}),
+        "mae": (plain, {"global_pool": "avg"}),
+        "dist": (timm.models.deit.VisionTransformerDistilled, {}),
+    }
+    cls, options = kinds[kind]
     model = cls(
         img_size=image, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads, num_classes=classes, **options
     ).eval()

@@ -113,7 +113,7 @@ def probe(features: Tensor, labels: Tensor, decay: float = 1e-2, steps: int = 60
         total.backward()
         return total
 
-    optimiser.step(loss)  # type: ignore[no-untyped-call]
+    optimiser.step(loss)
     return w.detach(), b.detach()
 
 

@@ -45,9 +45,10 @@ def search(
 ) -> Found:
     """Counts for `diffrate` that leave at most `work` (0..1) of what a model's blocks do, from unlabelled images.
 
-    images: [B, 3, H, W]. features: (model, images) -> [B, D], what must not turn. A block's work is taken to be proportional to its tokens, a
-    third of it (attention) to those that enter and two thirds (MLP) to those that stay. Runs the model
-    2 * depth * len(shares) + 2 times. Raises ValueError for work outside (0, 1), UnsupportedModel for no ViT.
+    images: [B, 3, H, W]. features: (model, images) -> [B, D], what must not turn. A block's work is taken to be
+    proportional to its tokens, a third of it (attention) to those that enter and two thirds (MLP) to those that stay.
+    Runs the model 2 * depth * len(shares) + 3 times. Raises ValueError for work outside (0, 1) or out of reach,
+    UnsupportedModel for no ViT.
     """
     if not 0 < work < 1:
         raise ValueError(f"work={work}: the share of a dense model's work to leave, between 0 and 1")
@@ -74,7 +75,9 @@ def search(
             kinds.append([0.0, *(max(points[: i + 1]) for i in range(len(points)))])
         curves.append(kinds)
     steps = _spend(curves, [0.0, *shares], depth, work)
-    left, prune, merge = 1.0, [], []
+    left = 1.0
+    prune: list[int] = []
+    merge: list[int] = []
     for k in range(depth):
         for kind, counts in enumerate((prune, merge)):
             left -= [0.0, *shares][steps[k][kind]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 import vtprune
 from vtprune import Visual
+from vtprune.evals import bench_kernels
 from vtprune.methods.in_vit import ssm_keep
 from vtprune.methods.in_vit.schedule import stepwise
 from vtprune.methods.in_vit.token_transforming import dense
@@ -159,53 +159,14 @@ def test_schedules_of_r() -> None:
         vtprune.create("tome", r=3, pooling="max")
 
 
-def scatter_matching(metric: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The straightforward way with a CLS token: all scores, -inf for CLS, a full sort."""
-    metric = metric / metric.norm(dim=-1, keepdim=True)
-    scores = metric[:, ::2] @ metric[:, 1::2].mT
-    scores[:, 0] = -torch.inf
-    best, partner = scores.max(-1)
-    order = best.argsort(-1, descending=True)[..., None]
-    src, rest = order[:, :r], order[:, r:].sort(1).values
-    return src, rest, partner[..., None].gather(1, src)
-
-
-def scatter_merging(x: Tensor, size: Tensor, found: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """All rows times their size, sources scattered onto the odd places, all rows divided by the new sizes."""
-    src, rest, dst = found
-
-    def merged(y: Tensor) -> Tensor:
-        even, odd, width = y[:, ::2], y[:, 1::2], y.shape[-1]
-        kept = even.gather(1, rest.expand(-1, -1, width))
-        odd = odd.scatter_reduce(1, dst.expand(-1, -1, width), even.gather(1, src.expand(-1, -1, width)), "sum")
-        return torch.cat([kept, odd], 1)
-
-    total = merged(size[..., None])
-    return merged(x * size[..., None]) / total, total[..., 0]
-
-
 @pytest.mark.slow
 def test_a_merge_step_is_four_times_as_fast_as_the_scatter_form() -> None:
-    """B = 16, N = 197, C = 384, one thread, the fastest of interleaved runs; matching is timed beside it."""
-    x, metric, size = torch.randn(16, 197, 384), torch.randn(16, 197, 64), torch.randint(1, 4, (16, 197)).float()
-    step, found = match(metric, size, 1, 13), scatter_matching(metric, 13)
-    for a, b in zip((step.apply(x), step.resize(size)), scatter_merging(x, size, found), strict=True):
-        torch.testing.assert_close(a, b, **EXACT)
-    runs: dict[str, Callable[[], Any]] = {
-        "merge, ours": lambda: (step.apply(x), step.resize(size)),
-        "merge, scatter form": lambda: scatter_merging(x, size, found),
-        "match, ours": lambda: match(metric, size, 1, 13),
-        "match, scatter form": lambda: scatter_matching(metric, 13),
-    }
-    times: dict[str, float] = dict.fromkeys(runs, torch.inf)
-    for _ in range(8):
-        for name, run in runs.items():
-            for _ in range(10):  # in a row, so that memory just freed is used again, as between the blocks of a model
-                start = time.perf_counter()
-                run()
-                times[name] = min(times[name], time.perf_counter() - start)
-    print(", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in times.items()))
-    assert times["merge, scatter form"] / times["merge, ours"] >= 4
+    """B = 16, N = 197, C = 384, one thread; the row of matching and merging together stands beside it."""
+    merging, whole = bench_kernels.tome_against_scatter()
+    print(f"merging {merging['speedup']:.1f}x, with matching {whole['speedup']:.1f}x")
+    assert merging["same"]
+    assert whole["same"]
+    assert merging["speedup"] >= 4
 
 
 # -- DiffRate ----------------------------------------------------------------------------------------------------------
