@@ -11,7 +11,19 @@ from PIL import Image
 import vtprune
 from vtprune.evals import tiny
 from vtprune.evals.video import Video
-from vtprune.show import Kept, contact_sheet, draw, draw_groups, film, gallery, overlay, panels, record, segments, tile_grid
+from vtprune.show import (
+    Kept,
+    contact_sheet,
+    draw,
+    draw_groups,
+    film,
+    gallery,
+    overlay,
+    panels,
+    record,
+    segments,
+    tile_grid,
+)
 from vtprune.types import Span
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
