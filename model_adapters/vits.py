@@ -159,7 +159,7 @@ def _dinov2_feed(b: Any, x: Tensor) -> Tensor:
 
 
 def _refuse(block: Any, why: str) -> None:
-    raise UnsupportedModel(f"{type(block).__name__} {why}; this model cannot be pruned exactly")
+    raise UnsupportedModel(f"{type(block).__name__} {why}: its tokens cannot be reduced exactly")
 
 
 def _check_timm(b: Any) -> None:
@@ -177,6 +177,11 @@ def _check_custom_clip(b: Any) -> None:
         _refuse(b, "has scaled cosine attention")
 
 
+def _check_dinov2(b: Any) -> None:
+    if not hasattr(b.attention, "q_proj"):
+        _refuse(b, "is that of an older transformers, with attention that takes no mask (upgrade to 5.23 or later)")
+
+
 def _name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
@@ -184,7 +189,7 @@ def _name(cls: type) -> str:
 _timm = Parts(_timm_attend, _timm_feed, "attn", "q_norm", "k_norm", check=_check_timm)
 _eva = Parts(_eva_attend, _eva_feed, "attn", "q_norm", "k_norm", rotate=_eva_rotate)
 _hf_clip = Parts(_hf_clip_attend, _hf_clip_feed, "self_attn", "q_proj", "k_proj")
-_dinov2 = Parts(_dinov2_attend, _dinov2_feed, "attention", "q_proj", "k_proj")
+_dinov2 = Parts(_dinov2_attend, _dinov2_feed, "attention", "q_proj", "k_proj", check=_check_dinov2)
 BLOCKS: dict[str, Parts] = {
     "timm.models.vision_transformer.Block": _timm,
     "timm.models.eva.EvaBlock": _eva,
