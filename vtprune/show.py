@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
@@ -232,7 +233,8 @@ def draw_groups(image: Image.Image, slots: torch.Tensor, grid: tuple[int, int], 
         raise ValueError(f"{slots.numel()} patches do not fill a grid of {h} x {w}")
     side = 24
     bright = image.convert("RGB").resize((w * side, h * side), Image.Resampling.BICUBIC)
-    small = torch.tensor(list(image.convert("RGB").resize((w, h), Image.Resampling.BOX).getdata()), dtype=torch.float32)
+    means = np.asarray(image.convert("RGB").resize((w, h), Image.Resampling.BOX), dtype=np.float32)
+    small = torch.from_numpy(means).view(h * w, 3)
     out = Image.blend(bright, Image.new("RGB", bright.size, "white"), _DIM)
     pen = ImageDraw.Draw(out)
     for slot in slots.unique().tolist():
