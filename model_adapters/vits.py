@@ -363,7 +363,7 @@ def weighted_pooling(vit: Vit, sizes: Sizes) -> list[Callable[[], None]]:
             undo.append(cover(root, name, partial(ours, root, sizes)))
     head: Any = getattr(root, "head", None)
     if isinstance(getattr(head, "attention", None), nn.MultiheadAttention):  # SigLIP
-        hook = partial(_padded, sizes, 0)
+        hook = partial(_padded, sizes)
         undo.append(head.attention.register_forward_pre_hook(hook, with_kwargs=True).remove)
     first = _mean_head(owner)
     if first is not None:
@@ -379,7 +379,7 @@ def _attention_pool(pool: Any, vit: Vit, sizes: Sizes) -> list[Callable[[], None
         pools = [p for p in (pool, getattr(vit.root, "attn_pool_contrastive", None)) if p is not None]
         if getattr(vit.root, "attn_pool_type", "") == "cascade":  # the second pools what the first put out
             pools = pools[:1]
-        return [p.attn.register_forward_pre_hook(partial(_padded, sizes, 0), with_kwargs=True).remove for p in pools]
+        return [p.attn.register_forward_pre_hook(partial(_padded, sizes), with_kwargs=True).remove for p in pools]
     raise UnsupportedModel(
         f"{type(pool).__name__} pools by attention that takes no weights for merged tokens (or has positions of its "
         "own): choose a method that prunes without merging (topk_cls, zero_tprune)"
@@ -399,7 +399,7 @@ def _biased(sizes: Sizes, module: Any, args: Any, kwargs: Given) -> Any:
     return args, {**kwargs, "attn_mask": _log(size, x.shape[1], x.dtype)[:, None, None, :]}
 
 
-def _padded(sizes: Sizes, _: int, module: Any, args: Any, kwargs: Given) -> Any:
+def _padded(sizes: Sizes, module: Any, args: Any, kwargs: Given) -> Any:
     size = sizes()
     if size is None:
         return None
