@@ -148,7 +148,7 @@ def test_kept_features_change_no_answer(loaded, asked) -> None:
 
 
 def test_methods_that_a_model_cannot_take_are_noted(loaded, asked) -> None:
-    few = asked[::60]
+    few = asked[::24]
     report = evaluate(*loaded, few, ["divprune", "flowcut"], [0.25], seeds=1, progress=False, skip=True)
     names = {row["method"] for row in report.rows}
     assert {"dense", "blind-zero", "random", "uniform", "divprune"} <= names
