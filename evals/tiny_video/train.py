@@ -41,8 +41,8 @@ STAGES = (
     Stage("look up", 300, frozen=1.0),
     Stage("joint", 150),
     Stage("anneal", 333, muon=0.015, shape="cosine"),
-    Stage("compare", 400, compare=True),
-    Stage("settle", 400, muon=0.015, compare=True, shape="cosine"),
+    Stage("compare", 405, compare=True),
+    Stage("settle", 280, muon=0.015, compare=True, shape="cosine"),
 )
 
 
