@@ -31,9 +31,7 @@ from vtprune.types import Method
 if TYPE_CHECKING:
     from PIL import Image
 
-    from vtprune.evals import tiny, tiny_video
-
-    Question = tiny.Question | tiny_video.Question
+    from vtprune.evals.tiny import Visible as Question
 
 CONTROLS = ("random", "uniform")
 KEEPS = (0.5, 0.25, 0.11, 0.05)
@@ -294,7 +292,8 @@ def _possible(exam: Exam, todo: list[Plan]) -> tuple[list[Plan], list[str]]:
     """The passes that this model can take, found out with one question each, and a note on every other method."""
     first = exam.questions[0]
     one = prepare(exam.model, exam.processor, [first.prompt], [first.seen])
-    possible, reasons = [], {}
+    possible: list[Plan] = []
+    reasons: dict[str, str] = {}
     for plan in todo:
         try:
             with plan.applied(exam.model), torch.inference_mode():

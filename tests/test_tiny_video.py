@@ -55,7 +55,7 @@ def test_answers_balance_per_template(asked) -> None:
     for q in asked:
         used[q.template][q.answer] += 1
     assert {t: len(c) for t, c in used.items()} == {
-        "first": 6, "last": 6, "before": 2, "after": 2, "direction": 4, "count": 4, "shape": 3,
+        "first": 6, "last": 6, "order": 2, "direction": 4, "count": 4, "shape": 3,
     }  # fmt: skip
     assert all(max(c.values()) - min(c.values()) <= 1 for c in used.values())
 
@@ -86,9 +86,9 @@ def test_answers_are_true_of_the_pixels() -> None:
                 assert step @ (dx, dy) >= len(times) - 2
         for text, answer in told.items():
             if text.startswith("did "):
-                _, a, _, word, b, _ = text.split()
+                _, a, _, _, b, _ = text.split()
                 earlier = seen.index(clips.COLOR_NAMES.index(a)) < seen.index(clips.COLOR_NAMES.index(b))
-                assert answer == ("yes" if earlier == (word == "before") else "no")
+                assert answer == ("yes" if earlier else "no")
 
 
 def test_heldout_clips_are_not_training_clips() -> None:
@@ -135,7 +135,7 @@ def test_greedy_answers_are_right(loaded, asked) -> None:
     assert stopped.mean() >= LEARNED
 
 
-LEARNED = 0.85
+LEARNED = 0.9
 
 
 def test_kept_features_change_no_answer(loaded, asked) -> None:
@@ -148,7 +148,7 @@ def test_kept_features_change_no_answer(loaded, asked) -> None:
 
 
 def test_methods_that_a_model_cannot_take_are_noted(loaded, asked) -> None:
-    few = asked[::60]
+    few = asked[::24]
     report = evaluate(*loaded, few, ["divprune", "flowcut"], [0.25], seeds=1, progress=False, skip=True)
     names = {row["method"] for row in report.rows}
     assert {"dense", "blind-zero", "random", "uniform", "divprune"} <= names
@@ -160,8 +160,8 @@ def test_packed_questions_equal_single_ones(loaded, asked) -> None:
     """The training forward (windows by hand, packed questions, blocked attention) has the stock model's logits."""
     net, processor = loaded
     clip = next(q.video for q in asked if q.capability == "order")
-    texts = ("which color came first ?", "did red come after blue ?", "how many shapes appear ?")
-    rows = [asks.Ask(t, "yes", "order", "after", t, 2) for t in texts]
+    texts = ("which color came first ?", "did red come before blue ?", "how many shapes appear ?")
+    rows = [asks.Ask(t, "yes", "order", "order", t, 2) for t in texts]
     batch = lay(fast.patches([clip.frames]).float(), [rows], model.VOCABULARY, 1, {}, False)
     with torch.inference_mode():
         inputs = prepare(net, processor, [texts[0]], [clip])

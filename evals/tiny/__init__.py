@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+    from vtprune.evals.video import Video
+
 FOLDER = Path(__file__).parent
 CHECKPOINT = FOLDER / "checkpoint"
 CAPABILITIES = (
@@ -57,12 +59,18 @@ Seen = TypeVar("Seen", bound="Visible")
 
 
 class Visible(Protocol):
-    """A question whose picture or clip can be taken away."""
+    """A question about a picture or a video, `seen`, which can be taken away or swapped."""
 
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def answer(self) -> str: ...
     @property
     def capability(self) -> str: ...
     @property
     def source(self) -> int: ...
+    @property
+    def seen(self) -> Image.Image | Video: ...
     def blank(self) -> Any: ...
     def about(self, other: Any) -> Any: ...
 

@@ -96,9 +96,10 @@ class Trainer(BaseTrainer):
     stages = STAGES
 
     def __init__(self, out: Path, seed: int, scale: float) -> None:
-        module = nn.ModuleDict({"model": build_model(seed), "heads": Heads(128)})
+        model = build_model(seed)  # seeds what follows too
+        self.heads = Heads(128)
+        module = nn.ModuleDict({"model": model, "heads": self.heads})
         super().__init__(out, seed, scale, module, slow="vision_tower")
-        self.heads = module["heads"]
         self.balances = [Balance(6), Balance(4)]
         self.easy = EasyTrain()
 

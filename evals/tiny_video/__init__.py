@@ -34,7 +34,7 @@ __all__ = ["CAPABILITIES", "CHECKPOINT", "Question", "blind", "load", "questions
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 _SHARES = {
     "first": {"first": 1, "last": 1},
-    "order": {"before": 1, "after": 1},
+    "order": {"order": 1},
     "direction": {"direction": 1},
     "count": {"count": 1},
     "shape": {"shape": 1},
@@ -104,7 +104,7 @@ def questions(
 ) -> list[Question]:
     """Held-out questions, answers balanced per template, in the order of `CAPABILITIES`.
 
-    `first` asks for the colour that came first or last, `order` whether one came before or after another, `direction`
+    `first` asks for the colour that came first or last, `order` whether one came before another, `direction`
     which way a shape moves, `count` how many appear, `shape` which one a colour has. The same arguments give the same
     questions. Raises ValueError for an unknown capability.
     """

@@ -9,8 +9,6 @@ from vtprune.evals.tiny.asks import Ask, Balance
 from vtprune.evals.tiny.scenes import SHAPES
 from vtprune.evals.tiny_video.clips import COLOR_NAMES, MAX_EVENTS, Clip, Event
 
-ORDERS = ("before", "after")
-
 
 def _color(event: Event) -> str:
     return COLOR_NAMES[event.color]
@@ -25,10 +23,8 @@ def ask_first(clip: Clip, rng: random.Random) -> Iterator[Ask]:
 def ask_order(clip: Clip, rng: random.Random) -> Iterator[Ask]:
     for _ in range(8 if len(clip.events) > 1 else 0):
         i, j = rng.sample(range(len(clip.events)), 2)
-        word = rng.choice(ORDERS)
-        truth = (i < j) == (word == "before")
-        text = f"did {_color(clip.events[i])} come {word} {_color(clip.events[j])} ?"
-        yield Ask(text, "yes" if truth else "no", "order", word, f"order/{word}", 2, 2.0)
+        text = f"did {_color(clip.events[i])} come before {_color(clip.events[j])} ?"
+        yield Ask(text, "yes" if i < j else "no", "order", "order", "order", 2, 3.0)
 
 
 def ask_direction(clip: Clip, rng: random.Random) -> Iterator[Ask]:
@@ -64,9 +60,7 @@ def captions(clip: Clip, rng: random.Random, compare: bool) -> Iterator[Ask]:
     names = [_color(event) for event in clip.events]
     for _ in range(3 if compare and len(names) > 1 else 0):
         i, j = rng.sample(range(len(names)), 2)
-        word = rng.choice(("first", "last"))
-        wanted = min(i, j) if word == "first" else max(i, j)
-        yield Ask(f"{word} {names[i]} {names[j]}", names[wanted], "caption", "pair", "pair", 0, 2.0)
+        yield Ask(f"first {names[i]} {names[j]}", names[min(i, j)], "caption", "pair", "pair", 0, 2.0)
     yield Ask("list", " ".join(names), "caption", "list", "list", 0, 1.0)
     for _ in range(2):
         name = rng.choice(names if rng.random() < 0.75 else COLOR_NAMES)

@@ -21,8 +21,10 @@ VISUAL_TOKENS = SLOTS * GRID * GRID
 # Mean colour and spread of the training clips; a clip of the mean colour is exactly zero once normalised.
 MEAN_RGB = (232, 232, 232)
 STD = 0.2
-SPECIALS = ("<pad>", "<unk>", "<s>", "</s>", "answer:", "<|image_pad|>", "<|video_pad|>")
-SPECIALS += ("<|vision_start|>", "<|vision_end|>")
+SPECIALS = (
+    *("<pad>", "<unk>", "<s>", "</s>", "answer:"),
+    *("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"),
+)
 PAD, UNK, BOS, EOS, ANSWER, IMAGE, VIDEO, VISION_START, VISION_END = range(len(SPECIALS))
 _GRAMMAR = """which color came first last ? did come before after way does move how many shapes appear what shape is
 yes no none list rank next"""

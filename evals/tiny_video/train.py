@@ -41,8 +41,8 @@ STAGES = (
     Stage("look up", 300, frozen=1.0),
     Stage("joint", 150),
     Stage("anneal", 333, muon=0.015, shape="cosine"),
-    Stage("compare", 400, compare=True),
-    Stage("settle", 400, muon=0.015, compare=True, shape="cosine"),
+    Stage("compare", 405, compare=True),
+    Stage("settle", 280, muon=0.015, compare=True, shape="cosine"),
 )
 
 
@@ -53,9 +53,10 @@ class VideoTrainer(Trainer):
     threads = 1
 
     def __init__(self, out: Path, seed: int, scale: float) -> None:
-        module = nn.ModuleDict({"model": build_model(seed), "heads": Heads(WIDTH)})
+        model = build_model(seed)  # seeds what follows too
+        self.heads = Heads(WIDTH)
+        module = nn.ModuleDict({"model": model, "heads": self.heads})
         super().__init__(out, seed, scale, module, slow=".visual.")
-        self.heads = module["heads"]
         self.balances = [Balance(6)]
 
     def tower_work(self, stage: Stage) -> list[Job]:
