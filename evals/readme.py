@@ -13,19 +13,37 @@ from vtprune.evals import speed
 from vtprune.evals.accuracy import CONTROLS, share
 from vtprune.evals.report import Row
 
-BLOCK = re.compile(r"(<!-- vtprune eval (?:--video )?--all: (\S+) -->\n\n).*?(\n\n<!-- end of table -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(<!-- vtprune eval(?:-vit| --all| --video --all): (\S+(?: \S+)*) -->\n\n).*?(\n\n<!-- end of table -->)",
+    re.DOTALL,
+)
+SHARED = 0.02  # by how much what several runs measured may differ, as a share of the questions
 
 
 def refreshed(text: str, root: Path) -> str:
     """`text` with every accuracy and speed table made anew from the files that stand in its comments."""
-    text = BLOCK.sub(lambda m: m[1] + summary(json.loads((root / m[2]).read_text())) + m[3], text)
-    return speed.refreshed(text, root)
+
+    def table(m: re.Match[str]) -> str:
+        saved = [json.loads((root / name).read_text()) for name in m[2].split()]
+        return m[1] + (vit_table(saved[0]) if "-vit:" in m[1] else summary(*saved)) + m[3]
+
+    return speed.refreshed(BLOCK.sub(table, text), root)
 
 
-def summary(saved: dict[str, Any]) -> str:
-    """Means over all kinds of question: a row a method, the best at the smallest share first, controls last."""
+def summary(saved: dict[str, Any], *more: dict[str, Any]) -> str:
+    """Means over all kinds of question: a row a method, the best at the smallest share first, controls last.
+
+    more: later runs of other methods. Raises ValueError if dense, blind or control rows differ by more than `SHARED`.
+    """
     mean = [row for row in saved["rows"] if row["capability"] == "mean"]
     cells = {(row["method"], row["keep"]): row for row in mean}
+    apart = 0.0
+    for row in (row for run in more for row in run["rows"] if row["capability"] == "mean"):
+        first = cells.setdefault((row["method"], row["keep"]), row)
+        apart = max(apart, abs(first["right"] - row["right"]))
+        if apart > SHARED:
+            raise ValueError(f"{row['method']} at {row['keep']}: {first['right']} and {row['right']} in two runs")
+    mean = list(cells.values())
     pruned = [row for row in mean if row["keep"] != 1.0]
     keeps = sorted({row["keep"] for row in pruned}, reverse=True)
     names = sorted({row["method"] for row in pruned}, key=lambda name: _rank(name, cells[name, keeps[-1]]))
@@ -42,6 +60,36 @@ def summary(saved: dict[str, Any]) -> str:
         f"{100 * shuffled['right']:.1f} with {seen}s shuffled. ± is half of the 95 % bootstrap interval; "
         f"{dense['n'] // kinds} held-out questions of each kind, {env['cpu']}, {env['dtype']}, batch {env['batch']}, "
         f"torch {env['versions']['torch']}, transformers {env['versions']['transformers']}."
+        + "".join(_later(saved, run, apart) for run in more)
+    )
+
+
+def _later(saved: dict[str, Any], run: dict[str, Any], apart: float) -> str:
+    """Which methods a later run added, on what, and how well it repeats the rest."""
+    old, new = ({row["method"] for row in r["rows"]} for r in (saved, run))
+    names, versions = ", ".join(f"`{name}`" for name in sorted(new - old)), run["environment"]["versions"]
+    same = "equal to" if apart == 0 else f"within {100 * apart:.1f} points of"
+    return (
+        f" Of a later run with torch {versions['torch']}, transformers {versions['transformers']}, whose dense, blind "
+        f"and control rows are {same} those here: {names}."
+    )
+
+
+def vit_table(saved: dict[str, Any]) -> str:
+    """A row a method and keep of `vtprune eval-vit`, in the order of the run."""
+    head = ["tokens reduced inside", "left", "linear probe, %", "10-NN, %", "images/s", "speed", "FLOPs"]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for row in saved["rows"]:
+        name = row["method"] if row["keep"] is None else f"`{row['method']}` {share(row['keep'])}"
+        figures = f"{row['probe']:.1f}", f"{row['knn']:.1f}", f"{row['images_s']:.2f}", f"{row['speed']:.2f}x"
+        lines.append([name, str(row["left"]), *figures, f"1 / {row['flops_ratio']:.2f}"])
+    env = saved["environment"]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return (
+        f"{table}\n\n{saved['title']}: {env['test']} test images of {env['side']} pixels, probe and neighbours from "
+        f"{env['train']}; {env['cpu']}, {env['cpu_threads']} thread, {env['dtype']}, {env['attention']}, batch "
+        f"{env['batch']}, torch {env['versions']['torch']}, transformers {env['versions']['transformers']}"
+        + (f"; {env['load']}." if "load" in env else ".")
     )
 
 
