@@ -118,9 +118,7 @@ def demo(
 @sentence
 def evaluate(
     method: Methods = None,
-    all_methods: Annotated[
-        bool, typer.Option("--all", help="Every method; rules about frames with --video.")
-    ] = False,
+    all_methods: Annotated[bool, typer.Option("--all", help="Every method; rules about frames with --video.")] = False,
     keep: Keep = None,
     model: Model = None,
     video: Clips = False,
