@@ -9,10 +9,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from vtprune.evals.tiny.fast import Attention, linear, prefixed_hidden, rms_norm
-from vtprune.evals.tiny_video.clips import GRID, MERGE, PATCH, SIDE, SLOT, SLOTS
+from vtprune.evals.tiny_video.clips import GRID, MERGE, PATCH, SLOT, SLOTS
 from vtprune.evals.tiny_video.model import BOS, MEAN_RGB, STD, VISION_END, VISION_START, VISUAL_TOKENS
 
 PREFIX = 1 + 1 + VISUAL_TOKENS + 1  # <s>, start, the clip, end
@@ -32,11 +31,19 @@ def patches(clips: list[np.ndarray]) -> Tensor:
 @torch.inference_mode(False)  # whoever asks first: what is kept must serve training too
 def _layout() -> tuple[Tensor, Tensor, Tensor, int]:
     """Of one slot: patches in window order [144], the way back for its 36 tokens, places [144, 2], window length."""
-    grid = torch.tensor([[1, CELLS, CELLS]])
-    windows, bounds = get_vision_window_index(grid, MERGE, SIDE // 2, PATCH)
-    places = get_vision_position_ids(grid, MERGE)
+    rows, columns = torch.meshgrid(torch.arange(CELLS), torch.arange(CELLS), indexing="ij")
+    # Patches lie merge block by merge block, blocks window by window.
+    raster = torch.stack([rows, columns]).view(2, GRID, MERGE, GRID, MERGE).transpose(2, 3).flatten(1, 2).flatten(2)
+    side = GRID // 2  # a window is half a frame wide
+    windows = torch.arange(GRID * GRID).view(2, side, 2, side).transpose(1, 2).flatten()
     order = (windows[:, None] * _UNIT + torch.arange(_UNIT)).flatten()
-    return order, windows.argsort(), places[order], int(bounds[1])
+    return order, windows.argsort(), raster[:, windows].flatten(1).T, side * side * _UNIT
+
+
+def _rotations(tower: Any, places: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [n, head width] at (row, column) `places` [n, 2]: rows turn one half, columns the other."""
+    angles = (places[..., None].float() * tower.rotary_pos_emb.inv_freq.float()).flatten(1).repeat(1, 2)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def visual_tokens(model: Any, x: Tensor) -> Tensor:
@@ -48,7 +55,7 @@ def visual_tokens(model: Any, x: Tensor) -> Tensor:
     batch, slots = x.shape[:2]
     order, back, places, window = _layout()
     x = F.linear(x.flatten(0, 1)[:, order], tower.patch_embed.proj.weight.flatten(1))
-    rope = [t.to(x.dtype) for t in tower.rotary_pos_emb(x, places)]
+    rope = _rotations(tower, places, x.dtype)
     heads = tower.config.num_heads
     for i, block in enumerate(tower.blocks):
         h = linear(rms_norm(x, block.norm1), block.attn.qkv)

@@ -5,13 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import (
-    GenerationConfig,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLProcessor,
-    Qwen2VLVideoProcessor,
-)
+from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
 from vtprune.evals.tiny.model import build_tokenizer, vocabulary
 from vtprune.evals.tiny.scenes import SHAPES
@@ -36,7 +30,7 @@ TOWER = 64
 
 def build_processor() -> Qwen2_5_VLProcessor:
     """The stock processor: one `<|video_pad|>` becomes a token per 2 frames and 8 x 8 pixels; pads on the left."""
-    from transformers import Qwen2VLImageProcessor
+    from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor  # these need torchvision
 
     tokens = {
         "image_token": "<|image_pad|>",
