@@ -56,8 +56,9 @@ def mark(generated: str, ended: bool, answer: str) -> tuple[bool, bool]:
 class Exam:
     """Questions made ready for one model: prompts rendered, images processed, image features kept where they fit.
 
-    The image features do not depend on what is pruned behind them. They are computed once and handed to `generate`
-    as `mm_encoder_outputs`, unless a method needs a signal from the vision tower (or the model cannot take them).
+    The features do not depend on what is pruned behind them. They are computed once and handed to `generate` as
+    `mm_encoder_outputs`, unless a stage stands before the LLM (or the model cannot take them): such features carry no
+    signal and no grid, and a rule about rows or frames would see one long run of tokens.
     """
 
     def __init__(
@@ -187,9 +188,10 @@ class Plan:
 
     @property
     def needs_tower(self) -> bool:
-        """Whether the pass must run the vision tower, because a stage before the LLM reads a signal from it."""
+        """Whether the pass must run the vision tower: a stage before the LLM may read a signal from it, and the grid
+        that features made elsewhere do not carry."""
         stages = self.method.stages(self.keep, depth=0) if self.method else []
-        return any(not isinstance(s.where, int) and s.method.needs for s in stages)
+        return any(not isinstance(s.where, int) for s in stages)
 
     def applied(self, model: Any) -> AbstractContextManager[Any]:
         """The model, patched inside a `with` block."""

@@ -25,13 +25,14 @@ def pareto(rows: Sequence[Row], title: str, path: str | Path) -> Path:
     names = [n for n in dict.fromkeys(row["capability"] for row in rows) if n != "mean"]
     columns = 3 if len(names) <= 9 else 4
     lines = -(-len(names) // columns)
-    figure = Figure(figsize=(6 + 1.9 * columns, max(4.6, 1.7 * lines)), layout="constrained")
+    legend = 0.045 * len({row["method"] for row in rows})  # inches, in four columns
+    figure = Figure(figsize=(6 + 1.9 * columns, max(4.6, 1.7 * lines) + legend), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(5.2, 1.9 * columns))[0]
     axis = left.subplots()
     _curves(axis, rows, "mean")
     axis.set(xlabel="visual tokens kept", ylabel="answer right", title="mean over capabilities")
-    axis.legend(fontsize=8, frameon=False, loc="lower right")
+    axis.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)
     small = right.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     for cell, name in zip(small.flat, names):
         _curves(cell, rows, name, marks=3)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import vtprune
 from vtprune.evals import tiny_video
-from vtprune.evals.accuracy import Exam, evaluate, prepare
+from vtprune.evals.accuracy import Exam, evaluate, plans, prepare
 
 pytest.importorskip("torchvision", reason="the stock video processor needs it")
 
@@ -145,6 +145,15 @@ def test_kept_features_change_no_answer(loaded, asked) -> None:
     assert held.answers() == held.answers(needs_tower=True) == Exam(*loaded, picked, batch=1, memory=0).answers()
     with vtprune.patch(loaded[0], "divprune", keep=0.25):
         assert held.answers() == held.answers(needs_tower=True)
+
+
+def test_rules_about_frames_see_the_frames(loaded, asked) -> None:
+    exam = Exam(*loaded, asked[::48], batch=5)
+    exam.answers()  # features are kept from here on
+    for plan in plans(["evs", "divprune"], [0.1], seeds=1):
+        with plan.applied(loaded[0]) as handle:
+            exam.answers(plan.needs_tower)
+            assert {unit.grid for unit in handle.last.units} == {(8, 6, 6)}, plan.label
 
 
 def test_methods_that_a_model_cannot_take_are_noted(loaded, asked) -> None:
