@@ -46,7 +46,7 @@ def summary(saved: dict[str, Any], *more: dict[str, Any]) -> str:
     mean = list(cells.values())
     pruned = [row for row in mean if row["keep"] != 1.0]
     keeps = sorted({row["keep"] for row in pruned}, reverse=True)
-    names = sorted({row["method"] for row in pruned}, key=lambda name: _rank(name, cells[name, keeps[-1]]))
+    names = sorted({row["method"] for row in pruned}, key=lambda name: (_rank(name, cells[name, keeps[-1]]), name))
     kinds = len({row["capability"] for row in saved["rows"]}) - 1
     head = [f"mean of {kinds} kinds of question, answer right, %", f"{share(keeps[0])} kept", *map(share, keeps[1:])]
     lines = [head, ["---"] * len(head), *([_label(n, cells[n, keeps[0]]), *_row(cells, n, keeps)] for n in names)]

@@ -7,17 +7,17 @@ the same passes give accuracy and time.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import vtprune
 from vtprune.evals.accuracy import parse_method
+from vtprune.evals.flops import counted
 from vtprune.evals.meter import now
 from vtprune.evals.report import Report, Row, environment
 from vtprune.evals.vit_data import nearest, pixels, probe
@@ -140,12 +140,9 @@ def _timed(model: Any, x: Tensor) -> tuple[Tensor, float]:
 def _flops(model: Any, run: tuple[str, Any], x: Tensor) -> tuple[float, int]:
     """GFLOPs of one image and the tokens that leave the last block."""
     text, keep = run
-    # The counter knows no fused attention of the CPU; in the plain form its products are seen.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        if text == "dense":
-            left = model(pixel_values=x).last_hidden_state.shape[1]
-        else:
-            name, options = parse_method(text)
-            with vtprune.patch(model, vtprune.create(name, **options), keep=keep):
-                left = model(pixel_values=x).last_hidden_state.shape[1]
-    return counter.get_total_flops() / 1e9, left
+    name, options = parse_method(text)
+    patched = nullcontext() if text == "dense" else vtprune.patch(model, vtprune.create(name, **options), keep=keep)
+    left: list[int] = []
+    with patched:
+        flops = counted(lambda: left.append(model(pixel_values=x).last_hidden_state.shape[1]))
+    return flops / 1e9, left[0]
