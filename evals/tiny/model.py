@@ -154,11 +154,15 @@ def tower(model: LlavaForConditionalGeneration) -> Any:
 
 def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
     """Write the checkpoint in the stock format, in bfloat16."""
-    half = build_model()
+    write(model, build_model(), build_processor(), folder)
+
+
+def write(model: Any, half: Any, processor: Any, folder: Path) -> None:
+    """Write model's weights by way of `half`, a fresh one that becomes bfloat16; the toys share the ids of specials."""
     half.load_state_dict(model.state_dict())
     half.bfloat16()
     half.generation_config = GenerationConfig(
         bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, max_new_tokens=4, do_sample=False
     )
     half.save_pretrained(folder)
-    build_processor().save_pretrained(folder)
+    processor.save_pretrained(folder)

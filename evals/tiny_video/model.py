@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
-from vtprune.evals.tiny.model import build_tokenizer, vocabulary
+from vtprune.evals.tiny.model import build_tokenizer, vocabulary, write
 from vtprune.evals.tiny.scenes import SHAPES
 from vtprune.evals.tiny_video.clips import COLOR_NAMES, FPS, GRID, MERGE, PATCH, SIDE, SLOT, SLOTS, WAYS
 
@@ -107,11 +107,4 @@ def build_model(seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
 
 def save(model: Qwen2_5_VLForConditionalGeneration, folder: Path) -> None:
     """Write the checkpoint in the stock format, in bfloat16."""
-    half = build_model()
-    half.load_state_dict(model.state_dict())
-    half.bfloat16()
-    half.generation_config = GenerationConfig(
-        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, max_new_tokens=4, do_sample=False
-    )
-    half.save_pretrained(folder)
-    build_processor().save_pretrained(folder)
+    write(model, build_model(), build_processor(), folder)

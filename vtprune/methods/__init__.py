@@ -83,6 +83,12 @@ def cls_attention(v: Visual, layer: int | float | None, fallback: Fallback, name
     return signal_of(v, Signal("received", layer, without_cls=True), name)
 
 
+def check_cosine(name: str, value: float) -> None:
+    """Raise ValueError unless the option is a cosine similarity."""
+    if not -1.0 <= value <= 1.0:
+        raise ValueError(f"{name}={value}: use a cosine similarity, -1..1")
+
+
 def check_fallback(fallback: str) -> None:
     """Raise ValueError unless it is a fallback that `cls_attention` knows."""
     if fallback not in ("received", "error"):

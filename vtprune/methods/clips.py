@@ -143,11 +143,6 @@ def evenly_shared(total: int, parts: int, device: torch.device) -> Tensor:
     return edges.diff()
 
 
-def evenly_spaced(count: int, n: int, device: torch.device) -> Tensor:
-    """[count] int64 on the device: the middles of `count` equal parts of 0..n - 1."""
-    return (2 * torch.arange(count, device=device) + 1) * n // (2 * max(1, count))
-
-
 def check_ratio(ratio: float) -> None:
     """Raise ValueError unless it is a share in (0, 1]."""
     if isinstance(ratio, bool) or not isinstance(ratio, float) or not 0.0 < ratio <= 1.0:

@@ -49,13 +49,13 @@ def _row(start: int, stop: int) -> Tensor:
     return torch.arange(start, max(start, stop)).reshape(1, 1, -1)
 
 
-def evenly(count: int, n: int) -> Tensor:
-    """The middles of `count` equal parts of 0..n-1: distinct, ascending; count <= n.
+def evenly(count: int, n: int, device: torch.device | None = None) -> Tensor:
+    """The middles of `count` equal parts of 0..n-1, [count] int64: distinct, ascending; count <= n.
 
     >>> evenly(3, 9)
     tensor([1, 4, 7])
     """
-    return (2 * torch.arange(count) + 1) * n // (2 * count)
+    return (2 * torch.arange(count, device=device) + 1) * n // (2 * max(1, count))
 
 
 class Taps(NamedTuple):

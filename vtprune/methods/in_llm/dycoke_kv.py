@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity
 from ...kernels import check_finite
 from ...registry import register
 from ...types import Assignment, Method, Per, Phase, Signal, Visual, Where
-from .. import best_first, budget_of, check_choices, select, signal_of
+from .. import best_first, budget_of, check_choices, check_cosine, select, signal_of
 
 Similar = Literal["reuse", "all"]
 ROW = Signal("last_row", -1)
@@ -45,8 +45,7 @@ class DyCokeKV(Method):
     def __post_init__(self) -> None:
         if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 1:
             raise ValueError(f"layer={self.layer!r}: {self.name} reads the layer before, so use an int >= 1")
-        if not -1.0 <= self.threshold <= 1.0:
-            raise ValueError(f"threshold={self.threshold}: use a cosine similarity, -1..1")
+        check_cosine("threshold", self.threshold)
         check_choices(self, similar=Similar)
 
     @property

@@ -9,7 +9,7 @@ from ...kernels import check_finite
 from ...registry import register
 from ...types import Assignment, Method, Per, Phase, Signal, Stage, Visual, Where
 from .. import best_first, budget_of, select, signal_of
-from .schedule import check_layers, check_shares, pyramid
+from .schedule import check_layers, check_one, check_shares, pyramid
 
 ROW = Signal("last_row", -1)
 POINTS, OF = (9, 19, 28), 32  # layers of Llama-2-7B between which the paper groups its statistics
@@ -54,8 +54,7 @@ class LazyLLM(Method):
         return self.layers[0] if self.layers else POINTS[0]
 
     def stages(self, keep: float | int | None, depth: int) -> list[Stage]:
-        if keep is not None and self.ratios is not None:
-            raise TypeError(f"{self.name}: keep={keep} and ratios={self.ratios}: give one of them")
+        check_one(self.name, keep, self.ratios)
         layers = self.layers or tuple(sorted({max(1, depth * point // OF) for point in POINTS}))
         shares = self.ratios or pyramid(RATIO ** len(layers) if keep is None else keep, len(layers))
         return [Stage(layer, self, keep=share) for layer, share in zip(layers, shares)]

@@ -9,7 +9,7 @@ from ...kernels import check_finite
 from ...registry import register
 from ...types import Assignment, Method, Positions, Signal, Stage, Visual, Where
 from .. import best_first, budget_of, select, signal_of
-from .schedule import check_layers, check_shares, pyramid, quarters
+from .schedule import check_layers, check_one, check_shares, pyramid, quarters
 
 ROW = Signal("last_row", 0)
 
@@ -50,8 +50,7 @@ class PyramidDrop(Method):
         return self.layers[0] if self.layers else 8
 
     def stages(self, keep: float | int | None, depth: int) -> list[Stage]:
-        if keep is not None and self.ratios is not None:
-            raise TypeError(f"{self.name}: keep={keep} and ratios={self.ratios}: give one of them")
+        check_one(self.name, keep, self.ratios)
         layers = self.layers or quarters(depth)
         shares = self.ratios or pyramid(0.125 if keep is None else keep, len(layers))
         return [Stage(layer, self, keep=share) for layer, share in zip(layers, shares)]

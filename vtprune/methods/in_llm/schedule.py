@@ -44,6 +44,12 @@ def check_layers(name: str, layers: Sequence[int] | None) -> None:
         raise ValueError(f"layers={layers!r}: {name} needs ascending layers >= 0")
 
 
+def check_one(name: str, keep: float | int | None, ratios: Sequence[float] | None) -> None:
+    """Raise if both the end of a schedule and its shares are given."""
+    if keep is not None and ratios is not None:
+        raise TypeError(f"{name}: keep={keep} and ratios={ratios}: give one of them")
+
+
 def check_shares(name: str, shares: Sequence[float] | None, stages: int) -> None:
     """Raise unless there is one share in (0, 1] for each stage, none above the one before, or None."""
     if shares is None:

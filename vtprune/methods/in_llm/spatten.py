@@ -12,7 +12,7 @@ from torch import Tensor
 from ...registry import register
 from ...types import Assignment, Method, Per, Signal, Stage, Visual, Where, check_keep
 from .. import best_first
-from .schedule import check_layers, check_shares, in_steps_of
+from .schedule import check_layers, check_one, check_shares, in_steps_of
 from .spatten_heads import SpAttenHeads, best_of
 
 RECEIVED = Signal("received_so_far", -1)
@@ -75,8 +75,7 @@ class SpAtten(Method):
         return self.layers[0] if self.layers else PUBLISHED[0]
 
     def stages(self, keep: float | int | None, depth: int) -> list[Stage]:
-        if keep is not None and self.ratios is not None:
-            raise TypeError(f"{self.name}: keep={keep} and ratios={self.ratios}: give one of them")
+        check_one(self.name, keep, self.ratios)
         layers = self.layers or _at(PUBLISHED, depth)
         shares = self.ratios or in_steps_of(SHARES, SHARES[-1] if keep is None else keep, len(layers))
         stages = [Stage(layer, self, keep=share) for layer, share in zip(layers, shares)]

@@ -13,7 +13,7 @@ from ...kernels import check_finite
 from ...registry import register
 from ...types import Assignment, Method, Positions, Signal, Stage, Visual, Where
 from .. import best_first, budget_of, select, signal_of
-from .schedule import check_layers, check_shares, in_steps_of
+from .schedule import check_layers, check_one, check_shares, in_steps_of
 
 FROM_TEXT = Signal("from_text", 0)
 PUBLISHED = (7, 9, 12)  # of 32 layers
@@ -67,8 +67,7 @@ class TransPrune(Method):
         return self.layers[0] if self.layers else PUBLISHED[0]
 
     def stages(self, keep: float | int | None, depth: int) -> list[Stage]:
-        if keep is not None and self.ratios is not None:
-            raise TypeError(f"{self.name}: keep={keep} and ratios={self.ratios}: give one of them")
+        check_one(self.name, keep, self.ratios)
         layers = self.layers or tuple(sorted({max(1, round(depth * k / 32)) for k in PUBLISHED}))
         shares = self.ratios or in_steps_of(SHARES, SHARES[-1] if keep is None else keep, len(layers))
         first = layers[0] - 1

@@ -11,7 +11,8 @@ from torch import Tensor
 from ... import registry
 from ...registry import register
 from ...types import Assignment, Method, Newlines, Positions, Stage, Visual
-from ..clips import Clip, by_clip, evenly_shared, evenly_spaced, likeness, ranks_in_rows
+from ..clips import Clip, by_clip, evenly_shared, likeness, ranks_in_rows
+from ..raster import evenly
 
 GROUP = 4
 
@@ -65,7 +66,7 @@ class DyCoke(Method):
         elif budget < firsts * p:
             counts = torch.where(before == frame, evenly_shared(budget, firsts, device)[frame // GROUP], 0)
             before = (frame - GROUP).clamp(min=0)
-            first_row = evenly_spaced(budget // firsts, p, device)
+            first_row = evenly(budget // firsts, p, device)
         else:
             shares = evenly_shared(budget - firsts * p, max(1, t - firsts), device)
             compared = (frame - frame // GROUP - 1).clamp(min=0)  # which of the compared frames it is

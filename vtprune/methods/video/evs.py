@@ -9,7 +9,8 @@ import torch
 
 from ...registry import register
 from ...types import Assignment, Method, Newlines, Visual
-from ..clips import Clip, by_clip, check_ratio, evenly_spaced, likeness
+from ..clips import Clip, by_clip, check_ratio, likeness
+from ..raster import evenly
 
 
 @register("evs", paper="https://arxiv.org/abs/2510.14624", seam="pre_llm")
@@ -44,7 +45,7 @@ class EVS(Method):
         change = 1 - likeness(clip.x[1:], clip.x[:-1])  # [T - 1, P], 0..2
         scores = torch.cat([torch.full((p,), torch.inf, device=device), change.flatten()])
         if count < p:
-            order = evenly_spaced(count, p, device)
+            order = evenly(count, p, device)
         else:
             order = scores.sort(descending=True, stable=True).indices[:count]
         return Assignment(order.sort().values, order, scores=scores.clamp(max=2))

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...kernels import check_finite, to_device
 from ...registry import register
 from ...types import Assignment, Method, Newlines, Positions, Signal, Stage, Visual
-from .. import signal_of
+from .. import check_cosine, signal_of
 from ..clips import Clip, by_clip, check_ratio, flow, likeness, ranks_in_rows
 from ..density_peaks import cluster_weights, clusters
 from ..in_llm.holitom_inner import HoliTomInner
@@ -50,8 +50,7 @@ class HoliTom(Method):
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
-        if not -1.0 <= self.tau <= 1.0:
-            raise ValueError(f"tau={self.tau}: use a cosine similarity, -1..1")
+        check_cosine("tau", self.tau)
         if self.beta is not None and not 0.0 <= self.beta <= 1.0:
             raise ValueError(f"beta={self.beta}: use a weight in [0, 1], or None for the plain mean")
 

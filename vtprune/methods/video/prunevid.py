@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 from ...kernels import to_device
 from ...registry import register
 from ...types import Assignment, Method, Newlines, Positions, Visual
+from .. import check_cosine
 from ..clips import Clip, by_clip, check_ratio, flow, likeness
 from ..density_peaks import cluster_weights, clusters
 from ..scenes import refined
@@ -48,8 +49,7 @@ class PruneVid(Method):
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
-        if not -1.0 <= self.tau <= 1.0:
-            raise ValueError(f"tau={self.tau}: use a cosine similarity, -1..1")
+        check_cosine("tau", self.tau)
         if not 0.0 < self.scenes <= 1.0:
             raise ValueError(f"scenes={self.scenes}: use a share of the frames in (0, 1]")
 
