@@ -187,7 +187,7 @@ class Reducer(Method):
         """How many of n patches leave the last block; ValueError if nobody said."""
         if keep is None:
             raise ValueError(f"{self.name}: keep is missing; use a float in (0, 1] (share) or an int >= 1 (tokens)")
-        return budget(keep, n)
+        return budget(keep, n, self.rounding)
 
     # -- inside the tower of a VLM ----------------------------------------------------------------------------------
 

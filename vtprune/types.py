@@ -18,6 +18,7 @@ Per = Literal["image", "crop", "frame", "sample"]
 Newlines = Literal["compete", "keep", "drop"]
 Phase = Literal["prefill", "decode"]
 Of = Literal["tokens", "heads"]
+Rounding = Literal["nearest", "down"]
 Where = str | int | tuple[str, int | slice]
 
 
@@ -207,6 +208,9 @@ class Method(ABC):
     # What a stage inside the LLM chooses among. "heads": a unit is a row with visual tokens, its N "tokens" the H query
     # heads that still speak, `x` is [N, 0]; from the stage's layer on, at decode too, the output of the others is zero.
     of: ClassVar[Of] = "tokens"
+    # How a share of n tokens becomes a count: "nearest" is round(share * n), half to even; "down" cuts off, as int().
+    # It is that of the official code, so a share means the count that it means there.
+    rounding: ClassVar[Rounding] = "nearest"
 
     @property
     def adaptive(self) -> bool:
@@ -265,8 +269,8 @@ class Stage:
         the tower a token is what becomes one visual token (2 x 2 patches in Qwen2-VL), and budgets are per crop (row
         of the tower's batch) or packed image.
     method: the rule.
-    keep: float in (0, 1] = share of a unit's visual tokens as the model sees them unpruned; int >= 1 = tokens per
-        unit (more than there are keeps all); None = the method decides.
+    keep: float in (0, 1] = share of a unit's visual tokens as the model sees them unpruned, made a count as
+        `Method.rounding` says; int >= 1 = tokens per unit (more than there are keeps all); None = the method decides.
     keep_total: the same for all units of a row together, shared out in proportion to their size, each at least one.
     per: what one unit is: "image" (an image or a whole video; SmolVLM and Idefics3: a tile, because text stands between
         tiles), "crop" (overview and tiles of an any-resolution image), "frame", or "sample" (all visual tokens of a
@@ -321,8 +325,8 @@ class Stage:
         Raises ValueError if keep_total is less than the number of units.
         """
         if self.keep_total is None:
-            return [None if self.keep is None else budget(self.keep, n) for n in sizes]
-        total = budget(self.keep_total, sum(sizes))
+            return [None if self.keep is None else budget(self.keep, n, self.method.rounding) for n in sizes]
+        total = budget(self.keep_total, sum(sizes), self.method.rounding)
         if total < len(sizes):
             raise ValueError(
                 f"keep_total={self.keep_total} gives {total} tokens to {len(sizes)} units (per={self.per!r}): at least "
@@ -372,10 +376,15 @@ def check_keep(keep: object, name: str = "keep") -> None:
         raise ValueError(f"{name}={keep} is outside the valid range: {ways}")
 
 
-def budget(keep: float | int, n: int) -> int:
-    """round(keep * n) (half to even, as the official codes do) or keep itself, clamped to 1..n."""
-    count = keep if isinstance(keep, int) else round(keep * n)
-    return max(1, min(int(count), n))
+def budget(keep: float | int, n: int, rounding: Rounding = "nearest") -> int:
+    """A count itself, or a share of n tokens as a count (see `Method.rounding`); clamped to 1..n.
+
+    >>> budget(0.5, 7), budget(0.5, 7, "down")
+    (4, 3)
+    """
+    if isinstance(keep, int):
+        return max(1, min(keep, n))
+    return max(1, min(int(keep * n) if rounding == "down" else round(keep * n), n))
 
 
 def spread(total: int, sizes: Sequence[int]) -> Iterator[int]:

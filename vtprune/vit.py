@@ -178,7 +178,7 @@ class VitSession:
             plan: list[tuple[Reducer | None, int]] = [(None, n)] * self.depth
             now = n
             for stage, method, at in sorted(zip(self.stages, self.reducers, self.at), key=lambda found: found[2][0]):
-                goal = None if stage.keep is None else min(now, budget(stage.keep, n))
+                goal = None if stage.keep is None else min(now, budget(stage.keep, n, method.rounding))
                 for k, left in zip(at, method.counts(now, len(at), goal)):
                     plan[k] = method, left
                     now = left

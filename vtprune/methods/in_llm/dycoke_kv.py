@@ -12,7 +12,7 @@ from torch.nn.functional import cosine_similarity
 
 from ...kernels import check_finite
 from ...registry import register
-from ...types import Assignment, Method, Per, Phase, Signal, Visual, Where
+from ...types import Assignment, Method, Per, Phase, Rounding, Signal, Visual, Where
 from .. import best_first, budget_of, check_choices, check_cosine, select, signal_of
 
 Similar = Literal["reuse", "all"]
@@ -32,11 +32,13 @@ class DyCokeKV(Method):
     The official code shows all tokens at a step that is similar to the last one, which takes the gain from the steps
     that need no choice; `similar="all"` does that, and waits for the device at every step, as "reuse" does.
 
-    keep: of the visual tokens of a row; the authors keep 0.3 (0.2 elsewhere in their code), cut off to an integer.
+    keep: of the visual tokens of a row, a share cut off to a count as officially. The authors state what goes, 0.7 (0.8
+        elsewhere in their code), so their count is that of keep=1 - 0.8: int(140 * (1 - 0.8)) is 27, not 28.
     layer: the first decoder layer that sees the selection, >= 1; 3 in the official code.
     """
 
     per: ClassVar[Per] = "sample"
+    rounding: ClassVar[Rounding] = "down"
     phases: ClassVar[tuple[Phase, ...]] = ("decode",)
     layer: int = 3
     threshold: float = 0.9

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from ...kernels import check_finite
 from ...registry import register
-from ...types import Assignment, Method, Positions, Signal, Stage, Visual, Where
+from ...types import Assignment, Method, Positions, Rounding, Signal, Stage, Visual, Where
 from .. import best_first, budget_of, select, signal_of
 from .schedule import check_layers, check_one, check_shares, pyramid, quarters
 
@@ -22,15 +22,16 @@ class PyramidDrop(Method):
     The row is that of the layer a stage stands at, computed from the states that enter it. `keep` is what the last
     stage leaves. A share is reached in equal factors (keep=0.125 gives the published 0.5, 0.25, 0.125); a count is
     doubled for each stage before the last. Without keep: the published list, and in a `Stage` of your own half of the
-    tokens it sees. All shares are of the tokens as the
-    model sees them unpruned, rounded (officially cut off), so that counts may differ by one. Position ids are
-    renumbered at every stage, as officially; where they have several axes (M-RoPE) they are kept, and a note says so.
+    tokens it sees. All shares are of the tokens as the model sees them unpruned, cut off to a count as officially:
+    int(share * n), at least one. Position ids are renumbered at every stage, as officially; where they have several
+    axes (M-RoPE) they are kept, and a note says so.
 
     layers: decoder layers whose input is pruned, ascending; None: at 1/4, 1/2 and 3/4 of the depth (8, 16, 24 of 32).
     ratios: shares that stay at each of `layers`, none above the one before, in place of `keep`.
     """
 
     positions: ClassVar[Positions] = "compact"
+    rounding: ClassVar[Rounding] = "down"
     layers: tuple[int, ...] | None = None
     ratios: tuple[float, ...] | None = None
 

@@ -14,7 +14,7 @@ def pyramid(keep: float | int, stages: int) -> list[float | int]:
     """What each stage leaves until `keep`: a share is reached in equal factors, a count doubles towards the front."""
     if isinstance(keep, int):
         return [keep << later for later in reversed(range(stages))]
-    return [keep ** ((i + 1) / stages) for i in range(stages - 1)] + [keep]
+    return [tidy(keep ** ((i + 1) / stages)) for i in range(stages - 1)] + [keep]
 
 
 def in_steps_of(published: Sequence[float], keep: float | int, stages: int) -> list[float | int]:
@@ -30,24 +30,29 @@ def in_steps_of(published: Sequence[float], keep: float | int, stages: int) -> l
         dropped = [(1 - share) / (1 - last) for share in published[-stages:]]
     if isinstance(keep, int):
         return [max(keep, round(keep * (1 + (1 / last - 1) * (1 - d)))) for d in dropped]
-    return [1 - d * (1 - keep) for d in dropped[:-1]] + [keep]
+    return [tidy(1 - d * (1 - keep)) for d in dropped[:-1]] + [keep]
 
 
-def check_layers(name: str, layers: Sequence[int] | None) -> None:
+def tidy(share: float) -> float:
+    """A computed share without the last bits' noise: a share that is cut off to a count must not fall below a whole."""
+    return round(share, 12)
+
+
+def check_layers(name: str, layers: Sequence[int] | None, option: str = "layers") -> None:
     """Raise unless the layers are ints >= 0 that ascend, or None."""
     if layers is None:
         return
     whole = isinstance(layers, Sequence) and all(isinstance(k, int) and not isinstance(k, bool) for k in layers)
     if not whole or not layers:
-        raise TypeError(f"layers={layers!r}: {name} takes a tuple of decoder layers, such as (8, 16, 24)")
+        raise TypeError(f"{option}={layers!r}: {name} takes a tuple of decoder layers, such as (8, 16, 24)")
     if min(layers) < 0 or list(layers) != sorted(set(layers)):
-        raise ValueError(f"layers={layers!r}: {name} needs ascending layers >= 0")
+        raise ValueError(f"{option}={layers!r}: {name} needs ascending layers >= 0")
 
 
-def check_one(name: str, keep: float | int | None, ratios: Sequence[float] | None) -> None:
+def check_one(name: str, keep: float | int | None, ratios: Sequence[float] | None, option: str = "ratios") -> None:
     """Raise if both the end of a schedule and its shares are given."""
     if keep is not None and ratios is not None:
-        raise TypeError(f"{name}: keep={keep} and ratios={ratios}: give one of them")
+        raise TypeError(f"{name}: keep={keep} and {option}={ratios}: give one of them")
 
 
 def check_shares(name: str, shares: Sequence[float] | None, stages: int) -> None:
