@@ -89,6 +89,13 @@ def check_cosine(name: str, value: float) -> None:
         raise ValueError(f"{name}={value}: use a cosine similarity, -1..1")
 
 
+def check_counts(**options: int) -> None:
+    """Raise ValueError unless each option is an int >= 1."""
+    for name, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: use an int >= 1")
+
+
 def check_fallback(fallback: str) -> None:
     """Raise ValueError unless it is a fallback that `cls_attention` knows."""
     if fallback not in ("received", "error"):

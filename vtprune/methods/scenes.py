@@ -10,8 +10,6 @@ from ..types import spread
 from .segments import Segment
 
 Variant = Literal["ov", "lv", "qwen"]
-SCENES, PERIOD = 8, 4  # scenes that FastVID finds at least, and every which frame of one merges
-ALIKE = 0.95  # frames of a scene above it share the tokens of the last of them (variant "qwen")
 
 
 class Plan(NamedTuple):
@@ -21,9 +19,9 @@ class Plan(NamedTuple):
     merged: list[int]
 
 
-def cut_at(similar: Sequence[float], tau: float) -> list[Segment]:
-    """Scenes of T frames from the T - 1 similarities of neighbours: the lowest seven, and all below tau, end one."""
-    lowest = sorted(range(len(similar)), key=lambda i: (similar[i], i))[: SCENES - 1]
+def cut_at(similar: Sequence[float], tau: float, scenes: int = 8) -> list[Segment]:
+    """Scenes of T frames from the T - 1 similarities of neighbours: the lowest scenes - 1, and all below tau, end one."""
+    lowest = sorted(range(len(similar)), key=lambda i: (similar[i], i))[: scenes - 1]
     ends = sorted({*lowest, *(i for i, s in enumerate(similar) if s < tau), len(similar)})
     return list(zip([0, *(e + 1 for e in ends[:-1])], ends))
 
@@ -47,21 +45,29 @@ def refined(labels: Sequence[int]) -> list[Segment]:
 
 
 def shared_out(
-    found: Sequence[Segment], similar: Sequence[float], p: int, ratio: float, context: float, variant: Variant
+    found: Sequence[Segment],
+    similar: Sequence[float],
+    p: int,
+    ratio: float,
+    context: float,
+    period: int,
+    variant: Variant,
+    alike: float,
 ) -> Plan:
     """FastVID's shares of p tokens a frame, cut off as officially; what cannot be placed (there an error) is left out.
 
-    context: the share of merged tokens. variant: whose rules; similar: [T - 1] of neighbouring frames, for "qwen".
+    context: the share of merged tokens. period: every which frame of a scene merges. variant: whose rules; similar:
+    [T - 1] of neighbouring frames, those above `alike` share the tokens of the last of them, for "qwen".
     """
     n, last = int(p * ratio), found[-1][1]
     plan = Plan([0] * (last + 1), [0] * (last + 1))
     for a, b in found:
         length = b - a + 1
         if variant == "qwen":  # the frames that get tokens
-            takers = [i for i in range(a, b + 1) if i == b or similar[i] < ALIKE]
+            takers = [i for i in range(a, b + 1) if i == b or similar[i] < alike]
         else:
             takers = list(range(a, b + 1))
-        anchors = takers[::-1][::PERIOD][::-1]
+        anchors = takers[::-1][::period][::-1]
         if variant == "ov":
             merged = [int(n * context) * length // len(anchors)] * len(anchors)
             salient = [n - int(n * context)] * length

@@ -44,8 +44,9 @@ class Recoverable(Method):
     (read by the host once per batch; at least one token stays). With keep they are scaled to the budget, centres
     and gathered token taking an eighth of it at most. Merging happens behind the projector, officially before it.
 
-    faithful: as the official code: centres in proportion to the tower's width instead of the number of tokens, and
-        remaining token i is compared by the key of the image's token i.
+    faithful: as the official code: centres in proportion to the tower's width instead of the number of tokens,
+        remaining token i is compared by the key of the image's token i, and a count is a share cut off, int(n * (f /
+        n)), which may be f - 1.
     text_similarity: unit -> [N], say from a paired CLIP tower (officially cosine / sqrt(768), and the text vector
         is that of the last padded position, not of the end of text); by default from the LLM's embeddings, ours.
     text_weight: of the text similarity beside the cosine of keys when tokens look for their centre.
@@ -106,15 +107,19 @@ class Recoverable(Method):
     def _counts(self, s: _Seen) -> Tensor:
         """[3] int64 on the device: tokens kept for the image, for the text, and places for what is merged."""
         n, (of_scores, of_text, of_rest) = len(s.scores), self.neighbours
-        vision = outliers(s.scores, of_scores).sum()
+        vision = self._share(n, outliers(s.scores, of_scores).sum(), n)
         found = outliers(torch.where(ranks(s.scores) < vision, s.text.min(), s.text), of_text).sum()
-        words = (n - vision) * found // n  # an integer, because int(n * (f / n)) may be f - 1
+        words = self._share(n - vision, found, n)
         rest = _rest(s, vision, words)
         odd, left = outliers(s.scores, of_rest, rest).sum(), rest.sum()
-        centres = s.keys.shape[1] * odd // left.clamp(min=1) if self.faithful else odd
+        centres = self._share(s.keys.shape[1], odd, left.clamp(min=1)) if self.faithful else odd
         places = torch.where(centres > 0, centres.minimum(left - 1) + 1, 0)
         vision = torch.where(vision + words + places > 0, vision, 1)
         return torch.stack([vision, words, places])
+
+    def _share(self, whole: Tensor | int, part: Tensor, of: Tensor | int) -> Tensor:
+        """whole * part / of as a count: exact, or in the official arithmetic."""
+        return (whole * (part.double() / of)).long() if self.faithful else whole * part // of
 
     def _assign(self, s: _Seen, counts: Tensor, total: int, seats: int) -> Assignment:
         """Keep `total` tokens; the counts [3] sum to it, and the last of them is at most `seats`."""

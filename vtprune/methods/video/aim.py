@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import ClassVar, Literal, get_args
@@ -33,7 +34,8 @@ class AIM(Method):
 
     By name both parts run: this, and the schedule of `aim_inllm` on what it leaves, which ends without visual tokens.
 
-    rounds: without keep, how often floor(P / 2), floor(P / 4), ... tokens are merged; 2 leaves a quarter.
+    rounds: without keep, how often floor(P / 2), floor(P / 4), ... tokens are merged; 2 leaves a quarter. Or how many
+        are merged in each round, as the official code for images has it: (288, 36) leaves 252 of 576.
     metric: what is compared, "features", or "keys" of the layer that feeds the projector, merged alongside (the
         official code for images; there before the projector, here behind it). inner: the part inside the LLM.
     """
@@ -41,13 +43,14 @@ class AIM(Method):
     video: ClassVar[bool] = True
     newlines: ClassVar[Newlines] = "keep"
     positions: ClassVar[Positions] = "compact"
-    rounds: int = 2
+    rounds: int | tuple[int, ...] = 2
     metric: Metric = "features"
     inner: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.rounds, bool) or not isinstance(self.rounds, int) or self.rounds < 1:
-            raise ValueError(f"rounds={self.rounds!r}: use an int >= 1")
+        every = self.rounds if isinstance(self.rounds, tuple) and self.rounds else (self.rounds,)
+        if any(isinstance(q, bool) or not isinstance(q, int) or q < 1 for q in every):
+            raise ValueError(f"rounds={self.rounds!r}: use an int >= 1, or a tuple of them")
         if self.metric not in get_args(Metric):
             raise ValueError(f"metric={self.metric!r}: choose 'features' or 'keys'")
 
@@ -63,6 +66,8 @@ class AIM(Method):
         first = Stage("llm", self, keep=keep)
         if not self.inner or (isinstance(keep, float) and keep == 1.0):  # nothing may change then
             return [first]
+        if keep is None and isinstance(self.rounds, tuple):
+            raise ValueError(f"rounds={self.rounds}: counts say no share for the part inside the LLM; use inner=False")
         left = 0.5**self.rounds if keep is None else keep
         later = AIMInLLM().stages(None, depth)
         # A count is one of each unit, as in the first part.
@@ -81,33 +86,54 @@ class AIM(Method):
     def _reduce(self, clip: Clip, metric: Tensor, budget: int | None) -> Assignment:
         """metric: [T, P, C] float32."""
         t, p = clip.at.shape
-        least = max(1, p - sum(p >> (i + 1) for i in range(self.rounds)))
-        counts = [least] * t if budget is None else [(i + 1) * budget // t - i * budget // t for i in range(t)]
+        if budget is None:
+            official = self._official(p)
+            counts = [p - sum(official)] * t
+        else:
+            official, counts = None, [(i + 1) * budget // t - i * budget // t for i in range(t)]
         same = len(set(counts)) == 1
         parts = []
         for count, frames in groupby(sorted(range(t), key=lambda i: counts[i]), key=lambda i: counts[i]):
             chosen = list(frames)
             x = metric if same else torch.stack([metric[i] for i in chosen])
-            parts += list(zip(chosen, *merged(x, count)))
+            parts += list(zip(chosen, *merged(x, halvings(p, count) if official is None else official)))
         _, kept, member, weight = (list(part) for part in zip(*sorted(parts, key=lambda part: part[0])))
         to = torch.stack(member) + p * torch.arange(t, device=metric.device)[:, None]
         used = torch.stack([torch.full_like(mask, bool(count)) for mask, count in zip(kept, counts)])
         sizes = sum(counts), p * sum(count > 0 for count in counts)
         return flow(torch.stack(kept), used, to, torch.stack(weight), None, *sizes)
 
+    def _official(self, p: int) -> list[int]:
+        """Tokens of p merged in each round, at most half of what is there."""
+        asked = self.rounds if isinstance(self.rounds, tuple) else [p >> (i + 1) for i in range(self.rounds)]
+        done: list[int] = []
+        for q in asked:
+            done.append(min(q, (p - sum(done)) // 2))
+        return done
 
-def merged(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge [F, n, C] to `count` tokens each: which stand for the others [F, n] bool, who stands for each of the n
-    [F, n] int64, and its weight [F, n] float32."""
+
+def halvings(n: int, count: int) -> list[int]:
+    """Tokens to merge in each round, half of them while more than `count` of n are left; none where none may stay."""
+    done: list[int] = []
+    while count and (m := n - sum(done)) > count:
+        done.append(min(m // 2, m - count))
+    return done if count else [n]
+
+
+def merged(x: Tensor, rounds: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge [F, n, C], so many in each round: which stand for the others [F, n] bool, who stands for each of the n
+    [F, n] int64, and its weight [F, n] float32. Merging all n leaves none."""
     f, n, _ = x.shape
     stands = torch.arange(n, device=x.device).expand(f, n)  # the place of each of the tokens that are left
     row, weight = stands, torch.ones(f, n, device=x.device)
-    while count and (m := stands.shape[1]) > count:
-        step, share, x, stands = _round(x, stands, min(m // 2, m - count))
+    kept = torch.zeros(f, n, dtype=torch.bool, device=x.device)
+    if sum(rounds) == n:
+        return kept, stands, weight
+    for q in filter(None, rounds):
+        step, share, x, stands = _round(x, stands, q)
         weight = weight * share.gather(1, row)
         row = step.gather(1, row)
-    kept = torch.zeros(f, n, dtype=torch.bool, device=x.device)
-    return kept.scatter(1, stands, True) if count else kept, stands.gather(1, row), weight
+    return kept.scatter(1, stands, True), stands.gather(1, row), weight
 
 
 def _round(x: Tensor, stands: Tensor, q: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -13,22 +13,21 @@ from torch.nn.functional import normalize
 from ...kernels import check_finite, to_device
 from ...registry import register
 from ...types import Assignment, Method, Newlines, Signal, Visual
-from .. import signal_of
+from .. import check_cosine, check_counts, signal_of
 from ..clips import Clip, by_clip, check_ratio, likeness, places, ranks_in_rows
 from ..density_peaks import clusters
 from ..scenes import Plan, Variant, cut_at, filled, shared_out
 from ..segments import Segment
 
 LOOKED_AT = Signal("mean_query", None)
-NEIGHBOURS = 4
 
 
 @register("fastvid", paper="https://arxiv.org/abs/2503.11187", seam="pre_llm")
 @dataclass(frozen=True)
 class FastVID(Method):
-    """Salient tokens by attention, and in every fourth frame of a scene, counted from its last, centres that merge.
+    """Salient tokens by attention, and in every fourth (`period`) frame of a scene, counted from its last, centres that merge.
 
-    Scenes end at the seven lowest cosines of neighbouring frames and wherever one is below tau. Centres are density
+    Scenes end at the seven (`scenes` - 1) lowest cosines of neighbouring frames and wherever one is below tau. Centres are density
     peaks among a frame's tokens that are not salient; each token of the scene that is neither salient nor one of these
     centres joins the centre it is most like (every such frame by itself): w * centre + (1 - w) * mean with
     w = max(1 / (q + 1), beta) for the q that join. A merged token stands at its centre. Positions are kept. One host
@@ -43,6 +42,8 @@ class FastVID(Method):
         and only the last of a run of frames alike gets any).
     ratio: without keep, the share of tokens; shares are cut off as officially. context: the share of merged ones.
     tau: None: 0.9, with "qwen" 0.84. frames: [T, P, D] -> [T, G], what frames are compared by.
+    scenes: found at least. period: every which frame of a scene merges. neighbours: that make a density. alike: cosine
+        of neighbouring frames from which on they share tokens ("qwen").
     """
 
     video: ClassVar[bool] = True
@@ -53,6 +54,10 @@ class FastVID(Method):
     beta: float = 0.6
     tau: float | None = None
     frames: Callable[[Tensor], Tensor] | None = None
+    scenes: int = 8
+    period: int = 4
+    neighbours: int = 4
+    alike: float = 0.95
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
@@ -63,6 +68,8 @@ class FastVID(Method):
                 raise ValueError(f"{name}={getattr(self, name)}: use a share in [0, 1]")
         if self.tau is not None and not -1.0 <= self.tau <= 1.0:
             raise ValueError(f"tau={self.tau}: use a cosine similarity, -1..1, or None")
+        check_cosine("alike", self.alike)
+        check_counts(scenes=self.scenes, period=self.period, neighbours=self.neighbours)
 
     @property
     def adaptive(self) -> bool:
@@ -84,9 +91,10 @@ class FastVID(Method):
             return Assignment(torch.arange(budget, device=seen.device), scores=seen.flatten())
         frames = clip.x.mean(1) if self.frames is None else self.frames(clip.x).float()
         similar = likeness(frames[1:], frames[:-1]).tolist()
-        found = cut_at(similar, (0.84 if self.variant == "qwen" else 0.9) if self.tau is None else self.tau)
+        tau = (0.84 if self.variant == "qwen" else 0.9) if self.tau is None else self.tau
+        found = cut_at(similar, tau, self.scenes)
         share = max(self.ratio, 1 / p) if budget is None else budget / (t * p)
-        plan = shared_out(found, similar, p, share, self.context, self.variant)
+        plan = shared_out(found, similar, p, share, self.context, self.period, self.variant, self.alike)
         if budget is not None:
             plan = filled(plan, p, budget, [b > 0 for b in map(sum, zip(*plan))])
         return self._merge(clip.x, seen, found, plan)
@@ -100,8 +108,8 @@ class FastVID(Method):
         if not anchors:
             return Assignment(places(salient, total), scores=seen.flatten())
         pick = to_device(torch.tensor(anchors), device)
-        free, most = ~salient[pick], torch.tensor([min(NEIGHBOURS, p - plan.salient[i]) for i in anchors])
-        centre, _ = clusters(x[pick], free, counts[1, pick], to_device(most, device), NEIGHBOURS)
+        free, most = ~salient[pick], torch.tensor([min(self.neighbours, p - plan.salient[i]) for i in anchors])
+        centre, _ = clusters(x[pick], free, counts[1, pick], to_device(most, device), self.neighbours)
         kept = salient.index_put((pick,), salient[pick] | centre)
         idx = places(kept, total)
         row, unit = kept.flatten().cumsum(0) - 1, normalize(x, dim=-1).flatten(0, 1)

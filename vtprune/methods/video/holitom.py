@@ -12,14 +12,13 @@ from torch import Tensor
 from ...kernels import check_finite, to_device
 from ...registry import register
 from ...types import Assignment, Method, Newlines, Positions, Signal, Stage, Visual
-from .. import check_cosine, signal_of
+from .. import check_cosine, check_counts, signal_of
 from ..clips import Clip, by_clip, check_ratio, flow, likeness, ranks_in_rows
 from ..density_peaks import cluster_weights, clusters
 from ..in_llm.holitom_inner import HoliTomInner
 from ..segments import Split, cut, run_lengths, still_places
 
 RECEIVED = Signal("received", None)
-NEIGHBOURS = 7
 
 
 @register("holitom", paper="https://arxiv.org/abs/2505.21334", seam="pre_llm")
@@ -36,8 +35,10 @@ class HoliTom(Method):
 
     By name both stages run: this, and `holitom_inner`, which keeps half of the tokens that reach it.
 
-    ratio: without keep, the share of tokens; each set then rounds by itself, as officially.
+    ratio: without keep, the share of tokens; each set then rounds by itself, as officially: still places to the nearest
+        count (half to even), a frame's others up.
     tau: 0.8; the authors use 0.65 at 10 %. beta: None merges by the plain mean. inner: the second stage.
+    neighbours: that make a density, as many as a set keeps at most.
     """
 
     video: ClassVar[bool] = True
@@ -47,10 +48,12 @@ class HoliTom(Method):
     tau: float = 0.8
     beta: float | None = 0.6
     inner: bool = True
+    neighbours: int = 7
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
         check_cosine("tau", self.tau)
+        check_counts(neighbours=self.neighbours)
         if self.beta is not None and not 0.0 <= self.beta <= 1.0:
             raise ValueError(f"beta={self.beta}: use a weight in [0, 1], or None for the plain mean")
 
@@ -84,7 +87,7 @@ class HoliTom(Method):
         if split.windows:
             means, places = split.means(clip.x)
             seats = to_device(torch.tensor(still), seen.device)
-            centre, member = clusters(means, places, seats, seats.clamp(1, NEIGHBOURS), NEIGHBOURS)
+            centre, member = clusters(means, places, seats, seats.clamp(1, self.neighbours), self.neighbours)
             one = split.fold(centre, member, cluster_weights(centre, member, places, self.beta), alone)
             kept, used = kept | one.kept, used | one.flows
             to, w = torch.where(one.flows, one.to, to), torch.where(one.flows, one.w, w)

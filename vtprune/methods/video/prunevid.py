@@ -13,13 +13,12 @@ from torch.nn.functional import normalize
 from ...kernels import to_device
 from ...registry import register
 from ...types import Assignment, Method, Newlines, Positions, Visual
-from .. import check_cosine
+from .. import check_cosine, check_counts
 from ..clips import Clip, by_clip, check_ratio, flow, likeness
 from ..density_peaks import cluster_weights, clusters
 from ..scenes import refined
 from ..segments import Segment, Split
 
-NEIGHBOURS = 7
 SMALL = 14  # sets that are not clustered
 
 
@@ -37,7 +36,8 @@ class PruneVid(Method):
     Stage(10, create("fastv")). Two host transfers a video.
 
     ratio: without keep, int(ratio * size) tokens of each set of more than 14 stay, all of a smaller one.
-    scenes: share of the frames that are centres of scenes, at least one.
+    scenes: share of the frames that are centres of scenes, cut off to a count as officially, at least one.
+    neighbours: that make a density.
     """
 
     video: ClassVar[bool] = True
@@ -46,10 +46,12 @@ class PruneVid(Method):
     ratio: float = 0.5
     tau: float = 0.8
     scenes: float = 0.25
+    neighbours: int = 7
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
         check_cosine("tau", self.tau)
+        check_counts(neighbours=self.neighbours)
         if not 0.0 < self.scenes <= 1.0:
             raise ValueError(f"scenes={self.scenes}: use a share of the frames in (0, 1]")
 
@@ -62,7 +64,7 @@ class PruneVid(Method):
 
     def _reduce(self, clip: Clip, budget: int | None) -> Assignment:
         (t, p), device = clip.at.shape, clip.at.device
-        found = scenes(clip.x.mean(1), max(1, int(t * self.scenes)))
+        found = scenes(clip.x.mean(1), max(1, int(t * self.scenes)), self.neighbours)
         split = _still(clip.x, found, self.tau)
         if budget is None:
             sizes, spare = [*(n for _, n in split.windows), *split.dynamic], 0
@@ -75,7 +77,7 @@ class PruneVid(Method):
             means, places = split.means(clip.x)
             sets, real = torch.cat([means, sets]), torch.cat([places, real])
         counts = to_device(torch.tensor([*still, *moving]), device)
-        centre, member = clusters(sets, real, counts, real.sum(1).clamp(1, NEIGHBOURS), NEIGHBOURS)
+        centre, member = clusters(sets, real, counts, real.sum(1).clamp(1, self.neighbours), self.neighbours)
         w, g = cluster_weights(centre, member, real, None), len(split.windows)
         kept, used = centre[g:], real[g:] & centre[g:].any(1, keepdim=True)
         to, share = torch.arange(t, device=device)[:, None] * p + member[g:], w[g:]
@@ -94,11 +96,11 @@ class PruneVid(Method):
         return flow(kept, used, to, share, None, sum(still) + sum(moving) + spare, flowing)
 
 
-def scenes(frames: Tensor, count: int) -> list[Segment]:
+def scenes(frames: Tensor, count: int, neighbours: int = 7) -> list[Segment]:
     """Cut a video into runs of frames that belong together. frames: [T, D] float32."""
     all_ = torch.ones(1, len(frames), dtype=torch.bool, device=frames.device)
     one = torch.ones(1, dtype=torch.int64, device=frames.device)
-    _, member = clusters(frames[None], all_, count * one, min(NEIGHBOURS, len(frames)) * one, NEIGHBOURS)
+    _, member = clusters(frames[None], all_, count * one, min(neighbours, len(frames)) * one, neighbours)
     return refined(member[0].tolist())
 
 
