@@ -2,7 +2,8 @@
 
 Every `*.npz` file of the directory is one case; the part of its name before the first match in the table below says
 which method it belongs to. A method's case is a function marked `@case("prefix")`: it gets the arrays, runs our
-method on the stored inputs and compares with the stored outputs.
+method on the stored inputs and compares with the stored outputs. Every setting is read from the file; a file that lacks
+one that its case needs has failed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +86,28 @@ def close(what: str, ours: Tensor, stored: Any) -> float:
     return worst
 
 
+def real(value: Any) -> float:
+    """The Python float that a stored number was meant to be: files hold float32, counts are cut off in float64.
+
+    >>> real(np.float32(0.29)), real(np.float32(5 / 6))
+    (0.29, 0.8333333333333334)
+    """
+    stored = np.asarray(value)[()]
+    if stored.dtype != np.float32:
+        return float(stored)
+    short = np.format_float_scientific(stored)  # the shortest decimal number that rounds to it
+    simple = Fraction(float(stored)).limit_denominator(1000)
+    if len(short.split("e")[0].replace("-", "")) <= 7 or np.float32(float(simple)) != stored:
+        return float(short)
+    return float(simple)
+
+
+def agree(what: str, ours: Any, stored: Any) -> None:
+    """Raise `Mismatch` unless a setting, or what follows from it, is the stored one."""
+    if np.asarray(ours).tolist() != np.asarray(stored).tolist():
+        raise Mismatch(f"{what}: {np.asarray(ours).tolist()} by the settings, {np.asarray(stored).tolist()} stored")
+
+
 @case("divprune_")
 def divprune(arrays: Arrays, folder: Path) -> str:
     """Picks in order.
@@ -95,6 +119,10 @@ def divprune(arrays: Arrays, folder: Path) -> str:
     method = create("divprune")
     budgets = arrays["budgets"].tolist()
     cut = 0
+    if "ratios" in arrays:
+        agree("budgets", [round(real(share) * x.shape[0]) for share in arrays["ratios"]], budgets)
+    if "duplicate_rows" in arrays:
+        agree("different rows", len(x[arrays["duplicate_rows"]].unique(dim=0)), 1)
     for k in budgets:
         ours = _ordered(method(Visual(x, k)))
         official = arrays[f"order_{k}"]
@@ -142,9 +170,9 @@ def hiprune(arrays: Arrays, folder: Path) -> str:
     """Scores from queries and keys; tokens kept by the official edges, each crop on its own share of the total."""
     scores, grid, of_each = _hiprune_qwen(arrays) if "window_index" in arrays else _hiprune_llava(arrays)
     worst = max(close(name, ours, arrays[name]) for name, ours in zip(("shallow_score", "deep_score"), scores))
-    crops, n = scores[0].view(-1, grid[1] * grid[2]).shape
+    crops, n = scores[0].view(-1, grid[0] * grid[1] * grid[2]).shape
     fewer = []
-    for j, (budget, alpha) in enumerate(zip(of_each, arrays["alpha"].tolist())):
+    for j, (budget, alpha) in enumerate(zip(of_each, map(real, arrays["alpha"]), strict=True)):
         stored = arrays[f"keep_mask_{j}"] if f"keep_mask_{j}" in arrays else _mask(arrays[f"kept_{j}"], n)
         for crop, mask in enumerate(stored.reshape(crops, n)):
             for exact in (True, False):
@@ -173,15 +201,15 @@ def _hiprune_llava(arrays: Arrays) -> tuple[list[Tensor], tuple[int, int, int], 
 
 def _hiprune_qwen(arrays: Arrays) -> tuple[list[Tensor], tuple[int, int, int], list[int]]:
     """Sums over queries per merged token [N] in raster order; the object layer may attend within windows."""
-    _, height, width = arrays["grid_thw"].tolist()
+    frames, height, width = arrays["grid_thw"].tolist()
     merge = int(arrays["spatial_merge_size"])
-    grid, order = (1, height // merge, width // merge), torch.from_numpy(arrays["window_index"])
+    grid, order = (frames, height // merge, width // merge), torch.from_numpy(arrays["window_index"])
     side = int(arrays["window_size"]) // int(arrays["patch_size"]) // merge
     lengths = [
         min(side, grid[1] - top) * min(side, grid[2] - left) * merge**2
         for top in range(0, grid[1], side)
         for left in range(0, grid[2], side)
-    ]
+    ] * frames
     scores = []
     for layer, whole in enumerate((bool(arrays["shallow_full_attention"]), True)):
         q, k = (torch.from_numpy(arrays[f"{name}_window_order"][layer])[None] for name in "qk")
@@ -189,7 +217,7 @@ def _hiprune_qwen(arrays: Arrays) -> tuple[list[Tensor], tuple[int, int, int], l
         parts = zip(q.split(cuts, 2), k.split(cuts, 2))
         sums = [attention_received(a, b, None, q.shape[-1] ** -0.5)[0] * a.shape[2] for a, b in parts]
         scores.append(torch.cat(sums).view(-1, merge**2).mean(1)[order.argsort()])
-    return scores, grid, [round(len(order) * share) for share in arrays["retain_ratio"].tolist()]
+    return scores, grid, [round(len(order) * real(share)) for share in arrays["retain_ratio"]]
 
 
 def _mask(kept: np.ndarray, n: int) -> np.ndarray:
@@ -245,13 +273,22 @@ def _visionzip_mosaic(features: Tensor, dominant: Tensor, arrays: Arrays) -> Ten
 
     features: [crops, tokens, C] in official order. dominant: [crops, D] ascending, CLS at 0.
     """
-    columns, side = int(arrays["crops_w"]), round((arrays["hidden"].shape[1] - 1) ** 0.5)
+    columns, (height, width) = int(arrays["crops_w"]), _grid(arrays, arrays["hidden"].shape[1] - 1)
     tiles, places = features[1:], dominant[1:, 1:] - 1
+    agree("tiles", columns * int(arrays["crops_h"]), len(tiles))
     crop = torch.arange(len(tiles))[:, None]
-    row, column = crop // columns * side + places // side, crop % columns * side + places % side
-    raster = (row * columns * side + column).flatten().argsort()
+    row, column = crop // columns * height + places // width, crop % columns * width + places % width
+    raster = (row * columns * width + column).flatten().argsort()
     patches = tiles[:, 1 : dominant.shape[1]].flatten(0, 1)[raster]
     return torch.cat([features[0], patches, tiles[:, 0], tiles[:, dominant.shape[1] :].flatten(0, 1)])
+
+
+def _grid(arrays: Arrays, n: int) -> tuple[int, int]:
+    """Rows and columns of n tokens: as stored, or a square."""
+    side = round(n**0.5)
+    height, width = (int(size) for size in arrays["grid"][-2:]) if "grid" in arrays else (side, side)
+    agree("tokens of the grid", height * width, n)
+    return height, width
 
 
 @case("recoverable_")
@@ -279,18 +316,18 @@ def recoverable(arrays: Arrays, folder: Path) -> str:
 
 @case("video_llava_pool")
 def llava_pool(arrays: Arrays, folder: Path) -> str:
-    """The two fixed-stride poolings of LLaVA's video models, features only."""
+    """The two fixed-stride poolings of LLaVA's video models, features only; the stride is 2 if the file names none."""
     x = torch.from_numpy(arrays["x"])
-    frames, n, width = x.shape
-    side = round(n**0.5)
-    worst = []
+    frames, n, channels = x.shape
+    height, width = _grid(arrays, n)
+    stride, worst = int(arrays["stride"]) if "stride" in arrays else 2, []
     for mode in ("average", "bilinear"):
-        answer = create("average_pool", mode=mode, stride=2)(
-            Visual(x.reshape(-1, width), None, grid=(frames, side, side))
+        answer = create("average_pool", mode=mode, stride=stride)(
+            Visual(x.reshape(-1, channels), None, grid=(frames, height, width))
         )
-        pooled = answer.apply(x.reshape(-1, width)).reshape(frames, -1, width)
+        pooled = answer.apply(x.reshape(-1, channels)).reshape(frames, -1, channels)
         worst.append(close(mode, pooled, arrays[f"out_{mode}"]))
-    return f"{frames} frames of {side}x{side}, average and bilinear: features within {max(worst):.1g}"
+    return f"{frames} frames of {height}x{width}, average and bilinear: features within {max(worst):.1g}"
 
 
 @case("fastv_prefill")
@@ -312,11 +349,19 @@ def fastv_decode(arrays: Arrays, folder: Path) -> str:
     from ..handle import patch
 
     model, inputs = _fastv_model(arrays, folder)
-    with patch(model, "fastv", layer=int(arrays["K"]), keep=int(arrays["keep"])) as handle:
+    with patch(model, "fastv", layer=int(arrays["K"]), keep=_left(arrays)) as handle:
         worst, out = _fastv_prefill(model, inputs, arrays, handle)
         keys = close("keys of layer K", out.past_key_values.layers[int(arrays["K"])].keys[0], arrays["keys_layer_K"])
         decoded, cached = _decode(model, out, arrays)
+    agree("id of the decoded token", inputs["input_ids"].shape[1], arrays["decode_position_id"])
     return f"stock LLaVA, {cached} tokens; all within {max(worst, keys, *decoded):.1g}"
+
+
+def _left(arrays: Arrays) -> int:
+    """What stays if the share R of the visual tokens goes."""
+    left = round(int(arrays["vis_len"]) * (1 - real(arrays["R"])))
+    agree("tokens that stay", left, arrays["keep"])
+    return left
 
 
 def _fastv_model(arrays: Arrays, folder: Path) -> tuple[LlavaForConditionalGeneration, dict[str, Tensor]]:
@@ -325,7 +370,9 @@ def _fastv_model(arrays: Arrays, folder: Path) -> tuple[LlavaForConditionalGener
 
 def _visual(arrays: Arrays) -> slice:
     """Where the visual tokens stand in the prompt."""
-    return slice(int(arrays["sys_len"]), int(arrays["sys_len"]) + int(arrays["vis_len"]))
+    before, n, behind = (int(arrays[f"{part}_len"]) for part in ("sys", "vis", "text"))
+    agree("tokens of the prompt", before + n + behind, len(arrays["inputs_embeds"]))
+    return slice(before, before + n)
 
 
 def _fastv_prefill(
@@ -352,7 +399,7 @@ def holitom_inner(arrays: Arrays, folder: Path) -> str:
     embeds, visual = torch.from_numpy(arrays["inputs_embeds"]), _visual(arrays)
     model, inputs = stock_llava(np.load(folder / "model_qwen2.npz"), embeds, visual)
     causal = bool(arrays["layer_Km1_is_causal"])
-    with patch(model, "holitom_inner", layer=int(arrays["K"]), keep=int(arrays["keep"])) as handle:
+    with patch(model, "holitom_inner", layer=int(arrays["K"]), keep=_left(arrays)) as handle:
         out = _run(model, inputs)
         last, decoded = handle.last, _decode(model, out, arrays) if causal else None
     assert last is not None
@@ -380,7 +427,7 @@ def video_holitom_inner(arrays: Arrays, folder: Path) -> str:
     for tag in sorted({name.split("_")[0] for name in arrays if name.startswith("b")}):
         keep = arrays[f"{tag}_keep"]
         inside = keep[(keep >= start) & (keep < start + n)]
-        budget = round(n * (1 - float(arrays[f"{tag}_r"])))
+        budget = round(n * (1 - real(arrays[f"{tag}_r"])))
         answer = method(Visual(x, budget, signals=dict.fromkeys(method.needs, row[start : start + n])))
         assert answer.src is not None
         assert answer.dst is not None
@@ -399,10 +446,12 @@ def sparsevlm_rank(arrays: Arrays, folder: Path) -> str:
     from ..methods.in_llm.sparsevlm import RELEVANCE, ROWS
 
     rows, n = torch.from_numpy(arrays["attn_mean_heads_rater_rows"]), int(arrays["vis_len"])
+    agree("visual tokens", rows.shape[1], n)
+    agree("rank", int(torch.linalg.matrix_rank(rows)), arrays["rank"])
     relevance = torch.cat([torch.ones(len(rows)), torch.zeros(1)])  # one more text token, which is no rater
     signals = {ROWS: torch.cat([rows.T, torch.ones(n, 1)], dim=1), RELEVANCE: relevance}
     x, counts = torch.randn(n, 4, generator=torch.Generator().manual_seed(0)), []
-    for tag, scale, bias in (("v1", float(arrays["v1_scale"]), float(arrays["v1_bias"])), ("video", 1.0, 0.0)):
+    for tag, scale, bias in (("v1", real(arrays["v1_scale"]), real(arrays["v1_bias"])), ("video", 1.0, 0.0)):
         answer = create("sparsevlm", scale=scale, bias=bias)(Visual(x, None, signals=signals))
         stored = np.flatnonzero(arrays[f"{tag}_keep_mask"])
         same(f"kept by {tag}", _ordered(answer)[: len(stored)].sort().values, stored)
@@ -416,30 +465,28 @@ def sparsevlm_rank(arrays: Arrays, folder: Path) -> str:
 
 @case("sparsevlm_")
 def sparsevlm(arrays: Arrays, folder: Path) -> str:
-    """The whole path on two stages: scores, kept tokens, merged states, prefill, cache and one decode step."""
+    """The whole path: scores and kept tokens of every stage, merged states, prefill, cache and one decode step."""
     from ..handle import patch
-    from ..types import Stage
 
     plus = "stage0_merge_output" not in arrays
     heads = arrays["num_heads"]
     weights = dict(np.load(folder / "model_llama.npz"), num_heads=heads, num_kv_heads=heads)
     visual = _visual(arrays)
     model, inputs = stock_llava(weights, torch.from_numpy(arrays["inputs_embeds"]), visual)
-    layers, counts = tuple(arrays["pruning_layers"].tolist()), arrays["keep_list"].tolist()
-    method = create("sparsevlm", layers=layers, version="plus" if plus else "v1", heads=14, order="official")
-    merged = [0 if plus else int(arrays[f"stage{i}_merge_cluster_num"]) for i in range(len(counts))]
-    stages = [
-        Stage(layer + 1, method, keep=count + more, positions="keep" if plus else "compact")
-        for layer, count, more in zip(layers, counts, merged)
-    ]
-    with patch(model, stages) as handle:
+    layers, counts = tuple(arrays["pruning_layers"].tolist()), tuple(arrays["keep_list"].tolist())
+    version = {"version": "plus", "heads": 14} if plus else {"version": "v1"}
+    with patch(model, "sparsevlm", layers=layers, counts=counts, order="official", **version) as handle:
         out = _run(model, inputs)
         last, states = handle.last, out.last_hidden_state[0]
         worst, cached = _decode(model, out, arrays)
     assert last is not None
+    agree("layers", [unit.where for unit in last.units], [layer + 1 for layer in layers])
     for i, unit in enumerate(last.units):
         assert unit.scores is not None
         stored = arrays[f"stage{i}_score_visual"]
+        agree(f"tokens before stage {i}", unit.n, arrays[f"stage{i}_vis_before"])
+        if not plus:
+            agree(f"merged at stage {i}", len(unit.idx) - counts[i], arrays[f"stage{i}_merge_cluster_num"])
         # Division by nearly zero rotary weights amplifies rounding.
         loose = TOLERANCE / (1e-3 + 1e-3 * torch.from_numpy(stored).abs()) if plus else torch.ones(unit.n)
         worst.append(close(f"scores of stage {i}", unit.scores * loose, torch.from_numpy(stored) * loose))
@@ -461,16 +508,17 @@ def _decode(model: LlavaForConditionalGeneration, out: Any, arrays: Arrays) -> t
 
 @case("pyramiddrop_")
 def pyramiddrop(arrays: Arrays, folder: Path) -> str:
-    """The three published stages of a stock LLaVA: scores, tokens and ids of each, then one decode step."""
-    return _renumbering(arrays, folder, "pyramiddrop", {"keep": float(arrays["ratio_list"][-1])})
+    """The stages of a stock LLaVA at the stored layers and shares: scores, tokens, ids, then one decode step."""
+    return _renumbering(arrays, folder, "pyramiddrop", {})
 
 
 @case("transprune_")
 def transprune(arrays: Arrays, folder: Path) -> str:
-    """As PyramidDrop, at the stored layers and shares."""
-    shares = tuple(float(share) for share in arrays["ratio_list"])
-    options = {"layers": tuple(arrays["layer_list"].tolist()), "ratios": shares}
-    return _renumbering(arrays, folder, "transprune", options)
+    """As PyramidDrop, with transitions of the stored layers."""
+    layers = tuple(arrays["accumulating_layer_list"].tolist())
+    for i, stage in enumerate(arrays["layer_list"].tolist()):
+        agree(f"layers summed at stage {i}", sum(a <= stage for a in layers), len(arrays[f"stage{i}_ttv_list"]))
+    return _renumbering(arrays, folder, "transprune", {"accumulating": layers})
 
 
 def _renumbering(arrays: Arrays, folder: Path, method: str, options: dict[str, Any]) -> str:
@@ -481,6 +529,7 @@ def _renumbering(arrays: Arrays, folder: Path, method: str, options: dict[str, A
     ids: list[Tensor] = []
     see = lambda module, args, kwargs: ids.append(kwargs["position_ids"][0])  # noqa: E731
     layers = arrays["layer_list"].tolist()
+    options = {"layers": tuple(layers), "ratios": tuple(map(real, arrays["ratio_list"])), **options}
     with patch(model, method, **options) as handle:
         watched = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in model.get_decoder().layers]
         out = _run(model, inputs)
@@ -494,9 +543,10 @@ def _renumbering(arrays: Arrays, folder: Path, method: str, options: dict[str, A
     same("layers of the stages", torch.tensor([unit.where for unit in last.units]), arrays["layer_list"])
     worst = []
     text = torch.ones(inputs["input_ids"].shape[1], dtype=torch.bool)
-    text[int(arrays["sys_len"]) : int(arrays["sys_len"]) + int(arrays["vis_len"])] = False
+    text[_visual(arrays)] = False
     for i, unit in enumerate(last.units):
         assert unit.scores is not None
+        agree(f"tokens kept at stage {i}", len(unit.idx), arrays[f"stage{i}_keep"])
         worst.append(close(f"scores of stage {i}", unit.scores, arrays[f"stage{i}_score_visual"]))
         kept = torch.cat([text.nonzero().flatten(), unit.positions]).sort().values
         same(f"kept at stage {i}", kept, arrays[f"stage{i}_kept_indices"])
@@ -523,7 +573,9 @@ def aim_inllm(arrays: Arrays, folder: Path) -> str:
 
     visual, embeds = _visual(arrays), torch.from_numpy(arrays["inputs_embeds"])
     model, inputs = stock_llava(np.load(folder / "model_qwen2_28l.npz"), embeds, visual)
-    with patch(model, "aim_inllm") as handle:
+    shown = _shown_importance(arrays)
+    agree("tau, iters, damping of the whole path", [0.1, 5, 0.0], [real(arrays["tau"]), *_iterations(arrays)])
+    with patch(model, "aim_inllm", rates=tuple(map(real, arrays["retain_rate"]))) as handle:
         _run(model, inputs)
         last = handle.last
     assert last is not None
@@ -531,16 +583,18 @@ def aim_inllm(arrays: Arrays, folder: Path) -> str:
     masks = {place: arrays["keep_mask_after_layer"][place - 1, visual].astype(bool) for place in places}
     first = last.units[0]
     assert first.scores is not None
-    worst = [close("importance", first.scores, arrays["importance_all_layers"][places[0] - 1, visual])]
+    worst = [*shown, close("importance", first.scores, arrays["importance_all_layers"][places[0] - 1, visual])]
     same("kept at the first stage", first.idx, np.flatnonzero(masks[places[0]]))
     counts = [len(unit.idx) for unit in last.units]
     same("tokens per stage", torch.tensor(counts), [int(mask.sum()) for mask in masks.values()])
+    behind = [int((visual.stop - visual.start) * real(share)) for share in arrays["retain_rate"]]
+    agree("tokens behind every layer", behind, arrays["keep_mask_after_layer"][:, visual].sum(1, dtype=int))
     stages, before = [], np.ones_like(masks[places[0]])
-    for place in places[:-1]:
+    for place in places:
         chosen = torch.from_numpy(np.flatnonzero(masks[place][before]))
-        stages.append(Stage(place, Chosen(chosen), keep=len(chosen)))
+        stages.append(Stage(place, Chosen(chosen), len(chosen)) if len(chosen) else Stage(place, Withdraw(None)))
         before = masks[place]
-    with patch(model, [*stages, Stage(places[-1], Withdraw(None))]) as handle:
+    with patch(model, stages) as handle:
         out = _run(model, inputs)
         left = handle.last
         step = {"inputs_embeds": torch.from_numpy(arrays["decode_embed"])[None], "past_key_values": out.past_key_values}
@@ -549,6 +603,33 @@ def aim_inllm(arrays: Arrays, folder: Path) -> str:
     worst.append(close("states", out.last_hidden_state[0, left.index[0]], arrays["last_hidden_state"][left.index[0]]))
     worst.append(close("decoded state", decoded, arrays["decode_last_hidden_state"].reshape(1, -1)))
     return f"stock LLaVA with Qwen2, {_list(counts)} tokens; on the stored choices all within {max(worst):.1g}"
+
+
+def _iterations(arrays: Arrays) -> tuple[int, float]:
+    return int(arrays["iters"]), real(arrays["damping"])
+
+
+def _shown_importance(arrays: Arrays) -> list[float]:
+    """Differences of the importance from logits [H, N, N] of single layers, where a file has some."""
+    names = [name for name in arrays if name.startswith("logits_layer")]
+    return [
+        close(name, _importance(arrays[name], None, arrays), arrays[name.replace("logits", "importance")])
+        for name in names
+    ]
+
+
+def _importance(logits: Any, seen: Tensor | None, arrays: Arrays) -> Tensor:
+    """[N] from masked logits [H, N, N]; seen [N]: keys that are not masked. Settings the file lacks: as published."""
+    from ..kernels import page_rank
+
+    z = torch.from_numpy(logits)[None]
+    mask = z > torch.finfo(z.dtype).min / 2
+    mask = mask if seen is None else mask & seen
+    keys = torch.eye(z.shape[-1]).expand(z.shape)  # so that q.k are the stored logits
+    sharpness = 1 / real(arrays["tau"]) if "tau" in arrays else 10.0
+    steps, damping = _iterations(arrays) if "iters" in arrays else (5, 0.0)
+    scores = page_rank(z.masked_fill(~mask, 0), keys, mask, sharpness, steps, damping=damping)
+    return scores[0].square().mean(0).sqrt()
 
 
 @case("spatten_llm_kv")
@@ -584,20 +665,18 @@ class Chosen(Method):
 @case("video_aim_prune")
 def video_aim_prune(arrays: Arrays, folder: Path) -> str:
     """Importance of every stored layer, masked tokens left in as officially, and the tokens kept behind it."""
-    from ..kernels import page_rank
-
     start, stop, n = arrays["bounds"].tolist()
     method, worst, counts = create("aim_inllm"), [], []
-    masks = torch.from_numpy(arrays["mask_after_layer"])
-    for layer, logits, stored in zip(arrays["layers"].tolist(), arrays["logits"], arrays["importance"]):
+    masks, text = torch.from_numpy(arrays["mask_after_layer"]), n - (stop - start)
+    shares = [real(share) for share in arrays["retain_rate"]]
+    agree("layers", len(shares), len(masks))
+    for layer, logits, stored in zip(arrays["layers"].tolist(), arrays["logits"], arrays["importance"], strict=True):
         seen = masks[layer - 1] if layer else torch.ones(n, dtype=torch.bool)
-        z = torch.from_numpy(logits)[None]
-        mask = z.isfinite() & seen
-        keys = torch.eye(n).expand(*z.shape)  # so that q.k are the stored logits
-        score = page_rank(z.masked_fill(~mask, 0), keys, mask, 10.0, 5)[0].square().mean(0).sqrt()
+        score = _importance(logits, seen, arrays)
         worst.append(close(f"importance at layer {layer}", score, stored))
         there = seen[start:stop].nonzero().flatten()
-        kept = int(masks[layer, start:stop].sum())
+        kept = int((stop - start) * shares[layer] + text) - text
+        agree(f"tokens behind layer {layer}", kept, int(masks[layer, start:stop].sum()))
         if 0 < kept < len(there):
             signals = {method.needs[0]: score[start:stop][there]}
             answer = method(Visual(torch.zeros(len(there), 1), kept, signals=signals))
@@ -674,8 +753,8 @@ def dycoke_kv(arrays: Arrays, folder: Path) -> str:
     visual, layer = _visual(arrays), int(arrays["L"])
     model, inputs = stock_llava(np.load(folder / "model_qwen2.npz"), torch.from_numpy(arrays["inputs_embeds"]), visual)
     keep = _dycoke_count(visual.stop - visual.start, arrays["prune_ratio"])
-    worst, seen = [], []
-    with patch(model, "dycoke_kv", layer=layer, keep=keep, similar="all") as handle:
+    worst, seen, threshold = [], [], real(arrays["similarity_threshold"])
+    with patch(model, "dycoke_kv", layer=layer, keep=keep, threshold=threshold, similar="all") as handle:
         out = _run(model, inputs)
         worst.append(close("prefill states", out.last_hidden_state[0], arrays["prefill_last_hidden_state"]))
         length, cache = inputs["input_ids"].shape[1], out[NAME]
@@ -683,6 +762,7 @@ def dycoke_kv(arrays: Arrays, folder: Path) -> str:
             states = _run(model, {"inputs_embeds": embed[None, None], NAME: cache}).last_hidden_state[0]
             assert handle.last is not None
             text = [*range(visual.start), *range(visual.stop, length + t + 1)]
+            agree(f"pruned at step {t}", len(handle.last.recalled[layer][0]) == keep, bool(arrays[f"step{t}_pruned"]))
             kept = torch.cat([handle.last.recalled[layer][0], torch.tensor(text)]).sort().values
             same(f"tokens seen at step {t}", kept, arrays[f"step{t}_kept_sorted"])
             worst.append(close(f"states of step {t}", states, arrays[f"step{t}_last_hidden_state"]))
@@ -707,13 +787,14 @@ def video_dycoke_kv(arrays: Arrays, folder: Path) -> str:
             view = Visual(rows.new_zeros(n, 0), keep, signals={Signal("last_row", -1): rows}, state=state)
             chosen = create("dycoke_kv", similar="all")(view).idx + start
             rest = [*range(start), *range(start + n, heads.shape[1])]
+            agree(f"tokens at step {t}", heads.shape[1], start + n + int(arrays["tail"]) + t + 1)
             same(f"{b}, step {t}", torch.cat([chosen, torch.tensor(rest)]).sort().values, arrays[f"{b}_keep{t}"])
     return f"{n} visual tokens, {len(budgets)} ratios, {int(arrays['n_steps'])} steps: tokens seen"
 
 
 def _dycoke_count(n: int, ratio: Any) -> int:
     """What the official code keeps of n tokens, in its float64 arithmetic."""
-    return int(n * (1 - round(float(ratio), 6)))
+    return int(n * (1 - real(ratio)))
 
 
 @case("flowcut_")
@@ -726,6 +807,7 @@ def flowcut(arrays: Arrays, folder: Path) -> str:
     embeddings, depth = torch.from_numpy(arrays["embeddings"]), int(arrays["num_layers"])
     batch, n = embeddings.shape[0], embeddings.shape[1] - 1
     model, inputs, shown = _flowcut_llava(arrays, embeddings)
+    _grid(arrays, n)
     worst = []
     for t in arrays["target_num"].tolist():
         with patch(model, "flowcut", keep=t, count="batch") as handle:
@@ -847,7 +929,8 @@ def _flowcut_qwen(arrays: Arrays) -> tuple[Any, dict[str, Tensor], Shown]:
         "num_heads": int(arrays["num_heads"]), "mlp_ratio": arrays["w_mlp_0_weight"].shape[1] // width,
         "hidden_act": "gelu", "spatial_merge_size": 1,
     }  # fmt: skip
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    third = width // 6
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [width // 2 - 2 * third, third, third]}
     text = _small_text("qwen2_vl_text", width, 4, rope_parameters=rope)
     ids = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3}
     config: Any = AutoConfig.for_model("qwen2_vl", vision_config=tower, text_config=text, **ids)
@@ -859,6 +942,8 @@ def _flowcut_qwen(arrays: Arrays) -> tuple[Any, dict[str, Tensor], Shown]:
     vision.rotary_pos_emb.forward = lambda *_, **__: (angles.cos(), angles.sin())
     shown = vision.merger = Shown()
     _load_layers(vision.blocks, arrays, {"mlp_0": "mlp.fc1", "mlp_2": "mlp.fc2"})
+    for block in vision.blocks:
+        block.norm1.eps = block.norm2.eps = real(arrays["ln_eps"])
     return (
         model,
         {

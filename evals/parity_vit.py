@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from vtprune.reduction import Reduction, Tokens
 from vtprune.registry import create
 from vtprune.vit import VitLast
 
-from .parity import Arrays, Mismatch, case, close, same
+from .parity import Arrays, Mismatch, agree, case, close, real, same
 
 
 def _t(arrays: Arrays, name: str) -> Tensor:
@@ -60,7 +62,8 @@ def tome_bsm(arrays: Arrays, folder: Path) -> str:
 
 
 def _tome_round(arrays: Arrays, metric: str, tag: str, x: Tensor, size: Tensor, prefix: int) -> Reduction:
-    r = int(arrays["r_effective"] if not tag else arrays["r2"])
+    r, asked = int(arrays["r_effective"] if not tag else arrays["r2"]), int(arrays["r2" if tag else "r"])
+    agree("tokens merged", min(asked, (x.shape[1] - prefix) // 2), r)
     method = create("tome", r=int(arrays["r"] if not tag else arrays["r2"]))
     n = x.shape[1] - prefix
     (left,) = method.counts(n, 1, None)  # type: ignore[attr-defined]
@@ -97,6 +100,7 @@ def tome_kth(arrays: Arrays, folder: Path) -> str:
     unit = torch.nn.functional.normalize(metric, dim=-1)
     dst = (unit[:, src[0]] @ unit[:, index[0]].mT).argmax(-1)
     same("destinations", dst, arrays["dst_idx"])
+    agree("tokens left out", x.shape[1] - n, arrays["note_dropped"])
     count = torch.ones(index.shape).scatter_add_(1, dst, torch.ones(dst.shape))
     step = Reduction(index, src, dst, 1 / count.gather(1, dst))
     worst = close("mean", step.apply(x), arrays["x_mean"])
@@ -106,14 +110,15 @@ def tome_kth(arrays: Arrays, folder: Path) -> str:
 
 @case("tome_parse_r")
 def tome_parse_r(arrays: Arrays, folder: Path) -> str:
-    """Schedules of r."""
-    tags: dict[str, Any] = {
-        "const8": 8, "const13": 13, "dec13": (13, -1.0), "dec16": (16, -1.0), "inc10": (10, 1.0), "half9": (9, 0.5),
-        "neg7": (7, -0.3), "list": [5, 0, 3],
-    }  # fmt: skip
+    """Schedules of r: a name says the depth, the slope in a word, and r, as in L12_dec13."""
+    slopes = {"const": None, "dec": -1.0, "inc": 1.0, "half": 0.5, "neg": -0.3}
     for name in arrays:
-        depth, tag = name[1:].split("_")
-        same(name, torch.tensor(per_block(tags[tag], int(depth))), arrays[name])
+        found = re.fullmatch(r"L(\d+)_(list|[a-z]+)(\d*)", name)
+        if found is None or (found[2] not in slopes and found[2] != "list"):
+            raise Mismatch(f"{name}: no such schedule, L<layers>_<{'|'.join(slopes)}><r> or L<layers>_list")
+        slope = slopes.get(found[2])
+        r: Any = [5, 0, 3] if found[2] == "list" else int(found[3]) if slope is None else (int(found[3]), slope)
+        same(name, torch.tensor(per_block(r, int(found[1]))), arrays[name])
     return f"{len(list(arrays))} schedules"
 
 
@@ -183,7 +188,7 @@ def diffrate_merge(arrays: Arrays, folder: Path) -> str:
     """Sources of a sorted sequence into its first rows."""
     x, size, kept = _t(arrays, "x"), _t(arrays, "size"), int(arrays["kept"])
     places = torch.arange(x.shape[1]).expand(len(x), -1)
-    step = diffrate.merge_into(x, size, places[:, :kept], places[:, kept:], 1)
+    step = diffrate.merge_into(x, size, places[:, :kept], places[:, kept:], int(arrays["class_token"]))
     same("destinations", step.dst, arrays["dst_idx"])  # type: ignore[arg-type]
     sizes = step.resize(size)
     assert sizes is not None
@@ -225,10 +230,11 @@ def zerotprune(arrays: Arrays, folder: Path) -> str:
     """PageRank by steps, head filter, importance, the S-stage's pairs and what I'-S-I keeps (from the formulas)."""
     q, k, prefix = _t(arrays, "q"), _t(arrays, "k"), int(arrays["prefix"])
     n, scaling, worst = q.shape[2], q.shape[-1] ** -0.5, []
+    agree("heads", q.shape[1], arrays["num_heads"])
     for name in arrays:
         if name.startswith("s_iter") and name[6:].isdigit():
             worst.append(close(name, page_rank(q, k, None, scaling, int(name[6:])), arrays[name]))
-    limits = float(arrays["v_min"]), float(arrays["v_max"])
+    limits = real(arrays["v_min"]), real(arrays["v_max"])
     for tag, steps in (("", int(arrays["iters"])), ("_first", int(arrays["iters_first"]))):
         scores = page_rank(q, k, None, scaling, steps)
         passed = zero_tprune.heads(scores[..., prefix:] * n, *limits)
@@ -240,9 +246,10 @@ def zerotprune(arrays: Arrays, folder: Path) -> str:
     gone, partner = zero_tprune.similar_pairs(k.mean(1)[:, prefix:], first, int(arrays["r_s"]))
     same("S-stage: dropped", gone + prefix, arrays["s_pruned"])
     same("S-stage: partners", partner + prefix, arrays["s_partner"])
-    left = _kept(arrays, q, k, gone.shape[1], arrays["keep_final"].shape[1] - prefix)
+    share, patches = real(arrays["keep_ratio"]), n - prefix
+    left = _kept(arrays, q, k, gone.shape[1], ceil(share * (patches - gone.shape[1])))
     same("I'-S-I: kept", left, arrays["keep_final"])
-    only = _kept(arrays, q, k, 0, arrays["keep_I_only"].shape[1])
+    only = _kept(arrays, q, k, 0, ceil(share * patches))
     same("I alone: kept", only[:, prefix:], arrays["keep_I_only"])
     return f"scores, heads, pairs and tokens kept; within {max(worst):.1g}"
 
@@ -252,8 +259,8 @@ def _kept(arrays: Arrays, q: Tensor, k: Tensor, similar: int, left: int) -> Tens
     total = n - prefix - left
     steps: Sequence[int] = [int(arrays["iters"])] * 3
     method = create(
-        "zero_tprune", similar=similar / total, steps=tuple(steps), first_steps=int(arrays["iters_first"]),
-        cls_start="uniform",
+        "zero_tprune", similar=(similar + 0.5 * (similar > 0)) / total, steps=tuple(steps), cls_start="uniform",
+        first_steps=int(arrays["iters_first"]), v_min=real(arrays["v_min"]), v_max=real(arrays["v_max"]),
     )  # fmt: skip
     x = q.new_zeros(len(q), n, 1)
     tokens = Tokens(x, prefix, None, {"queries": q, "keys": k}, scaling=q.shape[-1] ** -0.5)
@@ -262,12 +269,13 @@ def _kept(arrays: Arrays, q: Tensor, k: Tensor, similar: int, left: int) -> Tens
 
 @case("topvim_prune_")
 def topvim(arrays: Arrays, folder: Path) -> str:
-    """Tokens kept at three layers by the first item of the batch (others keep CLS twice in the official code)."""
+    """Tokens kept at every layer by the first item of the batch (others keep CLS twice in the official code)."""
     score = ssm_keep.official_scores(_t(arrays, "xai_b"))[:1]
     hidden, residual, total = _t(arrays, "hidden")[:1], _t(arrays, "residual")[:1], []
-    for step in range(3):
+    agree("layers", len(arrays["layers"]), sum(name.endswith("_hidden") for name in arrays))
+    for step in range(len(arrays["layers"])):
         n = hidden.shape[1]
-        kept = ssm_keep.keep(score[:, :n], round(float(arrays["keep_ratio"]), 6), cls=n // 2)
+        kept = ssm_keep.keep(score[:, :n], real(arrays["keep_ratio"]), cls=n // 2)
         hidden, residual = (x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1])) for x in (hidden, residual))
         close(f"hidden {step}", hidden, arrays[f"step{step}_hidden"][:1])
         close(f"residual {step}", residual, arrays[f"step{step}_residual"][:1])

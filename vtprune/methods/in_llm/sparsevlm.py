@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -45,6 +45,7 @@ class SparseVLM(Method):
         takes the heads with the most attention to the image, each weight divided by what rotary positions alone would
         give, where a single embedding a token holds them.
     preset: 192, 128, 96 or 64, the published lists (average tokens of 576), in place of keep.
+    counts: such a list of your own, a count for each of `layers`, merged tokens not included; at least one token goes.
     layers: decoder layers behind which tokens are dropped, ascending; None: 2, 6, 15 of 32, in proportion.
     scale, bias: tokens kept = int(scale * rank of the raters' rows + bias), waits for the device. 13.5, 9 with bias 6,
         and 0.8 are published.
@@ -57,6 +58,7 @@ class SparseVLM(Method):
     positions: ClassVar[Positions] = "compact"
     version: Version = "v1"
     preset: int | None = None
+    counts: tuple[int, ...] | None = None
     layers: tuple[int, ...] | None = None
     scale: float = 13.5
     bias: float = 0.0
@@ -71,6 +73,8 @@ class SparseVLM(Method):
             raise ValueError(
                 f"preset={self.preset!r}: choose 192, 128, 96 or 64, for {len(BEHIND)} layers, or pass keep"
             )
+        if self.counts is not None and (self.preset is not None or not all(c >= 1 for c in self.counts)):
+            raise ValueError(f"counts={self.counts!r}: use ints >= 1, in place of preset={self.preset!r}")
         if not (self.heads >= 1 if isinstance(self.heads, int) else 0 < self.heads <= 1):
             raise ValueError(f"heads={self.heads}: use a count >= 1 or a share in (0, 1]")
         if not (self.scale >= 0 and self.bias >= 0):
@@ -92,7 +96,10 @@ class SparseVLM(Method):
                 raise TypeError(f"{self.name}: keep={keep} and preset={self.preset}: give one of them")
             shares = [count / PUBLISHED for count in PRESETS[self.version][self.preset][-len(behind) :]]
         kept: Positions | None = "keep" if self.version == "plus" else None
-        return [Stage(layer + 1, self, keep=share, positions=kept) for layer, share in zip(behind, shares)]
+        rules = [self] * len(behind) if self.counts is None else [replace(self, counts=(c,)) for c in self.counts]
+        if len(rules) != len(behind) or (self.counts is not None and keep is not None):
+            raise ValueError(f"counts={self.counts!r}: {self.name} takes {len(behind)} of them here, in place of keep")
+        return [Stage(k + 1, rule, keep=s, positions=kept) for k, rule, s in zip(behind, rules, shares)]
 
     def __call__(self, v: Visual) -> Assignment:
         relevance = signal_of(v, RELEVANCE, self.name)
@@ -114,7 +121,9 @@ class SparseVLM(Method):
         return recycle(v.x, order[:kept], pool, merged, scores, behind=self.order == "official")
 
     def _count(self, v: Visual, rows: Tensor, weight: Tensor) -> int:
-        """The rank rule: tokens kept, merged ones not counted."""
+        """Tokens kept, merged ones not counted: the next of a list, or the rank rule."""
+        if self.counts is not None:
+            return max(1, min(self.counts[0], v.n - 1))
         rank = int(torch.linalg.matrix_rank(rows[:, weight > 0]))
         return v.n if rank == v.n else max(1, min(int(rank * self.scale + self.bias), v.n - 1))
 
