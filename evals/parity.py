@@ -119,6 +119,8 @@ def divprune(arrays: Arrays, folder: Path) -> str:
     method = create("divprune")
     budgets = arrays["budgets"].tolist()
     cut = 0
+    if arrays["grid"].any() if "grid" in arrays else False:
+        _grid(arrays, x.shape[0])
     if "ratios" in arrays:
         agree("budgets", [round(real(share) * x.shape[0]) for share in arrays["ratios"]], budgets)
     if "duplicate_rows" in arrays:
@@ -181,6 +183,8 @@ def hiprune(arrays: Arrays, folder: Path) -> str:
                 ours = method(Visual(torch.zeros(n, 1), budget, grid=grid, signals=signals)).idx
                 if exact and len(ours) != budget:
                     raise Mismatch(f"run {j}, crop {crop}: {len(ours)} tokens kept, not {budget}")
+                if "window_index" not in arrays:
+                    agree(f"run {j}, crop {crop}: tokens", mask.sum(), budget)
                 if exact and mask.sum() < budget:  # the official count falls short: ours holds all of those and more
                     ours = ours[torch.from_numpy(mask)[ours]]
                     fewer.append(f"{mask.sum()} of {budget}")
@@ -236,6 +240,7 @@ def visionzip(arrays: Arrays, folder: Path) -> str:
     cls = torch.nn.functional.pad(torch.from_numpy(arrays["cls_attn"]).mean(1)[:, 1:], (1, 0))
     keys = torch.from_numpy(arrays["key_metric"])
     worst = []
+    _grid(arrays, hidden.shape[1] - 1)
     for dominant, contextual, tag in _visionzip_budgets(arrays):
         outputs, orders = [], []
         for x, score, key in zip(hidden, cls, keys):
@@ -297,6 +302,7 @@ def recoverable(arrays: Arrays, folder: Path) -> str:
     q, k = (torch.from_numpy(arrays[name])[0] for name in ("q_proj_out", "k_proj_out"))
     x, text = torch.from_numpy(arrays["hidden"])[0, 1:], torch.from_numpy(arrays["text_similarity"]).flatten()
     row = (q[0] @ k.T / q.shape[1] ** 0.5).softmax(0)[1:]
+    _grid(arrays, len(x))
     method = create(
         "recoverable",
         faithful=True,
@@ -398,9 +404,13 @@ def holitom_inner(arrays: Arrays, folder: Path) -> str:
 
     embeds, visual = torch.from_numpy(arrays["inputs_embeds"]), _visual(arrays)
     model, inputs = stock_llava(np.load(folder / "model_qwen2.npz"), embeds, visual)
-    causal = bool(arrays["layer_Km1_is_causal"])
+    causal, before, after = bool(arrays["layer_Km1_is_causal"]), *(
+        torch.from_numpy(arrays[f"hidden_{at}"]) for at in ("before_merge", "after_merge_and_drop")
+    )
+    agree("layer K - 1 is causal", _is_causal(model, inputs, int(arrays["K"]), before), causal)
     with patch(model, "holitom_inner", layer=int(arrays["K"]), keep=_left(arrays)) as handle:
         out = _run(model, inputs)
+        agree("cached tokens per layer", _cached(out), arrays["kv_lengths_after_prefill"])
         last, decoded = handle.last, _decode(model, out, arrays) if causal else None
     assert last is not None
     (unit,) = last.units
@@ -408,7 +418,6 @@ def holitom_inner(arrays: Arrays, folder: Path) -> str:
     same("order of the kept", _ordered(unit.assignment) + visual.start, arrays["topk_order"])
     same("kept", last.index[0], arrays["kept_indices"])
     worst = [close("scores", unit.scores, arrays["score_visual"])]
-    before, after = (torch.from_numpy(arrays[f"hidden_{at}"]) for at in ("before_merge", "after_merge_and_drop"))
     signals = {need: torch.from_numpy(arrays["score_visual"]) for need in create("holitom_inner").needs}
     merged = create("holitom_inner")(Visual(before[visual], len(unit.idx), signals=signals)).apply(before[visual])
     worst.append(close("merged states", merged, after[visual.start : visual.start + len(merged)]))
@@ -416,6 +425,15 @@ def holitom_inner(arrays: Arrays, folder: Path) -> str:
         return f"order and tokens kept; scores and merge within {max(worst):.1g}; the rest is of a layer without mask"
     worst.append(close("states", out.last_hidden_state[0, last.index[0]], arrays["last_hidden_state"]))
     return f"stock LLaVA with Qwen2, order and {decoded[1]} tokens; all within {max(worst + decoded[0]):.1g}"
+
+
+def _is_causal(model: LlavaForConditionalGeneration, inputs: dict[str, Tensor], k: int, stored: Tensor) -> bool:
+    """True if the stored states that enter layer k are those of the unpruned model, whose layers are causal."""
+    seen: list[Tensor] = []
+    see = lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"])  # noqa: E731
+    with model.get_decoder().layers[k].register_forward_pre_hook(see, with_kwargs=True):
+        _run(model, inputs)
+    return bool((seen[0][0] - stored).abs().max() <= TOLERANCE)
 
 
 @case("video_holitom_inner")
@@ -496,9 +514,14 @@ def sparsevlm(arrays: Arrays, folder: Path) -> str:
     return f"stock LLaVA, tokens of {len(counts)} stages, {cached} tokens; all within {max(worst):.1g}"
 
 
+def _cached(out: Any) -> list[int]:
+    """Tokens that each layer of a cache holds."""
+    return [layer.keys.shape[2] for layer in out.past_key_values.layers]
+
+
 def _decode(model: LlavaForConditionalGeneration, out: Any, arrays: Arrays) -> tuple[list[float], str]:
     """One decode step on the returned cache: [difference of its state], and the cached tokens per layer in words."""
-    stored = torch.tensor([layer.keys.shape[2] for layer in out.past_key_values.layers])
+    stored = torch.tensor(_cached(out))
     same("cached tokens per layer", stored, arrays["kv_lengths_after_prefill"])
     step = {"inputs_embeds": torch.from_numpy(arrays["decode_embed"])[None], "past_key_values": out.past_key_values}
     state = _run(model, step).last_hidden_state[0]
@@ -786,6 +809,7 @@ def video_dycoke_kv(arrays: Arrays, folder: Path) -> str:
             keep = _dycoke_count(n, arrays[f"{b}_p"])
             view = Visual(rows.new_zeros(n, 0), keep, signals={Signal("last_row", -1): rows}, state=state)
             chosen = create("dycoke_kv", similar="all")(view).idx + start
+            agree(f"{b} pruned at step {t}", len(chosen) < n, bool(arrays[f"{b}_pruned"][t]))
             rest = [*range(start), *range(start + n, heads.shape[1])]
             agree(f"tokens at step {t}", heads.shape[1], start + n + int(arrays["tail"]) + t + 1)
             same(f"{b}, step {t}", torch.cat([chosen, torch.tensor(rest)]).sort().values, arrays[f"{b}_keep{t}"])

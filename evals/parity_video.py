@@ -95,9 +95,16 @@ def holitom(arrays: Arrays, folder: Path) -> str:
     options: dict[str, Any] = {"neighbours": int(arrays["K"])}
     for tag in budgets(arrays):
         tau, beta = real(arrays[f"{tag}_tau"]), None if arrays[f"{tag}_no_beta"] else real(arrays["beta"])
-        found = cut(still_places(run_lengths(torch.from_numpy(arrays["sim"]) > tau)))
+        still, ratio = still_places(run_lengths(torch.from_numpy(arrays["sim"]) > tau)), arrays[f"{tag}_retain_ratio"]
+        found = cut(still)
         same(f"segments of {tag}", torch.tensor(found), arrays[f"{tag}_segments"])
-        answer = create("holitom", ratio=real(arrays[f"{tag}_retain_ratio"]), tau=tau, beta=beta, **options)(v)
+        windows = [(int(still[a, b - a]), b - a) for a, b in found if b > a]
+        saved = sum(places * width for places, width in windows)
+        agree(f"still places of {tag}", [places for places, _ in windows], arrays[f"{tag}_n_static"])
+        agree(f"tokens saved by {tag}", saved, arrays[f"{tag}_total_reduced"])
+        adjusted = torch.tensor(min(1.0, real(ratio) / ((v.n - saved) / v.n)))
+        worst.append(close("adjusted ratio", adjusted, arrays[f"{tag}_adj_ratio"]))
+        answer = create("holitom", ratio=real(ratio), tau=tau, beta=beta, **options)(v)
         stored = arrays[f"{tag}_src_index"]
         same(f"tokens of {tag}", answer.idx, np.sort(stored))
         features = answer.apply(v.x)
