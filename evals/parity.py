@@ -472,6 +472,10 @@ def sparsevlm_rank(arrays: Arrays, folder: Path) -> str:
     for tag, scale, bias in (("v1", real(arrays["v1_scale"]), real(arrays["v1_bias"])), ("video", 1.0, 0.0)):
         answer = create("sparsevlm", scale=scale, bias=bias)(Visual(x, None, signals=signals))
         stored = np.flatnonzero(arrays[f"{tag}_keep_mask"])
+        kept = n if int(arrays["rank"]) == n else min(int(int(arrays["rank"]) * scale + bias), n - 1)
+        agree(f"tokens by {tag}", kept, len(stored))
+        recycled = (int(0.3 * (n - kept)) + 1) // 10 + 1 if kept < n else 0
+        agree(f"tokens of {tag} with merged ones", len(answer.idx), kept + recycled)
         same(f"kept by {tag}", _ordered(answer)[: len(stored)].sort().values, stored)
         if (len(answer.idx) > len(stored)) != bool(arrays[f"{tag}_merge_flag"]):
             raise Mismatch(f"{tag}: {len(answer.idx) - len(stored)} merged tokens, stored flag says otherwise")
@@ -832,6 +836,7 @@ def flowcut(arrays: Arrays, folder: Path) -> str:
     batch, n = embeddings.shape[0], embeddings.shape[1] - 1
     model, inputs, shown = _flowcut_llava(arrays, embeddings)
     _grid(arrays, n)
+    agree("layers", depth, len(arrays["w_layer_norm1_weight"]))
     worst = []
     for t in arrays["target_num"].tolist():
         with patch(model, "flowcut", keep=t, count="batch") as handle:
