@@ -404,8 +404,9 @@ def holitom_inner(arrays: Arrays, folder: Path) -> str:
 
     embeds, visual = torch.from_numpy(arrays["inputs_embeds"]), _visual(arrays)
     model, inputs = stock_llava(np.load(folder / "model_qwen2.npz"), embeds, visual)
-    causal, before, after = bool(arrays["layer_Km1_is_causal"]), *(
-        torch.from_numpy(arrays[f"hidden_{at}"]) for at in ("before_merge", "after_merge_and_drop")
+    causal, before, after = (
+        bool(arrays["layer_Km1_is_causal"]),
+        *(torch.from_numpy(arrays[f"hidden_{at}"]) for at in ("before_merge", "after_merge_and_drop")),
     )
     agree("layer K - 1 is causal", _is_causal(model, inputs, int(arrays["K"]), before), causal)
     with patch(model, "holitom_inner", layer=int(arrays["K"]), keep=_left(arrays)) as handle:

@@ -42,7 +42,9 @@ class AIMInLLM(Method):
     def __post_init__(self) -> None:
         fine = self.rates is None or (self.rates and all(0.0 <= share <= 1.0 for share in self.rates))
         if not fine or any(a < b for a, b in pairwise(self.rates or ())):
-            raise ValueError(f"rates={self.rates}: use shares in [0, 1], one a decoder layer, none above the one before")
+            raise ValueError(
+                f"rates={self.rates}: use shares in [0, 1], one a decoder layer, none above the one before"
+            )
 
     @property
     def adaptive(self) -> bool:
