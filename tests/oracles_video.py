@@ -131,11 +131,11 @@ def peaks(points: Tensor, count: int, neighbours: int) -> list[int]:
     return sorted(sorted(range(n), key=lambda i: (-score[i], i))[:count])
 
 
-def cluster(points: Tensor, count: int, exactly: int | None = None) -> dict[int, list[int]]:
-    """Each centre with the points that go to it; of `exactly` neighbours, or of seven but at most `count`."""
+def cluster(points: Tensor, count: int, exactly: int | None = None, most: int = 7) -> dict[int, list[int]]:
+    """Each centre with the points that go to it; of `exactly` neighbours, or of `most` but at most `count`."""
     if not count:
         return {}
-    centres = peaks(points, count, exactly or min(7, count))
+    centres = peaks(points, count, exactly or min(most, count))
     out: dict[int, list[int]] = {c: [] for c in centres}
     for i in range(len(points)):
         if i not in out:
@@ -143,7 +143,9 @@ def cluster(points: Tensor, count: int, exactly: int | None = None) -> dict[int,
     return out
 
 
-def holitom(x: Tensor, seen: Tensor, tau: float, beta: float | None, ratio: float | None, budget: int | None):
+def holitom(
+    x: Tensor, seen: Tensor, tau: float, beta: float | None, ratio: float | None, budget: int | None, k: int = 7
+):
     """https://arxiv.org/abs/2505.21334 before the LLM: {position: feature}; `ratio` as published, or a budget."""
     x, seen = x.double(), seen.double()
     frames, p = x.shape[:2]
@@ -172,7 +174,7 @@ def holitom(x: Tensor, seen: Tensor, tau: float, beta: float | None, ratio: floa
         frames_of = {i: [t for t in range(a, b + 1) if (t, i) not in alone] for i in places}
         means = {i: torch.stack([x[t, i] for t in frames_of[i]]).mean(0) for i in places}
         points = torch.stack([x[a : b + 1, i].mean(0) for i in places])
-        for centre, members in cluster(points, count).items():
+        for centre, members in cluster(points, count, most=k).items():
             rows = [means[places[m]] for m in members]
             own = means[places[centre]]
             if rows and beta is not None:
@@ -209,10 +211,10 @@ def aim(frame: Tensor, metric: Tensor, count: int) -> dict[int, Tensor]:
     return {place: x for place, x, _ in left}
 
 
-def prunevid_scenes(x: Tensor, share: float) -> list[tuple[int, int]]:
+def prunevid_scenes(x: Tensor, share: float, k: int = 7) -> list[tuple[int, int]]:
     """https://arxiv.org/abs/2412.16117: scenes, by clustering the mean tokens of the frames."""
     frames = x.double().mean(1)
-    groups = cluster(frames, max(1, int(len(frames) * share)), exactly=min(7, len(frames)))
+    groups = cluster(frames, max(1, int(len(frames) * share)), exactly=min(k, len(frames)))
     label = [next(c for c, members in groups.items() if t == c or t in members) for t in range(len(frames))]
     runs: list[list[int]] = []
     for t in range(len(frames)):
@@ -242,11 +244,13 @@ def prunevid_scenes(x: Tensor, share: float) -> list[tuple[int, int]]:
     return [(run[0], run[-1]) for run in found]
 
 
-def prunevid(x: Tensor, tau: float, share: float, ratio: float | None, budget: int | None) -> dict[int, Tensor]:
+def prunevid(
+    x: Tensor, tau: float, share: float, ratio: float | None, budget: int | None, k: int = 7
+) -> dict[int, Tensor]:
     """The merging before the LLM: {position: feature}; `ratio` as published, or a budget."""
     x = x.double()
     frames, p = x.shape[:2]
-    found = prunevid_scenes(x, share)
+    found = prunevid_scenes(x, share, k)
 
     def still(a: int, b: int) -> list[int]:
         pairs = [(s, t) for s in range(a, b + 1) for t in range(a, b + 1) if s != t]
@@ -271,7 +275,7 @@ def prunevid(x: Tensor, tau: float, share: float, ratio: float | None, budget: i
 
     def merge(rows: dict[int, Tensor], points: Tensor, count: int, start: int) -> None:
         at = list(rows)
-        for centre, members in cluster(points, count, exactly=min(7, len(at))).items() if at else ():
+        for centre, members in cluster(points, count, exactly=min(k, len(at))).items() if at else ():
             out[start + at[centre]] = torch.stack([rows[at[i]] for i in (centre, *members)]).mean(0)
 
     for ((a, b), q), count in zip(windows, counts):
@@ -282,29 +286,48 @@ def prunevid(x: Tensor, tau: float, share: float, ratio: float | None, budget: i
     return out
 
 
-def fastvid(x: Tensor, seen: Tensor, variant: str, ratio: float | None, budget: int | None) -> dict[int, Tensor]:
+def fastvid_scenes(x: Tensor, c: int, tau: float) -> tuple[list[float], list[tuple[int, int]]]:
+    """Cosines of neighbouring frames, and the scenes: cut at the c - 1 lowest and wherever one is below tau."""
+    means = x.double().mean(1)
+    similar = [cosine(a, b) for a, b in zip(means, means[1:])]
+    low = sorted(range(len(similar)), key=lambda i: (similar[i], i))[: c - 1]
+    ends = sorted({i for i in range(len(similar)) if i in low or similar[i] < tau})
+    return similar, list(zip([0, *(e + 1 for e in ends)], [*ends, len(x) - 1]))
+
+
+def fastvid(
+    x: Tensor,
+    seen: Tensor,
+    variant: str,
+    ratio: float | None,
+    budget: int | None,
+    c: int = 8,
+    tau: float | None = None,
+    d: float = 0.4,
+    period: int = 4,
+    beta: float = 0.6,
+    knn: int = 4,
+    alike: float = 0.95,
+) -> dict[int, Tensor]:
     """https://arxiv.org/abs/2503.11187, frames compared by their mean token: {position: feature}."""
     x, seen = x.double(), seen.double()
     frames, p = x.shape[:2]
-    similar = [cosine(a, b) for a, b in zip(x.mean(1), x.mean(1)[1:])]
-    low = sorted(range(frames - 1), key=lambda i: (similar[i], i))[:7]
-    ends = sorted({i for i in range(frames - 1) if i in low or similar[i] < (0.84 if variant == "qwen" else 0.9)})
-    found = list(zip([0, *(e + 1 for e in ends)], [*ends, frames - 1]))
+    similar, found = fastvid_scenes(x, c, tau or (0.84 if variant == "qwen" else 0.9))
     n = int(p * ratio) if ratio is not None else int(p * (budget or 0) / (frames * p))
     salient, merged = [0] * frames, [0] * frames
     for a, b in found:
         length = b - a + 1
-        takers = [t for t in range(a, b + 1) if variant != "qwen" or t == b or similar[t] < 0.95]
-        anchors = [t for i, t in enumerate(takers) if (len(takers) - 1 - i) % 4 == 0]
+        takers = [t for t in range(a, b + 1) if variant != "qwen" or t == b or similar[t] < alike]
+        anchors = [t for i, t in enumerate(takers) if (len(takers) - 1 - i) % period == 0]
         if variant == "ov":
-            context = int(n * 0.4)
+            context = int(n * d)
             for t in takers:
                 salient[t] = n - context
             for t in anchors:
                 merged[t] = min(context * length // len(anchors), p - salient[t])
             continue
         total = n * length
-        context = min(total, max(1, int(total * 0.4))) if variant == "qwen" else int(total * 0.4)
+        context = min(total, max(1, int(total * d))) if variant == "qwen" else int(total * d)
         for i, t in enumerate(reversed(anchors)):
             merged[t] = context // len(anchors) + (i < context % len(anchors))
             merged[t] = min(merged[t], p // 2) if variant == "qwen" else merged[t]
@@ -328,13 +351,14 @@ def fastvid(x: Tensor, seen: Tensor, variant: str, ratio: float | None, budget: 
             free = [i for i in range(p) if i not in looked[t]]
             if not merged[t]:
                 continue
-            centres = [free[c] for c in peaks(x[t, free], merged[t], min(4, len(free)))]
-            joined: dict[int, list[Tensor]] = {c: [] for c in centres}
+            centres = [free[at] for at in peaks(x[t, free], merged[t], min(knn, len(free)))]
+            joined: dict[int, list[Tensor]] = {at: [] for at in centres}
             for s in range(a, b + 1):
                 for i in range(p):
                     if i not in looked[s] and (variant == "ov" or s != t or i not in centres):
-                        joined[max(centres, key=lambda c: (cosine(x[s, i], x[t, c]), -c))].append(x[s, i])
-            for c, rows in joined.items():
-                weight = max(1 / (len(rows) + 1), 0.6) if rows else 1.0
-                out[t * p + c] = weight * x[t, c] + (1 - weight) * (torch.stack(rows).mean(0) if rows else 0 * x[t, c])
+                        joined[max(centres, key=lambda at: (cosine(x[s, i], x[t, at]), -at))].append(x[s, i])
+            for at, rows in joined.items():
+                weight = max(1 / (len(rows) + 1), beta) if rows else 1.0
+                own = x[t, at]
+                out[t * p + at] = weight * own + (1 - weight) * (torch.stack(rows).mean(0) if rows else 0 * own)
     return out
