@@ -92,7 +92,7 @@ def real(value: Any) -> float:
     >>> real(np.float32(0.29)), real(np.float32(5 / 6))
     (0.29, 0.8333333333333334)
     """
-    stored = np.asarray(value)[()]
+    stored: Any = np.asarray(value)[()]
     if stored.dtype != np.float32:
         return float(stored)
     short = np.format_float_scientific(stored)  # the shortest decimal number that rounds to it

@@ -132,7 +132,7 @@ def last_row(model: Decoder, i: int, h: Tensor, ids: Sequence[int]) -> Tensor:
 
 
 def transition(model: Decoder) -> Tensor:
-    """[n] of the layer that ran last: |out| / |in| times the softmax over all tokens of 1 - cos(in, out), both modules."""
+    """[n] of the layer that ran last: |out| / |in| times the softmax over all tokens of 1 - cos(in, out), twice."""
     total = 0.0
     for before, after in model.hidden.values():
         far = torch.tensor([1 - float(a @ b / a.norm() / b.norm()) for a, b in zip(before, after)]).double()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from itertools import pairwise
 
 import torch
 from oracles import cosine, middles, top
@@ -289,7 +290,7 @@ def prunevid(
 def fastvid_scenes(x: Tensor, c: int, tau: float) -> tuple[list[float], list[tuple[int, int]]]:
     """Cosines of neighbouring frames, and the scenes: cut at the c - 1 lowest and wherever one is below tau."""
     means = x.double().mean(1)
-    similar = [cosine(a, b) for a, b in zip(means, means[1:])]
+    similar = [cosine(a, b) for a, b in pairwise(means)]
     low = sorted(range(len(similar)), key=lambda i: (similar[i], i))[: c - 1]
     ends = sorted({i for i in range(len(similar)) if i in low or similar[i] < tau})
     return similar, list(zip([0, *(e + 1 for e in ends)], [*ends, len(x) - 1]))

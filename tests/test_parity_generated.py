@@ -139,7 +139,8 @@ def aim_rounds(frame: Tensor, metric: Tensor, rounds: list[int]) -> tuple[Tensor
         rank = sorted(range(len(even)), key=lambda i: (-cosine(even[i][2], odd[likest[i]][2]), i))
         groups = [[b, *(even[i] for i in rank[:q] if likest[i] == j)] for j, b in enumerate(odd)]
         means = [
-            (sum((one[0] for one in g), []), *(torch.stack([o[k] for o in g]).mean(0) for k in (1, 2))) for g in groups
+            ([i for one in g for i in one[0]], *(torch.stack([o[k] for o in g]).mean(0) for k in (1, 2)))
+            for g in groups
         ]
         left = [*(even[i] for i in rank[q:]), *means]
     row = {i: r for r, (members, _, _) in enumerate(left) for i in members}
@@ -295,7 +296,7 @@ def test_dycoke_at_decode(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("sizes", "rates"), [((3, 21, 4), (1.0, 0.7, 0.37, 0.1)), ((2, 35, 3), (0.9, 0.55, 0.0))])
 def test_aim_on_logits(sizes: Any, rates: Any, tmp_path: Path) -> None:
-    start, v, text = sizes
+    start, v, _ = sizes
     n = sum(sizes)
     logits = torch.randn(len(rates), 2, n, n).masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf) / 4
     seen, masks, importance = [True] * n, [], []

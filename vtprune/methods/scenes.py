@@ -20,7 +20,7 @@ class Plan(NamedTuple):
 
 
 def cut_at(similar: Sequence[float], tau: float, scenes: int = 8) -> list[Segment]:
-    """Scenes of T frames from the T - 1 similarities of neighbours: the lowest scenes - 1, and all below tau, end one."""
+    """Scenes of T frames by the similarities of neighbours: the scenes - 1 lowest, and all below tau, end one."""
     lowest = sorted(range(len(similar)), key=lambda i: (similar[i], i))[: scenes - 1]
     ends = sorted({*lowest, *(i for i, s in enumerate(similar) if s < tau), len(similar)})
     return list(zip([0, *(e + 1 for e in ends[:-1])], ends))

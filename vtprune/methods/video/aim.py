@@ -66,9 +66,12 @@ class AIM(Method):
         first = Stage("llm", self, keep=keep)
         if not self.inner or (isinstance(keep, float) and keep == 1.0):  # nothing may change then
             return [first]
-        if keep is None and isinstance(self.rounds, tuple):
+        if keep is not None:
+            left = keep
+        elif isinstance(self.rounds, int):
+            left = 0.5**self.rounds
+        else:
             raise ValueError(f"rounds={self.rounds}: counts say no share for the part inside the LLM; use inner=False")
-        left = 0.5**self.rounds if keep is None else keep
         later = AIMInLLM().stages(None, depth)
         # A count is one of each unit, as in the first part.
         return [

@@ -25,9 +25,9 @@ LOOKED_AT = Signal("mean_query", None)
 @register("fastvid", paper="https://arxiv.org/abs/2503.11187", seam="pre_llm")
 @dataclass(frozen=True)
 class FastVID(Method):
-    """Salient tokens by attention, and in every fourth (`period`) frame of a scene, counted from its last, centres that merge.
+    """Salient tokens by attention, and in every fourth frame of a scene, counted from its last, centres that merge.
 
-    Scenes end at the seven (`scenes` - 1) lowest cosines of neighbouring frames and wherever one is below tau. Centres are density
+    Scenes end at the seven lowest cosines of neighbouring frames and wherever one is below tau. Centres are density
     peaks among a frame's tokens that are not salient; each token of the scene that is neither salient nor one of these
     centres joins the centre it is most like (every such frame by itself): w * centre + (1 - w) * mean with
     w = max(1 / (q + 1), beta) for the q that join. A merged token stands at its centre. Positions are kept. One host
