@@ -203,6 +203,31 @@ def test_aim_merges_what_each_round_of_its_list_says() -> None:
     assert len(vtprune.create("aim", rounds=(20, 5), inner=False).stages(None, 28)) == 1
 
 
+def test_flowcut_in_a_tower_of_crops_keeps_half_the_total_of_each() -> None:
+    halves = vtprune.create("flowcut", llm_layer=2, tower=0.5)
+    assert [[s.keep for s in halves.stages(keep, 28)] for keep in (161, 1, 0.3)] == [[80, 161], [1, 1], [0.15, 0.3]]
+    twice = vtprune.create("flowcut", llm_layer=2)
+    assert [[s.keep for s in twice.stages(keep, 28)] for keep in (161, 0.7)] == [[322, 161], [1.0, 0.7]]
+    for bad in (0, -1.0, True):
+        with pytest.raises(ValueError, match="tower="):
+            vtprune.create("flowcut", tower=bad)
+
+
+@pytest.mark.parametrize(("n", "found"), [(49, 4), (47, 6), (64, 4)])
+def test_recoverable_cuts_off_a_share_of_outliers(n: int, found: int) -> None:
+    """int(49 * (4 / 49)) is 3: faithful is the official arithmetic, otherwise all outliers stay."""
+    plain = n - found
+    scores = torch.cat([torch.linspace(0, 1, plain), 10.0 + 5 * torch.arange(found)])
+    text = torch.linspace(0, 1, n).roll(5)
+    keys = torch.randn(n, 4)
+    kept = {}
+    for faithful in (False, True):
+        method = vtprune.create("recoverable", faithful=faithful, text_similarity=lambda _: text, nearest=4)
+        signals = {Signal("cls_full", -1): scores, Signal("keys", -1): keys}
+        kept[faithful] = len(method(Visual(torch.randn(n, 3), None, signals=signals)).idx)
+    assert kept == {False: found, True: int(n * (found / n))}
+
+
 @pytest.mark.parametrize("name", ["fastvid", "holitom", "prunevid"])
 def test_numbers_of_neighbours_are_checked(name: str) -> None:
     for bad in (0, 2.5, True):

@@ -27,7 +27,8 @@ class HoliTomInner(Method):
     join, the q-th weighs 2^-(n - q + 1), the kept one 2^-n. Here it is one weighted sum of the states as they came.
     Position ids are kept. The layer before is causal; the official code under SDPA runs it without a mask.
 
-    Without keep half of the tokens that reach the layer stay, as the authors have it.
+    Without keep half of the tokens that reach the layer stay, as the authors have it. Shares are rounded to a count,
+    half to even, as officially.
 
     layer: the first decoder layer that runs on the pruned sequence: an int >= 1, or a share of the depth in (0, 1),
         rounded. The authors use 18 of 28 layers.

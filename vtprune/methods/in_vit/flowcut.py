@@ -38,7 +38,9 @@ class FlowCut(Method):
 
     end: "before" reaches t as the last block is entered (official code for LLaVA), "after" as it is left (Qwen).
     llm_layer: a decoder layer (2 in the official codes) where `flowcut_llm` goes on to the budget of the sample; the
-        tower then keeps twice the budget. None prunes in the tower only, as the official code for LLaVA-1.5 does.
+        tower then keeps `tower` budgets. None prunes in the tower only, as the official code for LLaVA-1.5 does.
+    tower: budgets that a crop keeps in the tower before that, a count cut off. 2 in the official code for Qwen2-VL; in
+        that for LLaVA-NeXT half of the count that the sample ends with, so 0.5.
     count: "unit" lets each crop have its own number of tokens on the way, so a batch equals its images alone; "batch"
         prunes from all crops the most any of them would, as the official code does.
     unit: "patch" drops single patches where the tower merges several into a token, as the official Qwen code does: a
@@ -49,10 +51,13 @@ class FlowCut(Method):
     end: End = "before"
     count: Count = "unit"
     llm_layer: int | None = None
+    tower: float = 2.0
     unit: Unit = "block"
 
     def __post_init__(self) -> None:
         check_choices(self, end=End, count=Count, unit=Unit)
+        if isinstance(self.tower, bool) or not isinstance(self.tower, int | float) or not self.tower > 0:
+            raise ValueError(f"tower={self.tower!r}: use a number above 0, the budgets that a crop keeps in the tower")
 
     @property
     def by_patch(self) -> bool:
@@ -68,9 +73,9 @@ class FlowCut(Method):
     def stages(self, keep: float | int | None, depth: int) -> list[Stage]:
         if self.llm_layer is None or keep is None:
             return super().stages(keep, depth)
-        twice = min(1.0, 2 * keep) if isinstance(keep, float) else 2 * keep
+        first = min(1.0, self.tower * keep) if isinstance(keep, float) else max(1, int(self.tower * keep))
         second = FlowCutLLM(layer=self.llm_layer)
-        return [Stage(self.default_where(), self, keep=twice), Stage(self.llm_layer, second, keep=keep)]
+        return [Stage(self.default_where(), self, keep=first), Stage(self.llm_layer, second, keep=keep)]
 
     def __call__(self, v: Visual) -> Assignment:
         return self.batch([v])[0]

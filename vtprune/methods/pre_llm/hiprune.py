@@ -29,7 +29,9 @@ class HiPrune(Method):
     layer. Buffers are the up to four neighbours of every anchor. Registers fill the budget: the tokens that receive
     most in the layer that feeds the projector. No CLS token is needed. As in the official code each crop has its
     own budget and newlines are dropped; with per="image" the neighbours cross the borders of tiles, and newlines
-    have none. A unit whose raster is unknown takes its neighbours along the sequence, noted in
+    have none. Shares are rounded to a count, half to even, as is that of the anchors. The official code for LLaVA-NeXT
+    divides a total by the number of crops and cuts off, so its crops keep that many each, and keep_total shares out what
+    it loses. A unit whose raster is unknown takes its neighbours along the sequence, noted in
     `Visual.state["note"]`.
 
     alpha: share of anchors and buffers in the budget, 0..1. Buffers that do not fit are left out, lowest score first.

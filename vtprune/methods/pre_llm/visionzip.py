@@ -45,7 +45,7 @@ class VisionZip(Method):
     tokens outside the rasters are kept last and never merged; as officially they are dropped by default, per crop.
 
     contextual: merged tokens, a share of the budget rounded half to even or a count, at most budget - 1. 10/64 gives
-        the paper's 54 + 10, 108 + 20 and 162 + 30.
+        the paper's 54 + 10, 108 + 20 and 162 + 30 to the token; the official code takes both counts.
     merge_mode: "add_mean" adds the mean of the tokens taken up, as the official code does (the norm about doubles);
         "average" weighs all of them and the contextual token alike.
     order: "positional", or "official": the kept places are filled with the dominant tokens first and the contextual
