@@ -18,10 +18,11 @@ LAST_ROW = Signal("last_row", -1)
 class FastV(Method):
     """Top-k of the last query's softmax row in the layer before `layer`, averaged over heads.
 
-    This is what all official code computes; the paper's text speaks of the attention received from all tokens.
-    A share is rounded to a count, half to even, as in the authors' Hugging Face code; their first one takes a count,
-    and the file in lmms-eval cuts off. Position ids are kept. Ties go to the lower index. The last token fed is the query: with prompt lookup that is a
-    guessed token, and with use_cache=False every step selects anew, so answers may differ from cached greedy decoding.
+    This is what all official code computes; the paper's text speaks of the attention received from all tokens. A share
+    is rounded to a count, half to even, as in the authors' Hugging Face code; their first one takes a count, and the
+    file in lmms-eval cuts off. Position ids are kept. Ties go to the lower index. The last token fed is the query: with
+    prompt lookup that is a guessed token, and with use_cache=False every step selects anew, so answers may differ from
+    cached greedy decoding.
 
     layer: "K" of the paper; the first decoder layer that runs on the pruned sequence, >= 1.
     """

@@ -18,9 +18,9 @@ from .. import budget_of, select
 class DivPrune(Method):
     """Greedy max-min diversity: each pick is the token farthest (cosine) from the tokens picked so far.
 
-    The first pick is the token whose nearest neighbour is farthest. Newline tokens compete like any other.
-    A share is rounded to a count, half to even, as officially. Picks equal the official ones computed in float32, with one difference: picked tokens are masked, so that
-    repeated rows never make a token come out twice.
+    The first pick is the token whose nearest neighbour is farthest. Newline tokens compete like any other. A share is
+    rounded to a count, half to even, as officially. Picks equal the official ones computed in float32, with one
+    difference: picked tokens are masked, so that repeated rows never make a token come out twice.
 
     memory: "fast" holds one N x N float32 matrix per unit, "low" none (for long videos); "auto" decides by size.
     """

@@ -25,14 +25,13 @@ DEEP = Signal("received", None)
 class HiPrune(Method):
     """Anchors, buffers and registers by the attention that tokens receive in two layers of the tower.
 
-    Of a budget of n tokens, round(n * alpha / 5) are anchors: those that receive most attention in the object
-    layer. Buffers are the up to four neighbours of every anchor. Registers fill the budget: the tokens that receive
-    most in the layer that feeds the projector. No CLS token is needed. As in the official code each crop has its
-    own budget and newlines are dropped; with per="image" the neighbours cross the borders of tiles, and newlines
-    have none. Shares are rounded to a count, half to even, as is that of the anchors. The official code for LLaVA-NeXT
-    divides a total by the number of crops and cuts off, so its crops keep that many each, and keep_total shares out what
-    it loses. A unit whose raster is unknown takes its neighbours along the sequence, noted in
-    `Visual.state["note"]`.
+    Of a budget of n tokens, round(n * alpha / 5) are anchors: those that receive most attention in the object layer.
+    Buffers are the up to four neighbours of every anchor. Registers fill the budget: the tokens that receive most in
+    the layer that feeds the projector. No CLS token is needed. As in the official code each crop has its own budget and
+    newlines are dropped; with per="image" the neighbours cross the borders of tiles, and newlines have none. Shares are
+    rounded to a count, half to even, as is that of the anchors. The official code for LLaVA-NeXT divides a total by the
+    number of crops and cuts off, so its crops keep that many each, and keep_total shares out what it loses. A unit
+    whose raster is unknown takes its neighbours along the sequence, noted in `Visual.state["note"]`.
 
     alpha: share of anchors and buffers in the budget, 0..1. Buffers that do not fit are left out, lowest score first.
     object_layer: an int counts tower layers as Python does (the paper's layer 9 is 8), a float is a share of the
