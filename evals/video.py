@@ -6,6 +6,7 @@ import io
 import os
 import re
 import shlex
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ ROUNDING = 1.001e-3
 # FFmpeg opens these as films of a frame or of text, and playlists as the files or addresses that they name.
 STILLS = re.compile(r"_pipe$|^(image2|ico|gem|fits|dpx)$")
 TEXTS = {"ansi", "bintext", "xbin", "idf"}
+REPORTING = threading.Lock()  # FFmpeg has one log level for all
 PLAYLISTS = {"hls", "dash", "concat", "imf", "sdp"}
 
 
@@ -175,26 +177,32 @@ class _Source:
         )
 
     @contextmanager
-    def opened(self) -> Iterator[tuple[Any, Any, list[Any]]]:
-        """(container, its video stream, what FFmpeg reports as errors from here on) or an error that names the defect."""
-        av = self.av
-        level = av.logging.get_level()
-        av.logging.set_level(av.logging.ERROR)
+    def _opened(self) -> Iterator[tuple[Any, Any]]:
+        """(container, its video stream) or an error that names the defect."""
         try:
-            with av.logging.Capture() as log:
-                try:
-                    container = av.open(self._content())
-                except (av.error.FFmpegError, UnicodeDecodeError) as error:
-                    raise ValueError(
-                        f"{self.name} cannot be opened as a video: it is not one that FFmpeg knows, or it is truncated"
-                    ) from error
-                with container:
-                    stream = self._stream(container)
-                    if "mov" in container.format.name:
-                        log.clear()  # about its header; what is missing of the film shows later
-                    yield container, stream, log
-        finally:
-            av.logging.set_level(level)
+            container = self.av.open(self._content())
+        except (self.av.error.FFmpegError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{self.name} cannot be opened as a video: it is not one that FFmpeg knows, or it is truncated"
+            ) from error
+        with container:
+            yield container, self._stream(container)
+
+    @contextmanager
+    def _reports(self) -> Iterator[list[Any]]:
+        """What FFmpeg reports as errors in this thread: the only trace of data that a container had to skip.
+
+        Not while something decodes in threads of its own: they would wait for Python's lock, and Python for them.
+        """
+        logging = self.av.logging
+        with REPORTING:
+            level = logging.get_level()
+            logging.set_level(logging.ERROR)
+            try:
+                with logging.Capture() as log:
+                    yield log
+            finally:
+                logging.set_level(level)
 
     def _stream(self, container: Any) -> Any:
         """The first video stream that is a film in a form with times."""
@@ -242,7 +250,9 @@ class _Source:
         """Seconds [n] at which frames come on screen as the packets announce it; raises if the file ends early."""
         own: list[tuple[int | None, int | None, bool, bool]] = []
         end = 0.0
-        with self.opened() as (container, stream, _):
+        with self._reports() as log, self._opened() as (container, stream):
+            if "mov" in container.format.name:
+                log.clear()  # about its header; what is missing of the film shows later
             for packet in self._packets(container):
                 last = packet.pts if packet.dts is None else packet.dts if packet.pts is None else packet.pts
                 if last is not None:
@@ -252,11 +262,13 @@ class _Source:
             form, base, codec = container.format.name, float(stream.time_base), self._codec(stream)
             self.rates = [float(r) for r in (stream.average_rate, stream.guessed_rate) if r]
             stated = (container.duration or 0) / self.av.time_base
+        told = [message.strip() for _, name, message in log if name == form]
+        if told:
+            raise self.damaged(f"FFmpeg reports {told[0]!r}")
+        if stated - end > max(3 * end / max(len(own), 1), 0.02 * stated):
+            raise self.damaged(f"it announces {stated:.2f} seconds and ends after {end:.2f}")
         if not own:
             raise ValueError(f"{self.name} holds a video stream ({codec}) without a frame: record or download it again")
-        short = stated - end
-        if short > max(3 * end / len(own), 0.02 * stated):
-            raise self.damaged(f"it announces {stated:.2f} seconds and ends after {end:.2f}")
         self._first = next((i for i, packet in enumerate(own) if packet[2]), 0)
         key = own[self._first][0]
         own = own[self._first :]
@@ -274,9 +286,9 @@ class _Source:
         asked = set(wanted.tolist())
         times: list[int | None] = []
         pictures: dict[int, NDArray[np.uint8]] = {}
-        with self.opened() as (container, stream, log):
-            form, codec, base = container.format.name, self._codec(stream), float(stream.time_base)
-            for frame in self._frames(container, stream, log):
+        with self._opened() as (container, stream):
+            codec, base = self._codec(stream), float(stream.time_base)
+            for frame in self._frames(container, stream):
                 if frame.is_corrupt:
                     raise self.damaged(f"frame {len(times)} is incomplete")
                 again = bool(times) and frame.pts is not None and frame.pts == times[-1]  # the later one covers it
@@ -284,20 +296,17 @@ class _Source:
                     times.append(frame.pts)
                 if len(times) - 1 in asked:
                     pictures[len(times) - 1] = self._upright(frame)
-            told = [message.strip() for _, name, message in log if name in (form, stream.codec_context.name)]
         if not times:
             raise ValueError(
                 f"{self.name} holds video of the codec {codec}, of which FFmpeg can decode no frame here: copy or download "
                 f"it again, or convert it where it plays: {self.remedy()}"
             )
-        if told:
-            raise self.damaged(f"FFmpeg reports {told[0]!r}")
         if len({picture.shape for picture in pictures.values()}) > 1:
             sizes = sorted({f"{picture.shape[1]} x {picture.shape[0]}" for picture in pictures.values()})
             raise ValueError(f"{self.name} changes its size ({', '.join(sizes)}): bring it to one with {self.remedy()}")
         return self._starts(times, base, codec), pictures
 
-    def _frames(self, container: Any, stream: Any, log: list[Any]) -> Iterator[Any]:
+    def _frames(self, container: Any, stream: Any) -> Iterator[Any]:
         """Frames in the order of display from the first key frame on, where a film begins that was cut anywhere."""
         stream.codec_context.options = {"err_detect": "explode"}
         stream.thread_type = "AUTO"
@@ -315,8 +324,6 @@ class _Source:
             except self.av.error.FFmpegError as error:
                 if not leads:
                     raise self.damaged(f"packet {number} of its video cannot be decoded ({error.strerror})") from error
-            if leads or (number == self._first and number):
-                log.clear()
 
     def _starts(self, times: list[int | None], base: float, codec: str) -> NDArray[np.float64]:
         """Seconds at which the frames come on screen, the first at 0."""
