@@ -310,6 +310,8 @@ class _Source:
         """Frames in the order of display from the first key frame on, where a film begins that was cut anywhere."""
         stream.codec_context.options = {"err_detect": "explode"}
         stream.thread_type = "AUTO"
+        if self.av.logging.get_level() is not None:  # someone listens: see _reports
+            stream.thread_type, stream.codec_context.thread_count = "NONE", 1
         number = -1
         for packet in self._packets(container):
             if packet.stream_index != stream.index or (not packet.size and packet.dts is not None):
