@@ -269,7 +269,8 @@ class _Source:
             raise self.damaged(f"it announces {stated:.2f} seconds and ends after {end:.2f}")
         if not own:
             raise ValueError(f"{self.name} holds a video stream ({codec}) without a frame: record or download it again")
-        self._first = next((i for i, packet in enumerate(own) if packet[2]), 0)
+        if "mpeg" in form:  # a broadcast may be cut anywhere; other files begin with a key frame
+            self._first = next((i for i, packet in enumerate(own) if packet[2]), 0)
         key = own[self._first][0]
         own = own[self._first :]
         times = [pts for pts, _, _, hidden in own if pts is not None and not hidden]
@@ -319,6 +320,8 @@ class _Source:
             number += bool(packet.size)
             if number < self._first:
                 continue
+            if packet.is_corrupt:
+                raise self.damaged(f"packet {number} of its video is incomplete")
             # Of pictures before the first key frame some refer to what was cut away.
             leads = number > self._first and None not in (packet.pts, self._key) and packet.pts < self._key
             try:
@@ -338,7 +341,7 @@ class _Source:
             )
         starts = np.array(times, np.int64)
         if self._begin is not None and self._slots is None and starts[0] > self._begin:
-            raise self.damaged("its first key frame cannot be decoded")
+            raise self.damaged("its first pictures cannot be decoded")
         if (np.diff(starts) <= 0).any():
             at = int(np.argmax(np.diff(starts) <= 0)) + 1
             raise ValueError(
