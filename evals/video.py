@@ -73,7 +73,8 @@ def read(
     The file is decoded from start to end, because only that tells in every container which pictures are shown and when;
     no more than the frames asked for are held. Raises FileNotFoundError, and ValueError with the reason and the way out
     for what cannot be decoded, or not without a doubt: a URL, an empty, truncated or damaged file, no video, a still
-    picture, a raw stream without times. Damage that no decoder can notice is not noticed. Needs the `video` extra.
+    picture, a raw stream without times. Damage that a decoder bridges without an error (lost packets of MPEG-TS,
+    altered pixels of codecs without checks) is not noticed. Needs the `video` extra.
     """
     if frames < 1:
         raise ValueError(f"frames={frames} must be at least 1")
@@ -127,7 +128,9 @@ def _source(path: Any) -> _Source:
         if isinstance(path, io.TextIOBase):
             raise ValueError(f"{path!r} is open as text: open the video with mode 'rb'")
         if not (hasattr(path, "seek") and getattr(path, "seekable", lambda: True)()):
-            raise ValueError(f"{path!r} cannot be rewound, as decoding needs: give read() its content, .read(), instead")
+            raise ValueError(
+                f"{path!r} cannot be rewound, as decoding needs: give read() its content, .read(), instead"
+            )
         if path.seek(0, io.SEEK_END) == 0:
             raise ValueError(f"{path!r} is empty (0 bytes)")
         name = getattr(path, "name", None)
@@ -153,7 +156,7 @@ def _rewound(file: Any) -> Any:
 
 
 class _Source:
-    """A video that can be opened as often as needed: what it is called in messages and in commands, and how to open it."""
+    """A video that can be opened as often as needed: its name in messages and in commands, and how to open it."""
 
     def __init__(self, name: str, short: str, content: Callable[[], Any]) -> None:
         try:
@@ -173,7 +176,8 @@ class _Source:
     def damaged(self, what: str) -> ValueError:
         again = self.remedy(before="-err_detect ignore_err ")
         return ValueError(
-            f"{self.name} is truncated or damaged: {what}; copy or download it again, or keep what is left of it with {again}"
+            f"{self.name} is truncated or damaged: {what}; copy or download it again, or keep what "
+            f"is left of it with {again}"
         )
 
     @contextmanager
@@ -230,8 +234,8 @@ class _Source:
             raise ValueError(f"{self.name} is text ({codec}), not a video")
         if int(container.format.flags) & self.av.format.Flags.no_timestamps.value:
             raise ValueError(
-                f"{self.name} is a raw {codec} stream, which states no times: put it into a file that does, at the frame "
-                f"rate it was made for, such as {self.remedy(before='-framerate 25 ')}"
+                f"{self.name} is a raw {codec} stream, which states no times: put it into a file that does, at the "
+                f"frame rate it was made for, such as {self.remedy(before='-framerate 25 ')}"
             )
         return stream
 
@@ -299,8 +303,8 @@ class _Source:
                     pictures[len(times) - 1] = self._upright(frame)
         if not times:
             raise ValueError(
-                f"{self.name} holds video of the codec {codec}, of which FFmpeg can decode no frame here: copy or download "
-                f"it again, or convert it where it plays: {self.remedy()}"
+                f"{self.name} holds video of the codec {codec}, of which FFmpeg can decode no frame here: copy or "
+                f"download it again, or convert it where it plays: {self.remedy()}"
             )
         if len({picture.shape for picture in pictures.values()}) > 1:
             sizes = sorted({f"{picture.shape[1]} x {picture.shape[0]}" for picture in pictures.values()})
@@ -363,7 +367,7 @@ class _Source:
             picture, right, down = picture.swapaxes(0, 1), c, b
         else:
             raise ValueError(
-                f"{self.name} is to be shown turned by {frame.rotation} degrees, and read() turns by quarters only: turn "
-                f"it with {self.remedy()}"
+                f"{self.name} is to be shown turned by {frame.rotation} degrees, and read() turns by quarters only: "
+                f"turn it with {self.remedy()}"
             )
         return np.ascontiguousarray(picture[:: 1 if down > 0 else -1, :: 1 if right > 0 else -1])
