@@ -96,7 +96,7 @@ def test_video_is_evaluated_demonstrated_and_drawn(tmp_path: Path) -> None:
 
 
 def test_show_draws_a_contact_sheet_of_a_video_file(tmp_path: Path) -> None:
-    for package in ("torchvision", "decord", "av"):
+    for package in ("torchvision", "av"):
         pytest.importorskip(package, reason="a clip is encoded, decoded and seen")
     from test_video import encode
 
@@ -106,6 +106,20 @@ def test_show_draws_a_contact_sheet_of_a_video_file(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "kept.png").width > 1200
     again = ["show", "--video", clip, "--frames", 4, "--keep", 0.5, "--out", tmp_path / "kept.png", "--json"]
     assert len(json.loads(run(*again))["kept"]) == 28
+
+
+@pytest.mark.parametrize("command", [["eval", "--limit", "2"], ["show"]])
+def test_a_model_of_pictures_is_not_asked_about_videos(command: list[str], tmp_path: Path) -> None:
+    for package in ("torchvision", "av"):
+        pytest.importorskip(package, reason="a clip is encoded and decoded")
+    from test_video import encode
+    from vtprune.evals import tiny
+
+    tiny.load()[1].save_pretrained(tmp_path / "llava")  # no weights: they are not looked for
+    clip = [str(encode(tmp_path / "clip.mp4", [0, 100, 200]))] if command[0] == "show" else []
+    result = runner.invoke(app, [*command, "--video", *clip, "--model", str(tmp_path / "llava")])
+    assert result.exit_code == 2
+    assert "takes no videos (its LlavaProcessor has no video processor)" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(

@@ -465,6 +465,11 @@ def _load(name: str | None, device: str | None, dtype: str | None, video: bool =
 
     try:
         processor = AutoProcessor.from_pretrained(name)
+        if video and getattr(processor, "video_processor", None) is None:
+            raise ValueError(
+                f"--model {name} takes no videos (its {type(processor).__name__} has no video processor): name one "
+                "that does, such as a Qwen2.5-VL or a LLaVA-OneVision, or leave out --video"
+            )
         loaded = AutoModelForImageTextToText.from_pretrained(name, dtype=kind)
     except OSError as error:
         raise ValueError(f"--model {name}: no model there that transformers can load ({_first_line(error)})") from error
