@@ -136,6 +136,11 @@ def prepare(model: Any, processor: Any, prompts: Sequence[str], seen: Sequence[I
 
     Padded on the left, on the model's device and in its dtype.
     """
+    return dict(process(processor, prompts, seen).to(model.device, dtype=model.dtype))
+
+
+def process(processor: Any, prompts: Sequence[str], seen: Sequence[Image.Image | Video]) -> Any:
+    """What the processor makes of such a batch, on the host, pixels in float32."""
     processor.tokenizer.padding_side = "left"
     video = isinstance(seen[0], Video)
     media: dict[str, Any] = {"images": [[image] for image in seen]}
@@ -144,8 +149,7 @@ def prepare(model: Any, processor: Any, prompts: Sequence[str], seen: Sequence[I
         media = {"videos": [[v.frames] for v in clips], "video_metadata": [[v.metadata] for v in clips]}
         media["do_sample_frames"] = False  # they have been chosen
     texts = [render(processor, prompt, video) for prompt in prompts]
-    inputs = processor(text=texts, **media, padding=True, return_tensors="pt", add_special_tokens=False)
-    return dict(inputs.to(model.device, dtype=model.dtype))
+    return processor(text=texts, **media, padding=True, return_tensors="pt", add_special_tokens=False)
 
 
 def render(processor: Any, prompt: str, video: bool = False) -> str:

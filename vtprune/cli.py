@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
@@ -284,48 +285,76 @@ def show(
             raise ValueError("--vit draws one picture: name it")
         _show_vit(image, method, keep, vit, _device(device), out, as_json)
         return
-    import vtprune
-    from vtprune import show as drawing
-    from vtprune.evals.accuracy import parse_method, prepare
-
     if (image is None) == (video is None):
         raise ValueError("name one picture, or one video file with --video")
+    import vtprune
+    from vtprune import show as drawing
+    from vtprune.evals.accuracy import parse_method, prepare, process
+    from vtprune.places import boxes
+
     name, options = parse_method(method)
     rule, budget = vtprune.create(name, **options), parse_keep(keep)
+    _writable(out)
     subject: Any
+    notes: list[str] = []
     if video is not None:
         from vtprune.evals.video import read
 
         subject = read(video, frames)
     else:
-        from PIL import Image
+        from vtprune import pictures
 
-        subject = Image.open(cast(Path, image)).convert("RGB")
+        subject, notes = pictures.read(cast(Path, image))
     loaded, processor = _load(model, device, dtype, video is not None)
-    question = question or f"how many shapes {'are there' if video is None else 'appear'} ?"
-    units = drawing.record(loaded, prepare(loaded, processor, [question], [subject]), rule, budget)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    asked = [question or f"how many shapes {'are there' if video is None else 'appear'} ?"]
+    units = drawing.record(loaded, prepare(loaded, processor, asked, [subject]), rule, budget)
     title = f"{method} at {keep}"
     if video is None:
-        units = units[:1]
-        drawing.overlay(subject, units[0], title).save(out)
+        units = [drawing.joined(units)]
+        places = boxes(lambda picture: process(processor, asked, [picture]), subject.size, drawing.rasters(units[0]))
+        sheet = drawing.overlay(subject, units[0], title, places)
     else:
-        drawing.contact_sheet(subject, units, title).save(out)
+        sheet = drawing.contact_sheet(subject, units, title)
+    sheet.save(out)
     kept, total = sum(len(unit.idx) for unit in units), sum(unit.n for unit in units)
     if as_json:
         starts = [sum(unit.n for unit in units[:i]) for i in range(len(units))]
         tokens = [start + i for start, unit in zip(starts, units) for i in unit.idx.tolist()]
-        typer.echo(json.dumps({"file": str(out), "visual_tokens": total, "kept": tokens}))
+        typer.echo(json.dumps({"file": str(out), "visual_tokens": total, "kept": tokens, "notes": notes}))
     else:
+        for note in notes:
+            typer.echo(f"{image}: {note}")
         typer.echo(f"{method} kept {kept} of {total} visual tokens; wrote {out}")
+
+
+def _writable(out: Path) -> None:
+    """Say before the work, not after it, that a picture cannot be written there."""
+    from PIL import Image
+
+    kinds = Image.registered_extensions()
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder: name a file in it, such as {out / 'kept.png'}")
+    if kinds.get(out.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"--out {out}: Pillow writes no {out.suffix or 'file without an ending'}; use .png")
+    _folder(out.parent)
+
+
+def _folder(path: Path) -> None:
+    """Make a folder to write to; one sentence if that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out: no folder {path} can be made ({error.strerror})") from error
+    if not os.access(path, os.W_OK):
+        raise ValueError(f"--out: the folder {path} may not be written to")
 
 
 def _show_vit(image: Path, method: str, keep: str, weights: Path, device: str, out: Path, as_json: bool) -> None:
     """Draw which patches of a picture became one token inside a vision transformer."""
     import torch
-    from PIL import Image
 
     import vtprune
+    from vtprune import pictures
     from vtprune.evals.accuracy import parse_method
     from vtprune.evals.vit_data import dinov2_small, photo
     from vtprune.show import draw_groups
@@ -333,21 +362,25 @@ def _show_vit(image: Path, method: str, keep: str, weights: Path, device: str, o
     _quiet()
     name, options = parse_method(method)
     rule = vtprune.create(name, **options)
+    budget = None if rule.adaptive else parse_keep(keep)
+    _writable(out)
     side = 16
-    picture = Image.open(image).convert("RGB")
+    picture, notes = pictures.read(image)
     model = dinov2_small(weights).to(device)
     x = photo(picture, side * 14).to(device)
-    with vtprune.patch(model, rule, keep=None if rule.adaptive else parse_keep(keep)) as handle, torch.inference_mode():
+    with vtprune.patch(model, rule, keep=budget) as handle, torch.inference_mode():
         model(pixel_values=x)
     last = handle.last
     slots = torch.arange(last.n) if last.slots is None else last.slots[0].cpu()
     patches = slots[last.prefix :]
-    out.parent.mkdir(parents=True, exist_ok=True)
     draw_groups(picture, patches, (side, side), f"{method} at {keep}").save(out)
     kept = len(set(patches.tolist()) - {-1})
     if as_json:
-        typer.echo(json.dumps({"file": str(out), "patches": len(patches), "kept": kept, "slots": patches.tolist()}))
+        told = {"file": str(out), "patches": len(patches), "kept": kept, "slots": patches.tolist(), "notes": notes}
+        typer.echo(json.dumps(told))
     else:
+        for note in notes:
+            typer.echo(f"{image}: {note}")
         typer.echo(f"{method} made {kept} tokens of {len(patches)} patches; wrote {out}")
 
 
