@@ -271,7 +271,8 @@ class Frame:
                 self.results.append(
                     UnitResult(
                         a.row, a.image, a.part, a.unit.modality, tower[-1].method.name, place, a.m,
-                        a.positions.index_select(0, idx), idx, None, None, a.spans, a.grid, Assignment(idx), a.positions,
+                        a.positions.index_select(0, idx), idx, None, None, a.spans, a.grid, Assignment(idx),
+                        a.positions,
                     )
                 )  # fmt: skip
             self._shrink(a, idx)

@@ -31,7 +31,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Image.Image, list[str]]:
         except Image.DecompressionBombError as error:
             limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
             raise ValueError(
-                f"{file} has more than {limit / 1e6:.0f} million pixels, which may be an attack on memory: scale it down"
+                f"{file} has over {limit / 1e6:.0f} million pixels, more than Pillow reads safely: scale it down"
             ) from error
         except ValueError:
             raise

@@ -98,7 +98,7 @@ def _view(share: Tensor, real: Tensor, size: tuple[int, int]) -> View:
 
 
 def _line(value: Tensor, at: Tensor, real: Tensor, pixels: int) -> tuple[float, float]:
-    """The straight line through value over `at` in 0..1, at both ends; the picture's rim, which resizing bends, apart."""
+    """Both ends of the straight line through value over `at` in 0..1; resizing bends the picture's rim: not that."""
     inner = real & (value > 2 / pixels) & (value < 1 - 2 / pixels)
     x, y = (t[inner if inner.sum() > real.sum() / 4 else real] for t in (at, value))
     spread = (x - x.mean()).square().mean() if len(x) else torch.zeros(())

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -210,10 +210,7 @@ def rasters(unit: Kept) -> tuple[Span, ...]:
         return (Span(0, unit.grid),)
     if unit.spans:
         return unit.spans
-    side = math.isqrt(unit.n)
-    if side * side != unit.n:
-        raise ValueError(f"the {unit.n} visual tokens of this image form no known grid, so they cannot be drawn on it")
-    return (Span(0, (1, side, side)),)
+    raise ValueError(f"the {unit.n} visual tokens of this image form no known grid, so they cannot be drawn on it")
 
 
 def film(units: Sequence[Kept]) -> list[Panel]:
@@ -349,7 +346,7 @@ def draw(image: Image.Image, panel: Panel, side: int = 336) -> Image.Image:
     A line goes around the part that the model saw, where it did not see the whole image.
     """
     xs, ys = panel.edges()
-    finest = min(min(b - a for a, b in zip(edges, edges[1:])) for edges in (xs, ys))
+    finest = min(min(b - a for a, b in pairwise(edges)) for edges in (xs, ys))
     side = max(side, min(math.ceil(8 / max(finest, 1e-6)), 8 * max(panel.rows, panel.cols)))
     scale = side / max(image.size)
     size = (max(panel.cols, round(image.width * scale)), max(panel.rows, round(image.height * scale)))
