@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 import vtprune
+from vtprune.evals.marking import mark
 from vtprune.evals.report import Report, Row, environment
 from vtprune.evals.video import Video
 from vtprune.types import Method
@@ -36,21 +37,7 @@ if TYPE_CHECKING:
 CONTROLS = ("random", "uniform")
 KEEPS = (0.5, 0.25, 0.11, 0.05)
 VIDEO_KEEPS = (0.25, 0.15, 0.1)
-_NUMBERS = "zero one two three four five six seven eight nine ten"
-_DIGITS = {word: str(i) for i, word in enumerate(_NUMBERS.split(" "))}
 Marks = NDArray[np.float64]
-
-
-def words(text: str) -> list[str]:
-    """Lower-case words and single digits, so that "47.", "4 7" and "Four seven" are the same answer."""
-    found = re.findall(r"[a-z]+|\d", text.lower())
-    return [_DIGITS.get(w, w) for w in found]
-
-
-def mark(generated: str, ended: bool, answer: str) -> tuple[bool, bool]:
-    """(answer right, stopped right): it begins with the answer; it is the answer, and then the end token."""
-    said, wanted = words(generated), words(answer)
-    return said[: len(wanted)] == wanted, ended and said == wanted
 
 
 class Exam:

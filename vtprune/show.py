@@ -394,6 +394,8 @@ def overlay(image: Image.Image, unit: Kept, title: str, places: Sequence[Box] | 
     drawn = [(draw(image, p), p.title if len(parts) > 1 else "") for p in parts]
     merged = int(_gone(unit).sum())
     more = f", {merged} merged into them" if merged else ""
+    inside = [edges[0] > 0.01 or edges[-1] < 0.99 for part in parts for edges in part.edges()]
+    more += "; the model saw what is inside the line" if any(inside) else ""
     return _strip(drawn, f"{title}: {len(unit.idx)} of {unit.n} visual tokens{more}")
 
 
