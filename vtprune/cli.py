@@ -70,26 +70,36 @@ def _exit(message: str) -> typer.Exit:
 @sentence
 def methods(as_json: Json = False) -> None:
     """List every method: where it acts, the signals it reads, and its paper."""
-    import vtprune
+    import warnings
 
+    import vtprune
+    from vtprune import registry
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # what was left out is listed below
+        classes = vtprune.methods()
     found: list[dict[str, Any]] = [
         {
             "name": cls.name,
             "seam": cls.seam,
-            "needs": [str(s) for s in vtprune.create(cls.name).needs],
+            "needs": None if registry.required(cls) else [str(signal) for signal in cls().needs],
             "paper": cls.paper,
         }
-        for cls in vtprune.methods()
+        for cls in classes
     ]
     if as_json:
         typer.echo(json.dumps(found, indent=1))
-        return
-    from rich.table import Table
+    else:
+        from rich.markup import escape
+        from rich.table import Table
 
-    table = Table("method", "seam", "needs", "paper")
-    for row in found:
-        table.add_row(row["name"], row["seam"], ", ".join(row["needs"]) or "nothing", row["paper"])
-    _console().print(table)
+        table = Table("method", "seam", "needs", "paper")
+        for row in found:
+            needs = "depends on its options" if row["needs"] is None else ", ".join(row["needs"]) or "nothing"
+            table.add_row(*(escape(cell) for cell in (row["name"], row["seam"], needs, row["paper"])))
+        _console().print(table)
+    for failure in registry.failures():
+        typer.secho(failure, err=True, fg="yellow")
 
 
 @app.command()

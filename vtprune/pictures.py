@@ -66,7 +66,7 @@ def _upright(image: Image.Image, file: Path) -> tuple[Image.Image, list[str]]:
         notes.append("it was turned upright as its EXIF data say")
     if turned.has_transparency_data:
         clear = turned.convert("RGBA")
-        if clear.getextrema()[3][0] < 255:
+        if clear.getchannel("A").getextrema() != (255, 255):
             notes.append("its transparent parts were laid over white, as the model saw them")
         turned = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)
     return turned.convert("RGB"), notes
