@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import math
 import os
+import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, cast
 
 import typer
 
@@ -47,7 +50,7 @@ def sentence(command: F) -> F:
         try:
             return command(*args, **kwargs)
         except ModuleNotFoundError as error:
-            raise _exit(f"{error.name} is not installed: run pip install 'vtprune[evals]'") from error
+            raise _exit(_install([(error.name or str(error)).split(".")[0]])) from error
         except (VtpruneError, ImportError, ValueError, TypeError, OSError) as error:
             raise _exit(" ".join(str(error).split())) from error
 
@@ -59,6 +62,29 @@ def _quiet() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+# Where the name of a package is not that of its module.
+_PACKAGES = {"easy_vqa": "easy-vqa", "open_clip": "open-clip-torch", "skvideo": "scikit-video", "PIL": "pillow"}
+
+
+def _needs(*modules: str) -> None:
+    """Refuse before any work if a package that this command will want is missing."""
+    missing = [name for name in modules if not _installed(name)]
+    if missing:
+        raise ValueError(_install(missing))
+
+
+def _installed(name: str) -> bool:
+    if name in sys.modules:
+        return sys.modules[name] is not None
+    return importlib.util.find_spec(name) is not None
+
+
+def _install(modules: list[str]) -> str:
+    names = [_PACKAGES.get(name, name) for name in modules]
+    verb = "is" if len(names) == 1 else "are"
+    return f"{' and '.join(names)} {verb} not installed, and this command needs it: run pip install {' '.join(names)}"
 
 
 def _exit(message: str) -> typer.Exit:
@@ -112,9 +138,11 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Answer real questions with the embedded toy model, dense and pruned with every method."""
+    _needs("scipy", "matplotlib", *(["torchvision"] if video else []))
     from vtprune.evals import demo as demonstration
 
     _quiet()
+    _folder(out)
     keeps = parse_keeps(keep, ())
     if not as_json:
         typer.secho(demonstration.toy(video), err=True)
@@ -147,6 +175,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure accuracy dense, blind and pruned, by kind of question, with the random and uniform controls."""
+    _needs("scipy", *(["matplotlib"] if out else []), *(["torchvision"] if video else []))
     import vtprune
     from vtprune.evals import accuracy, tiny, tiny_video
 
@@ -154,21 +183,47 @@ def evaluate(
     names = every if all_methods else list(method or ["divprune"])
     keeps = parse_keeps(keep, accuracy.VIDEO_KEEPS if video else accuracy.KEEPS)
     accuracy.plans(names, keeps, seeds)
+    if out is not None:
+        _folder(out)
     asked: Any = tiny_video if video else tiny
     questions = asked.questions(per_capability=limit, capabilities=capability)
     loaded, processor = _load(model, device, dtype, video)
     name = model or f"the embedded toy {'video ' if video else ''}VLM"
     title = f"Accuracy of {name}, {limit} questions a capability, percent"
-    report = accuracy.evaluate(
-        loaded, processor, questions, names, keeps,
-        seeds=seeds, batch=batch, new_tokens=new_tokens, title=title, progress=not as_json, workers=workers,
-        skip=video and all_methods,
-    )  # fmt: skip
+    done: list[accuracy.AccuracyReport] = []
+
+    def finished(report: accuracy.AccuracyReport) -> None:
+        done[:] = [report]
+        if out is not None:
+            report.save(out / "eval.json")
+
+    try:
+        report = accuracy.evaluate(
+            loaded, processor, questions, names, keeps,
+            seeds=seeds, batch=batch, new_tokens=new_tokens, title=title, progress=not as_json, workers=workers,
+            skip=video and all_methods, finished=finished,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        _interrupted(done[0] if done else None, out, as_json)
     if out is not None:
         report.save(out / "eval.json")
         report.plot(out / "pareto.png")
         (out / "eval.md").write_text(report.to_markdown() + "\n")
     _show(report, as_json)
+
+
+def _interrupted(report: Report | None, out: Path | None, as_json: bool) -> NoReturn:
+    """Keep what an interrupted evaluation has finished, say where, and leave as Ctrl-C does."""
+    where = "there are none"
+    if report is not None:
+        report.notes = (*report.notes, "Interrupted: only the methods and keeps that had been finished are here.")
+        where = "they are printed here and saved nowhere, which --out FOLDER would do"
+        if out is not None:
+            where = f"they are in {report.save(out / 'eval.json')}"
+        _show(report, as_json)
+    finished = len({(row["method"], row["keep"]) for row in report.rows}) if report else 0
+    typer.secho(f"vtprune: interrupted after {finished} finished rows: {where}", err=True, fg="red")
+    raise typer.Exit(130)
 
 
 @app.command()
@@ -211,6 +266,7 @@ def bench(
     from vtprune.evals import bench as benchmark
     from vtprune.evals import speed
 
+    _needs(*(["matplotlib"] if plot else []))
     if plot or table:
         _from_files(files or [], plot, table, out)
         return
@@ -291,12 +347,14 @@ def show(
 ) -> None:
     """Draw the kept visual tokens over an image or the frames of a video; the dropped ones are dimmed."""
     if vit is not None:
-        if image is None:
+        if image is None or video is not None:
             raise ValueError("--vit draws one picture: name it")
+        _needs("onnx")
         _show_vit(image, method, keep, vit, _device(device), out, as_json)
         return
     if (image is None) == (video is None):
         raise ValueError("name one picture, or one video file with --video")
+    _needs(*(["decord", "torchvision"] if video is not None else []))
     import vtprune
     from vtprune import show as drawing
     from vtprune.evals.accuracy import parse_method, prepare, process
@@ -413,10 +471,13 @@ def evaluate_vit(
     as_json: Json = False,
 ) -> None:
     """Measure a pretrained DINOv2-small, dense and with fewer tokens: accuracy, images/s and FLOPs in one run."""
+    _needs("onnx")
     from vtprune.evals import vit, vit_data
 
     if side % 14:
         raise ValueError(f"--side {side}: the patches of this model are 14 pixels wide, use a multiple of 14")
+    if out is not None:
+        _folder(out)
     _quiet()
     where = _device(device)
     model = vit_data.dinov2_small(weights).to(where, _dtype(dtype, where))
@@ -477,7 +538,10 @@ def _device(name: str | None) -> str:
 
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    kind = torch.device(name).type
+    try:
+        kind = torch.device(name).type
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {_first_line(error)}; use cpu, or cuda where there is one") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no CUDA device that torch can see; use --device cpu")
     return name
@@ -507,15 +571,33 @@ def _load(name: str | None, device: str | None, dtype: str | None, video: bool =
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(name)
-        loaded = AutoModelForImageTextToText.from_pretrained(name, dtype=kind)
-    except OSError as error:
-        raise ValueError(f"--model {name}: no model there that transformers can load ({_first_line(error)})") from error
+        # Unset, this option makes transformers ask on the terminal whether to run the repository's code.
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        loaded = AutoModelForImageTextToText.from_pretrained(name, dtype=kind, trust_remote_code=False)
+    except Exception as error:  # files of all kinds, read by many libraries with errors of their own
+        raise ValueError(f"--model {name}: {_why(error)}") from error
     return loaded.eval().to(torch.device(where)), processor
 
 
+def _why(error: Exception) -> str:
+    """Why a model was not loaded, and what to do."""
+    told = str(error)
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            "its weights are a pickle that holds more than tensors, and loading it could run any code: convert it to "
+            "safetensors (safetensors.torch.save_file) where you trust its source"
+        )
+    if "trust_remote_code" in told:
+        return (
+            "it needs code from its own repository, which these commands never run: read that code, load the model in "
+            "Python with trust_remote_code=True, and call vtprune.patch on it"
+        )
+    kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+    return f"no model there that transformers can load ({kind}{_first_line(error)})"
+
+
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _show(report: Report, as_json: bool) -> None:
@@ -526,7 +608,7 @@ def _show(report: Report, as_json: bool) -> None:
 
     console = _console()
     console.print(report.to_table())
-    console.print(one_line(report.environment), style="dim")
+    console.print(one_line(report.environment), style="dim", markup=False)
 
 
 def _console() -> Any:
