@@ -10,8 +10,9 @@ import dataclasses
 import inspect
 import multiprocessing
 import re
+import signal
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 import vtprune
+from vtprune.evals.marking import mark
 from vtprune.evals.report import Report, Row, environment
 from vtprune.evals.video import Video
 from vtprune.types import Method
@@ -36,21 +38,7 @@ if TYPE_CHECKING:
 CONTROLS = ("random", "uniform")
 KEEPS = (0.5, 0.25, 0.11, 0.05)
 VIDEO_KEEPS = (0.25, 0.15, 0.1)
-_NUMBERS = "zero one two three four five six seven eight nine ten"
-_DIGITS = {word: str(i) for i, word in enumerate(_NUMBERS.split(" "))}
 Marks = NDArray[np.float64]
-
-
-def words(text: str) -> list[str]:
-    """Lower-case words and single digits, so that "47.", "4 7" and "Four seven" are the same answer."""
-    found = re.findall(r"[a-z]+|\d", text.lower())
-    return [_DIGITS.get(w, w) for w in found]
-
-
-def mark(generated: str, ended: bool, answer: str) -> tuple[bool, bool]:
-    """(answer right, stopped right): it begins with the answer; it is the answer, and then the end token."""
-    said, wanted = words(generated), words(answer)
-    return said[: len(wanted)] == wanted, ended and said == wanted
 
 
 class Exam:
@@ -136,6 +124,11 @@ def prepare(model: Any, processor: Any, prompts: Sequence[str], seen: Sequence[I
 
     Padded on the left, on the model's device and in its dtype.
     """
+    return dict(process(processor, prompts, seen).to(model.device, dtype=model.dtype))
+
+
+def process(processor: Any, prompts: Sequence[str], seen: Sequence[Image.Image | Video]) -> Any:
+    """What the processor makes of such a batch, on the host, pixels in float32."""
     processor.tokenizer.padding_side = "left"
     video = isinstance(seen[0], Video)
     media: dict[str, Any] = {"images": [[image] for image in seen]}
@@ -144,8 +137,7 @@ def prepare(model: Any, processor: Any, prompts: Sequence[str], seen: Sequence[I
         media = {"videos": [[v.frames] for v in clips], "video_metadata": [[v.metadata] for v in clips]}
         media["do_sample_frames"] = False  # they have been chosen
     texts = [render(processor, prompt, video) for prompt in prompts]
-    inputs = processor(text=texts, **media, padding=True, return_tensors="pt", add_special_tokens=False)
-    return dict(inputs.to(model.device, dtype=model.dtype))
+    return processor(text=texts, **media, padding=True, return_tensors="pt", add_special_tokens=False)
 
 
 def render(processor: Any, prompt: str, video: bool = False) -> str:
@@ -260,12 +252,14 @@ def evaluate(
     progress: bool = True,
     workers: int = 1,
     skip: bool = False,
+    finished: Callable[[AccuracyReport], None] | None = None,
 ) -> AccuracyReport:
     """Ask every question dense, blind and pruned with every method (controls added) at every keep.
 
     methods: names, optionally with options ("todre:objective=kcenter"). seeds: draws of a random method. workers:
     processes that share the passes, each with a copy of the model and one thread; for models on the CPU. skip: leave
-    out and note methods that this model cannot take, instead of raising.
+    out and note methods that this model cannot take, instead of raising. finished: is given the report so far whenever
+    a method is done at one keep, so that an interrupted run need not lose it.
     Returns rows by (method, keep, capability) plus capability "mean", the plain mean over capabilities.
     """
     if workers < 1 or (workers > 1 and model.device.type != "cpu"):
@@ -275,19 +269,25 @@ def evaluate(
     todo += plans(methods, keeps, seeds)
     exam = Exam(model, processor, questions, batch)
     todo, left_out = _possible(exam, todo) if skip else (todo, [])
-    marks: dict[tuple[str, float | int], list[tuple[Marks, Marks]]] = {}
-    with tqdm(total=len(todo), unit="pass", disable=not progress) as bar:
-        runs = map(partial(_sit, exam, new_tokens), todo) if workers == 1 else _shared(exam, new_tokens, todo, workers)
-        for plan, run in zip(todo, runs):
-            marks.setdefault((plan.label, plan.keep), []).append(run)
-            bar.set_description(f"{plan.label} at {plan.keep}")
-            bar.update()
     asked = np.array([q.capability for q in exam.questions])
     names = list(dict.fromkeys(q.capability for q in questions))
     device, dtype = model.device.type, str(model.dtype).removeprefix("torch.")
     env = environment(device, dtype, batch, questions=len(exam), parameters=model.num_parameters())
     env["video"] = isinstance(questions[0].seen, Video)
-    return AccuracyReport(title, _rows(marks, asked, names), env, (*NOTES, *left_out))
+    report = AccuracyReport(title, [], env, (*NOTES, *left_out))
+    marks: list[tuple[Marks, Marks]] = []
+    with tqdm(total=len(todo), unit="pass", disable=not progress) as bar:
+        runs = map(partial(_sit, exam, new_tokens), todo) if workers == 1 else _shared(exam, new_tokens, todo, workers)
+        for plan, after, run in zip(todo, [*todo[1:], None], runs):
+            marks.append(run)
+            if after is None or (after.label, after.keep) != (plan.label, plan.keep):
+                fresh = _measured({(plan.label, plan.keep): marks}, asked, names)
+                report.rows, marks = _with_accuracy_kept([*report.rows, *fresh]), []
+                if finished is not None:
+                    finished(report)
+            bar.set_description(f"{plan.label} at {plan.keep}")
+            bar.update()
+    return report
 
 
 def _possible(exam: Exam, todo: list[Plan]) -> tuple[list[Plan], list[str]]:
@@ -322,6 +322,7 @@ _exam: Exam | None = None  # of this worker process
 def _enter(parts: tuple[Any, ...], processor: Any, questions: Sequence[Question], batch: int) -> None:
     """Build the model anew: transformers hangs closures on a used one, which cannot be sent to another process."""
     global _exam
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process, and the first one tells the others
     torch.set_num_threads(1)
     kind, config, generation, attention, dtype, weights = parts
     model = kind._from_config(config, attn_implementation=attention, dtype=dtype)
@@ -356,6 +357,13 @@ NOTES = (
 def _rows(
     marks: dict[tuple[str, float | int], list[tuple[Marks, Marks]]], asked: NDArray[np.str_], names: list[str]
 ) -> list[Row]:
+    return _with_accuracy_kept(_measured(marks, asked, names))
+
+
+def _measured(
+    marks: dict[tuple[str, float | int], list[tuple[Marks, Marks]]], asked: NDArray[np.str_], names: list[str]
+) -> list[Row]:
+    """A row for every method, keep and capability, and one for their mean."""
     rows = []
     for (method, keep), runs in marks.items():
         right, stopped = (np.mean([run[i] for run in runs], axis=0) for i in (0, 1))
@@ -377,17 +385,20 @@ def _rows(
                 each = [[r[asked == c].mean() for c in names if name in ("mean", c)] for r, _ in runs]
                 row["right_by_seed"] = [float(np.mean(values)) for values in each]
             rows.append(row)
-    return _with_accuracy_kept(rows)
+    return rows
 
 
 def _with_accuracy_kept(rows: list[Row]) -> list[Row]:
+    """The rows beside the dense and blind scores, where these are known yet: a run may have been interrupted."""
     known = {(row["method"], row["capability"]): row["right"] for row in rows if row["keep"] == 1.0}
     for row in rows:
         name = row["capability"]
-        zero, shuffled = known["blind-zero", name], known["blind-shuffle", name]
-        blind, full = max(zero, shuffled), known["dense", name]
+        zero, shuffled, full = (known.get((who, name)) for who in ("blind-zero", "blind-shuffle", "dense"))
+        row.update(blind_zero=zero, blind_shuffle=shuffled, full=full, accuracy_kept=None)
+        if zero is None or shuffled is None or full is None:
+            continue
+        blind = max(zero, shuffled)
         seeing = full - blind
-        row.update(blind_zero=zero, blind_shuffle=shuffled, full=full)
         row["accuracy_kept"] = (row["right"] - blind) / seeing if seeing > 0.05 else None
     return rows
 

@@ -43,10 +43,12 @@ class Report:
         return json.dumps(body, indent=1, allow_nan=False)
 
     def save(self, path: str | Path) -> Path:
-        """Write `to_json()` to `path`, folders included, and return the path."""
+        """Write `to_json()` to `path`, folders included, and return the path; whole or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.to_json() + "\n")
+        part = path.with_name(path.name + ".part")
+        part.write_text(self.to_json() + "\n")
+        part.replace(path)
         return path
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
@@ -55,15 +57,16 @@ class Report:
         return header, [[show(row.get(name)) for name in header] for row in self.rows]
 
     def to_table(self) -> Table:
-        """A rich table."""
+        """A rich table; brackets in names are no markup."""
+        from rich.markup import escape
         from rich.table import Table
 
         header, lines = self.cells()
-        table = Table(title=self.title, caption="\n".join(self.notes) or None, caption_justify="left")
+        table = Table(title=escape(self.title), caption=escape("\n".join(self.notes)) or None, caption_justify="left")
         for i, name in enumerate(header):
-            table.add_column(name.replace("-", "\n"), justify="left" if i == 0 else "right", no_wrap=i == 0)
+            table.add_column(escape(name).replace("-", "\n"), justify="left" if i == 0 else "right", no_wrap=i == 0)
         for line in lines:
-            table.add_row(*line)
+            table.add_row(*(escape(cell) for cell in line))
         return table
 
     def to_markdown(self) -> str:

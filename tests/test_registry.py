@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import vtprune
 from vtprune import Assignment, Method, Visual, registry
+from vtprune.cli import app
 
 PAPER = "https://example.org/paper"
 
@@ -146,9 +151,80 @@ def test_a_plug_in_may_name_its_module(tmp_path: Path, monkeypatch: pytest.Monke
     assert vtprune.create("tail").name == "tail"
 
 
-def test_a_plug_in_without_decorator_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(tmp_path, "vtprune_bare", PLUGIN.format(decorator=""), "bare = vtprune_bare:Last")
+BROKEN = {
+    "raises": ("raise RuntimeError('no licence')", "{0}", "RuntimeError: no licence"),
+    "leaves": ("import sys; sys.exit(3)", "{0}", "SystemExit: 3"),
+    "misses": ("import no_such_package", "{0}:Last", "No module named 'no_such_package'"),
+    "names nothing": ("", "{0}:Last", "AttributeError"),
+    "is a function": ("def last():\n    raise AssertionError('called')", "{0}:last", "function .* registers no method"),
+    "is empty": ("", "{0}", "a module and registers no method"),
+    "is a number": ("last = 7", "{0}:last", "int 7 and registers no method"),
+    "is bare": (PLUGIN.format(decorator=""), "{0}:Last", r"not registered: decorate it with @vtprune\.register"),
+    "takes a name": (
+        PLUGIN.format(decorator=f'@vtprune.register("divprune", paper="{PAPER}", seam="pre_llm")'),
+        "{0}:Last",
+        r"'divprune'\): the name is taken by vtprune\.methods",
+    ),
+    "cannot tell its needs": (
+        PLUGIN.format(decorator=f'@vtprune.register("faulty", paper="{PAPER}", seam="pre_llm")')
+        + "\n    @property\n    def needs(self):\n        raise KeyError('layer')",
+        "{0}",
+        "KeyError: 'layer'",
+    ),
+    "breaks off": (
+        PLUGIN.format(decorator=f'@vtprune.register("half", paper="{PAPER}", seam="pre_llm")') + "\n1 / 0",
+        "{0}",
+        "ZeroDivisionError",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_plug_in_that_fails_takes_nothing_else_down(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, entry, reason = BROKEN[case]
+    module = "vtprune_" + case.replace(" ", "_")
+    names = [cls.name for cls in vtprune.methods()]
+    install(tmp_path, module, code, f"faulty = {entry.format(module)}")
+    decorator = f'@vtprune.register("sound", paper="{PAPER}", seam="pre_llm")'
+    install(tmp_path, f"{module}_sound", PLUGIN.format(decorator=decorator), f"sound = {module}_sound")
     monkeypatch.syspath_prepend(tmp_path)
     registry._load.cache_clear()
-    with pytest.raises(ValueError, match=r"plug-in 'bare'.*not registered.*@vtprune\.register"):
-        vtprune.methods()
+    with pytest.warns(RuntimeWarning, match=rf"(?s)plug-in 'faulty' \({module}.*{reason}") as warned:
+        assert [cls.name for cls in vtprune.methods()] == sorted([*names, "sound"])
+    with warnings.catch_warnings():  # told once
+        warnings.simplefilter("error")
+        assert vtprune.create("sound").name == "sound"
+        assert vtprune.create("divprune").name == "divprune"
+    assert len(warned) == 1
+    with pytest.raises(ValueError, match=rf"(?s)method 'faulty' is not there: plug-in 'faulty'.*{reason}"):
+        vtprune.create("faulty")
+    if case == "breaks off":
+        with pytest.raises(ValueError, match=r"'half' is not there: plug-in 'faulty'.*ZeroDivisionError"):
+            vtprune.create("half")
+    (failure,) = registry.failures()
+    listed = CliRunner().invoke(app, ["methods", "--json"])
+    assert listed.exit_code == 0
+    assert [row["name"] for row in json.loads(listed.stdout)] == sorted([*names, "sound"])
+    assert failure in listed.stderr
+
+
+def test_two_plug_ins_of_one_name_are_both_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decorator = f'@vtprune.register("twin", paper="{PAPER}", seam="pre_llm")'
+    for name in ("vtprune_twin_a", "vtprune_twin_b"):
+        install(tmp_path, name, PLUGIN.format(decorator=decorator), f"twin = {name}")
+    monkeypatch.syspath_prepend(tmp_path)
+    registry._load.cache_clear()
+    with pytest.warns(RuntimeWarning, match="plug-in 'twin'.*the name is taken by vtprune_twin_"):
+        assert vtprune.create("twin").name == "twin"
+
+
+def test_a_plug_in_whose_module_was_imported_before_is_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decorator = f'@vtprune.register("early", paper="{PAPER}", seam="pre_llm")'
+    install(tmp_path, "vtprune_early", PLUGIN.format(decorator=decorator), "early = vtprune_early")
+    monkeypatch.syspath_prepend(tmp_path)
+    import_module("vtprune_early")
+    registry._load.cache_clear()
+    assert vtprune.create("early").name == "early"
+    assert registry.failures() == []

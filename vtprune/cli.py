@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import math
+import os
+import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, cast
 
 import typer
 
@@ -46,7 +50,7 @@ def sentence(command: F) -> F:
         try:
             return command(*args, **kwargs)
         except ModuleNotFoundError as error:
-            raise _exit(f"{error.name} is not installed: run pip install 'vtprune[evals]'") from error
+            raise _exit(_install([(error.name or str(error)).split(".")[0]])) from error
         except (VtpruneError, ImportError, ValueError, TypeError, OSError) as error:
             raise _exit(" ".join(str(error).split())) from error
 
@@ -60,6 +64,29 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
+# Where the name of a package is not that of its module.
+_PACKAGES = {"easy_vqa": "easy-vqa", "open_clip": "open-clip-torch", "skvideo": "scikit-video", "PIL": "pillow"}
+
+
+def _needs(*modules: str) -> None:
+    """Refuse before any work if a package that this command will want is missing."""
+    missing = [name for name in modules if not _installed(name)]
+    if missing:
+        raise ValueError(_install(missing))
+
+
+def _installed(name: str) -> bool:
+    if name in sys.modules:
+        return sys.modules[name] is not None
+    return importlib.util.find_spec(name) is not None
+
+
+def _install(modules: list[str]) -> str:
+    names = [_PACKAGES.get(name, name) for name in modules]
+    verb = "is" if len(names) == 1 else "are"
+    return f"{' and '.join(names)} {verb} not installed, and this command needs it: run pip install {' '.join(names)}"
+
+
 def _exit(message: str) -> typer.Exit:
     typer.secho(f"vtprune: {message}", err=True, fg="red")
     return typer.Exit(2)
@@ -69,26 +96,36 @@ def _exit(message: str) -> typer.Exit:
 @sentence
 def methods(as_json: Json = False) -> None:
     """List every method: where it acts, the signals it reads, and its paper."""
-    import vtprune
+    import warnings
 
+    import vtprune
+    from vtprune import registry
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # what was left out is listed below
+        classes = vtprune.methods()
     found: list[dict[str, Any]] = [
         {
             "name": cls.name,
             "seam": cls.seam,
-            "needs": [str(s) for s in vtprune.create(cls.name).needs],
+            "needs": None if registry.required(cls) else [str(signal) for signal in cls().needs],
             "paper": cls.paper,
         }
-        for cls in vtprune.methods()
+        for cls in classes
     ]
     if as_json:
         typer.echo(json.dumps(found, indent=1))
-        return
-    from rich.table import Table
+    else:
+        from rich.markup import escape
+        from rich.table import Table
 
-    table = Table("method", "seam", "needs", "paper")
-    for row in found:
-        table.add_row(row["name"], row["seam"], ", ".join(row["needs"]) or "nothing", row["paper"])
-    _console().print(table)
+        table = Table("method", "seam", "needs", "paper")
+        for row in found:
+            needs = "depends on its options" if row["needs"] is None else ", ".join(row["needs"]) or "nothing"
+            table.add_row(*(escape(cell) for cell in (row["name"], row["seam"], needs, row["paper"])))
+        _console().print(table)
+    for failure in registry.failures():
+        typer.secho(failure, err=True, fg="yellow")
 
 
 @app.command()
@@ -101,9 +138,11 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Answer real questions with the embedded toy model, dense and pruned with every method."""
+    _needs("scipy", "matplotlib", *(["torchvision"] if video else []))
     from vtprune.evals import demo as demonstration
 
     _quiet()
+    _folder(out)
     keeps = parse_keeps(keep, ())
     if not as_json:
         typer.secho(demonstration.toy(video), err=True)
@@ -136,6 +175,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure accuracy dense, blind and pruned, by kind of question, with the random and uniform controls."""
+    _needs("scipy", *(["matplotlib"] if out else []), *(["torchvision"] if video else []))
     import vtprune
     from vtprune.evals import accuracy, tiny, tiny_video
 
@@ -143,21 +183,47 @@ def evaluate(
     names = every if all_methods else list(method or ["divprune"])
     keeps = parse_keeps(keep, accuracy.VIDEO_KEEPS if video else accuracy.KEEPS)
     accuracy.plans(names, keeps, seeds)
+    if out is not None:
+        _folder(out)
     asked: Any = tiny_video if video else tiny
     questions = asked.questions(per_capability=limit, capabilities=capability)
     loaded, processor = _load(model, device, dtype, video)
     name = model or f"the embedded toy {'video ' if video else ''}VLM"
     title = f"Accuracy of {name}, {limit} questions a capability, percent"
-    report = accuracy.evaluate(
-        loaded, processor, questions, names, keeps,
-        seeds=seeds, batch=batch, new_tokens=new_tokens, title=title, progress=not as_json, workers=workers,
-        skip=video and all_methods,
-    )  # fmt: skip
+    done: list[accuracy.AccuracyReport] = []
+
+    def finished(report: accuracy.AccuracyReport) -> None:
+        done[:] = [report]
+        if out is not None:
+            report.save(out / "eval.json")
+
+    try:
+        report = accuracy.evaluate(
+            loaded, processor, questions, names, keeps,
+            seeds=seeds, batch=batch, new_tokens=new_tokens, title=title, progress=not as_json, workers=workers,
+            skip=video and all_methods, finished=finished,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        _interrupted(done[0] if done else None, out, as_json)
     if out is not None:
         report.save(out / "eval.json")
         report.plot(out / "pareto.png")
         (out / "eval.md").write_text(report.to_markdown() + "\n")
     _show(report, as_json)
+
+
+def _interrupted(report: Report | None, out: Path | None, as_json: bool) -> NoReturn:
+    """Keep what an interrupted evaluation has finished, say where, and leave as Ctrl-C does."""
+    where = "there are none"
+    if report is not None:
+        report.notes = (*report.notes, "Interrupted: only the methods and keeps that had been finished are here.")
+        where = "they are printed here and saved nowhere, which --out FOLDER would do"
+        if out is not None:
+            where = f"they are in {report.save(out / 'eval.json')}"
+        _show(report, as_json)
+    finished = len({(row["method"], row["keep"]) for row in report.rows}) if report else 0
+    typer.secho(f"vtprune: interrupted after {finished} finished rows: {where}", err=True, fg="red")
+    raise typer.Exit(130)
 
 
 @app.command()
@@ -200,6 +266,7 @@ def bench(
     from vtprune.evals import bench as benchmark
     from vtprune.evals import speed
 
+    _needs(*(["matplotlib"] if plot else []))
     if plot or table:
         _from_files(files or [], plot, table, out)
         return
@@ -280,52 +347,82 @@ def show(
 ) -> None:
     """Draw the kept visual tokens over an image or the frames of a video; the dropped ones are dimmed."""
     if vit is not None:
-        if image is None:
+        if image is None or video is not None:
             raise ValueError("--vit draws one picture: name it")
+        _needs("onnx")
         _show_vit(image, method, keep, vit, _device(device), out, as_json)
         return
-    import vtprune
-    from vtprune import show as drawing
-    from vtprune.evals.accuracy import parse_method, prepare
-
     if (image is None) == (video is None):
         raise ValueError("name one picture, or one video file with --video")
+    _needs(*(["decord", "torchvision"] if video is not None else []))
+    import vtprune
+    from vtprune import show as drawing
+    from vtprune.evals.accuracy import parse_method, prepare, process
+    from vtprune.places import boxes
+
     name, options = parse_method(method)
     rule, budget = vtprune.create(name, **options), parse_keep(keep)
+    _writable(out)
     subject: Any
+    notes: list[str] = []
     if video is not None:
         from vtprune.evals.video import read
 
         subject = read(video, frames)
     else:
-        from PIL import Image
+        from vtprune import pictures
 
-        subject = Image.open(cast(Path, image)).convert("RGB")
+        subject, notes = pictures.read(cast(Path, image))
     loaded, processor = _load(model, device, dtype, video is not None)
-    question = question or f"how many shapes {'are there' if video is None else 'appear'} ?"
-    units = drawing.record(loaded, prepare(loaded, processor, [question], [subject]), rule, budget)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    asked = [question or f"how many shapes {'are there' if video is None else 'appear'} ?"]
+    units = drawing.record(loaded, prepare(loaded, processor, asked, [subject]), rule, budget)
     title = f"{method} at {keep}"
     if video is None:
-        units = units[:1]
-        drawing.overlay(subject, units[0], title).save(out)
+        units = [drawing.joined(units)]
+        places = boxes(lambda picture: process(processor, asked, [picture]), subject.size, drawing.rasters(units[0]))
+        sheet = drawing.overlay(subject, units[0], title, places)
     else:
-        drawing.contact_sheet(subject, units, title).save(out)
+        sheet = drawing.contact_sheet(subject, units, title)
+    sheet.save(out)
     kept, total = sum(len(unit.idx) for unit in units), sum(unit.n for unit in units)
     if as_json:
         starts = [sum(unit.n for unit in units[:i]) for i in range(len(units))]
         tokens = [start + i for start, unit in zip(starts, units) for i in unit.idx.tolist()]
-        typer.echo(json.dumps({"file": str(out), "visual_tokens": total, "kept": tokens}))
+        typer.echo(json.dumps({"file": str(out), "visual_tokens": total, "kept": tokens, "notes": notes}))
     else:
+        for note in notes:
+            typer.echo(f"{image}: {note}")
         typer.echo(f"{method} kept {kept} of {total} visual tokens; wrote {out}")
+
+
+def _writable(out: Path) -> None:
+    """Say before the work, not after it, that a picture cannot be written there."""
+    from PIL import Image
+
+    kinds = Image.registered_extensions()
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder: name a file in it, such as {out / 'kept.png'}")
+    if kinds.get(out.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"--out {out}: Pillow writes no {out.suffix or 'file without an ending'}; use .png")
+    _folder(out.parent)
+
+
+def _folder(path: Path) -> None:
+    """Make a folder to write to; one sentence if that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out: no folder {path} can be made ({error.strerror})") from error
+    if not os.access(path, os.W_OK):
+        raise ValueError(f"--out: the folder {path} may not be written to")
 
 
 def _show_vit(image: Path, method: str, keep: str, weights: Path, device: str, out: Path, as_json: bool) -> None:
     """Draw which patches of a picture became one token inside a vision transformer."""
     import torch
-    from PIL import Image
 
     import vtprune
+    from vtprune import pictures
     from vtprune.evals.accuracy import parse_method
     from vtprune.evals.vit_data import dinov2_small, photo
     from vtprune.show import draw_groups
@@ -333,21 +430,25 @@ def _show_vit(image: Path, method: str, keep: str, weights: Path, device: str, o
     _quiet()
     name, options = parse_method(method)
     rule = vtprune.create(name, **options)
+    budget = None if rule.adaptive else parse_keep(keep)
+    _writable(out)
     side = 16
-    picture = Image.open(image).convert("RGB")
+    picture, notes = pictures.read(image)
     model = dinov2_small(weights).to(device)
     x = photo(picture, side * 14).to(device)
-    with vtprune.patch(model, rule, keep=None if rule.adaptive else parse_keep(keep)) as handle, torch.inference_mode():
+    with vtprune.patch(model, rule, keep=budget) as handle, torch.inference_mode():
         model(pixel_values=x)
     last = handle.last
     slots = torch.arange(last.n) if last.slots is None else last.slots[0].cpu()
     patches = slots[last.prefix :]
-    out.parent.mkdir(parents=True, exist_ok=True)
     draw_groups(picture, patches, (side, side), f"{method} at {keep}").save(out)
     kept = len(set(patches.tolist()) - {-1})
     if as_json:
-        typer.echo(json.dumps({"file": str(out), "patches": len(patches), "kept": kept, "slots": patches.tolist()}))
+        told = {"file": str(out), "patches": len(patches), "kept": kept, "slots": patches.tolist(), "notes": notes}
+        typer.echo(json.dumps(told))
     else:
+        for note in notes:
+            typer.echo(f"{image}: {note}")
         typer.echo(f"{method} made {kept} tokens of {len(patches)} patches; wrote {out}")
 
 
@@ -370,10 +471,13 @@ def evaluate_vit(
     as_json: Json = False,
 ) -> None:
     """Measure a pretrained DINOv2-small, dense and with fewer tokens: accuracy, images/s and FLOPs in one run."""
+    _needs("onnx")
     from vtprune.evals import vit, vit_data
 
     if side % 14:
         raise ValueError(f"--side {side}: the patches of this model are 14 pixels wide, use a multiple of 14")
+    if out is not None:
+        _folder(out)
     _quiet()
     where = _device(device)
     model = vit_data.dinov2_small(weights).to(where, _dtype(dtype, where))
@@ -434,7 +538,10 @@ def _device(name: str | None) -> str:
 
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    kind = torch.device(name).type
+    try:
+        kind = torch.device(name).type
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {_first_line(error)}; use cpu, or cuda where there is one") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no CUDA device that torch can see; use --device cpu")
     return name
@@ -464,20 +571,41 @@ def _load(name: str | None, device: str | None, dtype: str | None, video: bool =
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(name)
-        if video and getattr(processor, "video_processor", None) is None:
-            raise ValueError(
-                f"--model {name} takes no videos (its {type(processor).__name__} has no video processor): name one "
-                "that does, such as a Qwen2.5-VL or a LLaVA-OneVision, or leave out --video"
-            )
-        loaded = AutoModelForImageTextToText.from_pretrained(name, dtype=kind)
-    except OSError as error:
-        raise ValueError(f"--model {name}: no model there that transformers can load ({_first_line(error)})") from error
+        # Unset, this option makes transformers ask on the terminal whether to run the repository's code.
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        no_videos = video and getattr(processor, "video_processor", None) is None
+        loaded = None
+        if not no_videos:
+            loaded = AutoModelForImageTextToText.from_pretrained(name, dtype=kind, trust_remote_code=False)
+    except Exception as error:  # files of all kinds, read by many libraries with errors of their own
+        raise ValueError(f"--model {name}: {_why(error)}") from error
+    if loaded is None:
+        raise ValueError(
+            f"--model {name} takes no videos (its {type(processor).__name__} has no video processor): name one "
+            "that does, such as a Qwen2.5-VL or a LLaVA-OneVision, or leave out --video"
+        )
     return loaded.eval().to(torch.device(where)), processor
 
 
+def _why(error: Exception) -> str:
+    """Why a model was not loaded, and what to do."""
+    told = str(error)
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            "its weights are a pickle that holds more than tensors, and loading it could run any code: convert it to "
+            "safetensors (safetensors.torch.save_file) where you trust its source"
+        )
+    if "trust_remote_code" in told:
+        return (
+            "it needs code from its own repository, which these commands never run: read that code, load the model in "
+            "Python with trust_remote_code=True, and call vtprune.patch on it"
+        )
+    kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+    return f"no model there that transformers can load ({kind}{_first_line(error)})"
+
+
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _show(report: Report, as_json: bool) -> None:
@@ -488,7 +616,7 @@ def _show(report: Report, as_json: bool) -> None:
 
     console = _console()
     console.print(report.to_table())
-    console.print(one_line(report.environment), style="dim")
+    console.print(one_line(report.environment), style="dim", markup=False)
 
 
 def _console() -> Any:

@@ -24,7 +24,7 @@ from .kernels import (
     to_device,
 )
 from .kernels.dispatch import Backend
-from .model_adapters.generic import MODALITIES, Adapter, Features, runs_of
+from .model_adapters.generic import MODALITIES, Adapter, Features, Unit, runs_of
 from .recall import Recall, pick
 from .tap import MASKED, bias_of
 from .types import KEPT, Assignment, Signal, Span, Stage, UnsupportedCall, Visual, Where, check_answers
@@ -52,6 +52,7 @@ class UnitResult:
     positions: [K] int64, kept positions in the row as fed. idx: [K] the same counted inside the unit's n tokens as
     the stage found them. order: [K] pick order, or None. scores: [n] or None. spans, grid: rasters of the unit.
     image: number of the image in the batch; part: number of the crop or frame in it, None for the whole.
+    seen: [n] int64, where the tokens that the stage found stand in the row as fed; None inside the vision tower.
     """
 
     row: int
@@ -68,6 +69,7 @@ class UnitResult:
     spans: tuple[Span, ...]
     grid: tuple[int, int, int] | None
     assignment: Assignment
+    seen: Tensor | None = None
 
     @property
     def kept_by_crop(self) -> list[int]:
@@ -90,6 +92,7 @@ class Last:
     heads: of stages that choose among heads, by layer: for each row [K] int64 the query heads that speak behind it.
     recalled: of stages that act at decode, by layer: for each row the positions as fed [K] of the visual tokens that
         the last decode step saw there; empty before the first step that chose.
+    images: every image and video of the rows as fed, cut or not: where its tokens stand, and their rasters.
     """
 
     index: Tensor
@@ -105,6 +108,7 @@ class Last:
     tower_lengths: dict[str, list[int]] = field(default_factory=dict)
     recalled: dict[int, list[Tensor]] = field(default_factory=dict)
     heads: dict[int, list[Tensor]] = field(default_factory=dict)
+    images: list[Unit] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
@@ -268,6 +272,7 @@ class Frame:
                     UnitResult(
                         a.row, a.image, a.part, a.unit.modality, tower[-1].method.name, place, a.m,
                         a.positions.index_select(0, idx), idx, None, None, a.spans, a.grid, Assignment(idx),
+                        a.positions,
                     )
                 )  # fmt: skip
             self._shrink(a, idx)
@@ -410,7 +415,7 @@ class Frame:
             UnitResult(
                 row, first.image, first.part, first.unit.modality, stage.method.name, stage.where, view.n,
                 positions.index_select(0, answer.idx), answer.idx, answer.order, answer.scores, view.spans, view.grid,
-                answer,
+                answer, positions,
             )
         )  # fmt: skip
         if len(group) == 1:
@@ -880,6 +885,7 @@ class Frame:
         return Last(
             c.index, c.valid, c.src, self.results, self.lengths, self.notes, policies, self.kernels, self.clocks,
             self.tower_units, self.tower_lengths, heads=self.speaking,
+            images=[replace(unit, signals={}) for unit in self.units],
         )  # fmt: skip
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from functools import lru_cache
 from importlib import import_module, metadata
 from pkgutil import iter_modules
+from types import ModuleType
 from typing import Any, TypeVar
 
 from .types import Method
@@ -51,17 +53,64 @@ def register(name: str, *, paper: str, seam: str) -> Callable[[M], M]:
 
 
 @lru_cache(maxsize=1)
-def _load() -> None:
-    """Import every module below vtprune.methods and every plug-in, once."""
+def _load() -> dict[str, str]:
+    """Import every module below vtprune.methods and every plug-in, once; what failed, by the plug-in's name.
+
+    A plug-in is code of somebody else: one that fails is warned of by name and takes nothing else down.
+    """
     for module in _walk("vtprune.methods"):
         import_module(module)
+    failed: dict[str, str] = {}
     for entry in metadata.entry_points(group="vtprune.methods"):
-        loaded = entry.load()
-        if isinstance(loaded, type) and issubclass(loaded, Method) and loaded.name not in _registry:
-            raise ValueError(
-                f"plug-in {entry.name!r} ({entry.value}) is not registered: decorate the class with "
-                "@vtprune.register(name, paper=..., seam=...)"
-            )
+        before = dict(_registry)
+        try:
+            loaded = entry.load()
+            why = "" if _registers(loaded, before) else _missing(loaded)
+            for cls in (cls for name, cls in _registry.items() if name not in before and not required(cls)):
+                str(cls().needs)  # what every list of methods asks
+        except (Exception, SystemExit) as error:
+            why = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
+        if not why:
+            continue
+        names = [entry.name, *(name for name in _registry if name not in before)]
+        _registry.clear()
+        _registry.update(before)  # half a plug-in is none
+        whose = f" of {entry.dist.name} {entry.dist.version}" if entry.dist else ""
+        told = f"plug-in {entry.name!r} ({entry.value}){whose} was left out: {why}"
+        for name in names:
+            failed[name] = f"{failed[name]}; {told}" if name in failed else told
+        warnings.warn(told, RuntimeWarning, stacklevel=2)
+    return failed
+
+
+def _registers(loaded: Any, before: dict[str, type[Method]]) -> bool:
+    """Whether an entry point gave methods: it is one, or its module brings some (imported now or earlier)."""
+    if isinstance(loaded, type) and issubclass(loaded, Method):
+        return any(cls is loaded for cls in _registry.values())
+    module = loaded.__name__ if isinstance(loaded, ModuleType) else getattr(loaded, "__module__", None)
+    inside = (cls.__module__ == module or cls.__module__.startswith(f"{module}.") for cls in _registry.values())
+    return _registry.keys() != before.keys() or any(inside)
+
+
+def _missing(loaded: Any) -> str:
+    if isinstance(loaded, type) and issubclass(loaded, Method):
+        return "the class is not registered: decorate it with @vtprune.register(name, paper=..., seam=...)"
+    kind = "a module" if isinstance(loaded, ModuleType) else f"{type(loaded).__name__} {loaded!r:.80}"
+    return (
+        f"it is {kind} and registers no method: name a class decorated with @vtprune.register(name, paper=..., "
+        "seam=...), or the module that holds it; nothing is called"
+    )
+
+
+def required(cls: type[Method]) -> list[str]:
+    """The options without which a method cannot be made."""
+    missing, options = dataclasses.MISSING, dataclasses.fields(cls)  # type: ignore[arg-type]
+    return [f.name for f in options if f.init and f.default is missing and f.default_factory is missing]
+
+
+def failures() -> list[str]:
+    """One sentence for every plug-in that was left out, with the reason."""
+    return list(dict.fromkeys(_load().values()))
 
 
 def _walk(package: str) -> Iterator[str]:
@@ -73,7 +122,9 @@ def _walk(package: str) -> Iterator[str]:
 
 def get(name: str) -> type[Method]:
     """The class registered under `name`; KeyError-free: an unknown name lists the known ones."""
-    _load()
+    failed = _load()
+    if name not in _registry and name in failed:
+        raise ValueError(f"method {name!r} is not there: {failed[name]}")
     if name not in _registry:
         near = get_close_matches(name, _registry, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""

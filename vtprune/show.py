@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,11 +15,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 import vtprune
 from vtprune.evals.accuracy import mark, prepare, words_of
+from vtprune.places import Box
 from vtprune.types import Method, Span
+from vtprune.units import arange_of
 
 if TYPE_CHECKING:
     from vtprune.evals.video import Video
-    from vtprune.frame import Last, UnitResult
+    from vtprune.frame import Last
 
 _DIM = 0.78  # how far a dropped cell fades towards white
 _HALF = 0.45  # and a merged one
@@ -34,7 +37,8 @@ _TITLE = 22
 class Panel:
     """One drawing of the whole image: `rows` x `cols` cells of which `kept` (row-major) stay; `tiles` crops apart.
 
-    merged: cells that are gone but live on in a kept one; () if there are none.
+    merged: cells that are gone but live on in a kept one; () if there are none. xs, ys: the edges of columns [cols + 1]
+    and rows [rows + 1] as shares of the image's width and height, beyond 0..1 in padding; () for the whole image.
     """
 
     title: str
@@ -43,6 +47,13 @@ class Panel:
     kept: list[bool]
     tiles: tuple[int, int] = (1, 1)
     merged: Sequence[bool] = ()
+    xs: Sequence[float] = ()
+    ys: Sequence[float] = ()
+
+    def edges(self) -> tuple[Sequence[float], Sequence[float]]:
+        """(xs, ys), those of the whole image where none are given."""
+        even = [[i / n for i in range(n + 1)] for n in (self.cols, self.rows)]
+        return self.xs or even[0], self.ys or even[1]
 
 
 @dataclass(frozen=True)
@@ -73,56 +84,117 @@ def record(model: Any, inputs: Any, method: Method, keep: float | int) -> list[K
 
 
 def kept_units(last: Last | None) -> list[Kept]:
-    """What stayed of every unit after all stages; ValueError if the stages divide the image differently."""
-    if last is None or not last.units:
+    """What stayed of every image and video after all stages, in the order of the prompt."""
+    if last is None or not last.images:
         raise ValueError("the prompt holds no image the model could see, so nothing was pruned")
-    by_stage: dict[Any, list[Any]] = {}
-    for unit in last.units:
-        by_stage.setdefault(unit.where, []).append(unit)
-    first, *later = by_stage.values()
-    kept = [Kept(u.n, u.idx.cpu(), u.grid, u.spans, _into(u)) for u in first]
-    for stage in later:
-        if [u.n for u in stage] != [len(k.idx) for k in kept]:
-            raise ValueError("the stages see different units (per=...), so their picture is not one picture")
-        kept = [_then(k, u) for k, u in zip(kept, stage)]
-    return kept
+    alive = torch.zeros(last.src.shape, dtype=torch.bool)
+    for row, index in enumerate(last.index.cpu()):
+        alive[row, index if last.valid is None else index[last.valid[row].cpu()]] = True
+    into = _into(last)
+    found = []
+    for unit in last.images:
+        at = arange_of(unit.ranges, torch.device("cpu"))
+        place = torch.full((alive.shape[1],), -1)
+        place[at] = torch.arange(unit.n)
+        goal = into[unit.row, at]
+        goal = torch.where((goal >= 0) & alive[unit.row, goal], place[goal], -1)
+        found.append(Kept(unit.n, alive[unit.row, at].nonzero().flatten(), unit.grid, unit.spans, goal))
+    return found
 
 
-def _into(u: UnitResult) -> torch.Tensor:
-    """`Kept.into` of one stage, [n] among the tokens that it saw."""
-    idx, a = u.idx.cpu(), u.assignment
-    into = torch.full((u.n,), -1)
-    if a.src is not None and a.dst is not None and a.w is not None and len(a.idx) == len(idx):
-        rising = a.w.cpu().argsort(stable=True)  # the heaviest share of a token is written last
-        into[a.src.cpu()[rising]] = idx[a.dst.cpu()[rising]]
-    into[idx] = idx
+def _into(last: Last) -> torch.Tensor:
+    """[B, L] int64: the position of the token that took in most of each one, stage after stage; -1 for a lost one."""
+    into = torch.arange(last.src.shape[1]).repeat(len(last.src), 1)
+    for u in last.units:
+        if u.seen is None:
+            continue
+        seen, a = u.seen.cpu(), u.assignment
+        step = torch.full((into.shape[1],), -1)
+        if a.src is not None and a.dst is not None and a.w is not None:
+            rising = a.w.cpu().argsort(stable=True)  # the heaviest share of a token is written last
+            step[seen[a.src.cpu()[rising]]] = u.positions.cpu()[a.dst.cpu()[rising]]
+        step[u.positions.cpu()] = u.positions.cpu()
+        here = torch.isin(into[u.row], seen)
+        into[u.row] = torch.where(here, step[into[u.row]], into[u.row])
     return into
 
 
-def _then(k: Kept, u: UnitResult) -> Kept:
-    """What stays when a later stage sees what an earlier one left."""
-    idx, step = k.idx, _into(u)
-    further = torch.where(step >= 0, idx[step], -1)  # [K]: of every token that had stayed
-    into = None
-    if k.into is not None:
-        place = torch.full((k.n,), -1)
-        place[idx] = torch.arange(len(idx))
-        into = torch.where(k.into >= 0, further[place[k.into]], -1)
-    return dataclasses.replace(k, idx=idx[u.idx.cpu()], into=into)
+def joined(units: Sequence[Kept]) -> Kept:
+    """The units of one image as one: where text stands between its crops, each crop is a unit."""
+    if len(units) == 1:
+        return units[0]
+    starts = list(accumulate((unit.n for unit in units), initial=0))
+    spans = tuple(
+        dataclasses.replace(s, start=s.start + start) for unit, start in zip(units, starts) for s in rasters(unit)
+    )
+    idx = torch.cat([unit.idx + start for unit, start in zip(units, starts)])
+    into = torch.cat(
+        [
+            torch.full((unit.n,), -1) if unit.into is None else torch.where(unit.into >= 0, unit.into + start, -1)
+            for unit, start in zip(units, starts)
+        ]
+    )
+    return Kept(starts[-1], idx, None, spans, into)
 
 
-def panels(unit: Kept, aspect: float) -> list[Panel]:
+def panels(unit: Kept, aspect: float, places: Sequence[Box] | None = None) -> list[Panel]:
     """Where the tokens of one image lie on it. aspect: width / height of the image.
 
-    A single raster is one panel. Equal crops (InternVL, Idefics3, SmolVLM) are put together on their tile grid, the
-    thumbnail, which comes last, beside them. Rasters of unequal size (any-resolution base view and mosaic) each
-    show the whole image.
+    places: what each raster saw of the image, as `vtprune.places.boxes` measures it. Rasters of one size side by side
+    (crops) make one panel; those that see the same again (a thumbnail, an overview) make another. Without places
+    every raster is drawn on the whole image, and equal crops (the thumbnail comes last) on the likeliest tile grid.
     """
-    kept, spans = _flags(unit), _spans(unit)
+    spans = rasters(unit)
+    if places is not None:
+        if len(places) != len(spans):
+            raise ValueError(f"{len(places)} places for {len(spans)} rasters of tokens: give one for each")
+        return [_placed(group, unit) for group in _beside(spans, places)]
     same = len({(s.grid, s.newline) for s in spans}) == 1
     if len(spans) > 2 and same and not spans[0].newline and spans[0].grid[0] == 1:
-        return [_tiled(spans[:-1], kept, aspect), _raster(spans[-1], kept, "thumbnail")]
-    return [_raster(s, kept, "") for s in spans]
+        rows, cols = tile_grid(len(spans) - 1, aspect)
+        return [_tiled(spans[:-1], unit, rows, cols), _raster(spans[-1], unit, "thumbnail")]
+    return [_raster(s, unit, "") for s in spans]
+
+
+def _beside(spans: Sequence[Span], places: Sequence[Box]) -> list[list[tuple[Span, Box]]]:
+    """Neighbours in order: crops of one grid that fill a rectangle without overlap; any other raster stands alone."""
+    groups: list[list[tuple[Span, Box]]] = []
+    for span, box in zip(spans, places):
+        near = groups[-1] if groups else []
+        if near and not span.newline and all(s.grid == span.grid and not _overlap(b, box) for s, b in near):
+            near.append((span, box))
+        else:
+            groups.append([(span, box)])
+    full = [len(group) % _columns([b for _, b in group]) == 0 for group in groups]
+    return [part for group, whole in zip(groups, full) for part in ([group] if whole else [[one] for one in group])]
+
+
+def _columns(places: Sequence[Box]) -> int:
+    """How many crops stand in the first line."""
+    _, top, _, bottom = places[0]
+    return next((i for i, b in enumerate(places) if abs(b[1] - top) > (bottom - top) / 2), len(places))
+
+
+def _overlap(a: Box, b: Box) -> bool:
+    """More than a tenth of the smaller one, in both directions: measured edges are not exact."""
+    shared = [min(a[i + 2], b[i + 2]) - max(a[i], b[i]) for i in (0, 1)]
+    return all(shared[i] > 0.1 * min(a[i + 2] - a[i], b[i + 2] - b[i]) for i in (0, 1))
+
+
+def _placed(group: Sequence[tuple[Span, Box]], unit: Kept) -> Panel:
+    """One panel of crops in reading order, its edges where they saw the image."""
+    spans, places = [s for s, _ in group], [b for _, b in group]
+    cols = _columns(places)
+    rows = len(places) // cols
+    panel = _tiled(spans, unit, rows, cols) if len(spans) > 1 else _raster(spans[0], unit, "")
+    _, h, w = spans[0].grid
+    xs = [_mixed(b[0], b[2], i / w) for b in places[:cols] for i in range(w)] + [places[cols - 1][2]]
+    ys = [_mixed(b[1], b[3], i / h) for b in places[::cols] for i in range(h)] + [places[-1][3]]
+    return dataclasses.replace(panel, xs=xs, ys=ys)
+
+
+def _mixed(a: float, b: float, share: float) -> float:
+    return a + (b - a) * share
 
 
 def _flags(unit: Kept) -> torch.Tensor:
@@ -132,24 +204,21 @@ def _flags(unit: Kept) -> torch.Tensor:
     return kept
 
 
-def _spans(unit: Kept) -> tuple[Span, ...]:
+def rasters(unit: Kept) -> tuple[Span, ...]:
+    """The rasters that the tokens of an image form; ValueError if none is known."""
     if unit.grid is not None:
         return (Span(0, unit.grid),)
     if unit.spans:
         return unit.spans
-    side = math.isqrt(unit.n)
-    if side * side != unit.n:
-        raise ValueError(f"the {unit.n} visual tokens of this image form no known grid, so they cannot be drawn on it")
-    return (Span(0, (1, side, side)),)
+    raise ValueError(f"the {unit.n} visual tokens of this image form no known grid, so they cannot be drawn on it")
 
 
 def film(units: Sequence[Kept]) -> list[Panel]:
     """A panel for every time step of a video's tokens, in order; `units` are its parts (all of it, or frames)."""
     found: list[Panel] = []
     for unit in units:
-        kept = _flags(unit)
-        merged = torch.zeros_like(kept) if unit.into is None else (unit.into >= 0) & ~kept
-        for span in _spans(unit):
+        kept, merged = _flags(unit), _gone(unit)
+        for span in rasters(unit):
             _, h, w = span.grid
             for stays, goes in zip(_cells(span, kept).flatten(1), _cells(span, merged).flatten(1)):
                 found.append(Panel("", h, w, stays.tolist(), merged=goes.tolist()))
@@ -160,7 +229,9 @@ def segments(unit: Kept) -> list[int]:
     """Time steps at which a new segment begins: no token was merged across. [] if none was merged over time."""
     if unit.into is None:
         return []
-    steps = [(span.start + i * (len(span) // span.grid[0]), span) for span in _spans(unit) for i in range(span.grid[0])]
+    steps = [
+        (span.start + i * (len(span) // span.grid[0]), span) for span in rasters(unit) for i in range(span.grid[0])
+    ]
     step = torch.searchsorted(torch.tensor([start for start, _ in steps]), torch.arange(unit.n), right=True) - 1
     gone = unit.into >= 0
     first, last = torch.minimum(step[gone], step[unit.into[gone]]), torch.maximum(step[gone], step[unit.into[gone]])
@@ -208,19 +279,28 @@ def _cells(span: Span, kept: torch.Tensor) -> torch.Tensor:
     return flags.view(t, h, w + span.newline)[..., :w]
 
 
-def _raster(span: Span, kept: torch.Tensor, title: str) -> Panel:
-    flags = _cells(span, kept)
+def _gone(unit: Kept) -> torch.Tensor:
+    """[n] bool: merged into a kept token."""
+    kept = _flags(unit)
+    return torch.zeros_like(kept) if unit.into is None else (unit.into >= 0) & ~kept
+
+
+def _raster(span: Span, unit: Kept, title: str) -> Panel:
     # A still image seen as several frames (Qwen repeats it) shows a cell as kept if any frame keeps it.
     _, h, w = span.grid
-    return Panel(title or f"{h} x {w}", h, w, flags.any(0).flatten().tolist())
+    kept, merged = (_cells(span, flags).any(0).flatten().tolist() for flags in (_flags(unit), _gone(unit)))
+    return Panel(title or f"{h} x {w}", h, w, kept, merged=merged)
 
 
-def _tiled(spans: Sequence[Span], kept: torch.Tensor, aspect: float) -> Panel:
+def _tiled(spans: Sequence[Span], unit: Kept, rows: int, cols: int) -> Panel:
     _, h, w = spans[0].grid
-    rows, cols = tile_grid(len(spans), aspect)
-    flags = torch.stack([_cells(s, kept)[0] for s in spans]).view(rows, cols, h, w)
-    whole = flags.transpose(1, 2).reshape(rows * h, cols * w)
-    return Panel(f"{rows} x {cols} crops", rows * h, cols * w, whole.flatten().tolist(), (rows, cols))
+
+    def whole(flags: torch.Tensor) -> list[bool]:
+        crops = torch.stack([_cells(s, flags).any(0) for s in spans]).view(rows, cols, h, w)
+        return crops.transpose(1, 2).flatten().tolist()
+
+    kept, merged = whole(_flags(unit)), whole(_gone(unit))
+    return Panel(f"{rows} x {cols} crops", rows * h, cols * w, kept, (rows, cols), merged)
 
 
 def draw_groups(image: Image.Image, slots: torch.Tensor, grid: tuple[int, int], title: str) -> Image.Image:
@@ -261,27 +341,43 @@ def tile_grid(count: int, aspect: float) -> tuple[int, int]:
 
 
 def draw(image: Image.Image, panel: Panel, side: int = 336) -> Image.Image:
-    """Paint one panel; `side` is the length of the longer edge in pixels, raised until a cell has 8 pixels."""
-    side = max(side, 8 * max(panel.rows, panel.cols))
+    """Paint one panel; `side` is the length of the longer edge in pixels, raised until a cell has 8 pixels.
+
+    A line goes around the part that the model saw, where it did not see the whole image.
+    """
+    xs, ys = panel.edges()
+    finest = min(min(b - a for a, b in pairwise(edges)) for edges in (xs, ys))
+    side = max(side, min(math.ceil(8 / max(finest, 1e-6)), 8 * max(panel.rows, panel.cols)))
     scale = side / max(image.size)
     size = (max(panel.cols, round(image.width * scale)), max(panel.rows, round(image.height * scale)))
     bright = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
-    out = Image.blend(bright, Image.new("RGB", size, "white"), _DIM)
+    white = Image.new("RGB", size, "white")
+    out = Image.blend(bright, white, _DIM)
     pen = ImageDraw.Draw(out)
-    half = Image.blend(bright, Image.new("RGB", size, "white"), _HALF) if any(panel.merged) else bright
+    half = Image.blend(bright, white, _HALF) if any(panel.merged) else bright
     states = zip(panel.kept, panel.merged or [False] * len(panel.kept))
     for i, (kept, merged) in enumerate(states):
-        if kept or merged:
-            box = _box(size, panel.rows, panel.cols, *divmod(i, panel.cols))
+        box = _cell(size, xs, ys, *divmod(i, panel.cols))
+        if (kept or merged) and box[0] < box[2] and box[1] < box[3]:
             out.paste((bright if kept else half).crop(box), box)
             if kept:
                 pen.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=_MARK)
-    tile_rows, tile_cols = panel.tiles
-    for r in range(1, tile_rows):
-        pen.line((0, size[1] * r // tile_rows, size[0], size[1] * r // tile_rows), fill=_INK, width=2)
-    for c in range(1, tile_cols):
-        pen.line((size[0] * c // tile_cols, 0, size[0] * c // tile_cols, size[1]), fill=_INK, width=2)
+    left, top, right, bottom = _cell(size, (xs[0], xs[-1]), (ys[0], ys[-1]), 0, 0)
+    for x in xs[panel.cols // panel.tiles[1] : -1 : panel.cols // panel.tiles[1]]:
+        pen.line((size[0] * x, top, size[0] * x, bottom), fill=_INK, width=2)
+    for y in ys[panel.rows // panel.tiles[0] : -1 : panel.rows // panel.tiles[0]]:
+        pen.line((left, size[1] * y, right, size[1] * y), fill=_INK, width=2)
+    if (left, top, right, bottom) != (0, 0, *size):
+        pen.rectangle((left, top, right - 1, bottom - 1), outline=_INK)
     return out
+
+
+def _cell(size: tuple[int, int], xs: Sequence[float], ys: Sequence[float], r: int, c: int) -> tuple[int, int, int, int]:
+    """The pixels of a cell inside a drawing of `size`; empty if it lies outside, as padding does."""
+    x, y = ([min(max(math.floor(n * e + 1e-6), 0), n) for e in (a, b)] for n, a, b in (
+        (size[0], xs[c], xs[c + 1]), (size[1], ys[r], ys[r + 1])
+    ))  # fmt: skip
+    return (x[0], y[0], x[1], y[1])
 
 
 def _box(size: tuple[int, int], rows: int, cols: int, r: int, c: int) -> tuple[int, int, int, int]:
@@ -289,11 +385,18 @@ def _box(size: tuple[int, int], rows: int, cols: int, r: int, c: int) -> tuple[i
     return (width * c // cols, height * r // rows, width * (c + 1) // cols, height * (r + 1) // rows)
 
 
-def overlay(image: Image.Image, unit: Kept, title: str) -> Image.Image:
-    """The picture of one image: its panels side by side under a title that counts the tokens."""
-    parts = panels(unit, image.width / image.height)
+def overlay(image: Image.Image, unit: Kept, title: str, places: Sequence[Box] | None = None) -> Image.Image:
+    """The picture of one image: its panels side by side under a title that counts the tokens.
+
+    places: as for `panels`.
+    """
+    parts = panels(unit, image.width / image.height, places)
     drawn = [(draw(image, p), p.title if len(parts) > 1 else "") for p in parts]
-    return _strip(drawn, f"{title}: {len(unit.idx)} of {unit.n} visual tokens")
+    merged = int(_gone(unit).sum())
+    more = f", {merged} merged into them" if merged else ""
+    inside = [edges[0] > 0.01 or edges[-1] < 0.99 for part in parts for edges in part.edges()]
+    more += "; the model saw what is inside the line" if any(inside) else ""
+    return _strip(drawn, f"{title}: {len(unit.idx)} of {unit.n} visual tokens{more}")
 
 
 def _strip(drawn: Sequence[tuple[Image.Image, str]], title: str) -> Image.Image:
