@@ -71,6 +71,16 @@ def backend_for(op: str, *tensors: Tensor, limit: str = "") -> Backend:
     return chosen
 
 
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Compute in the dtypes that are there, also under `torch.autocast`: scores rounded to bfloat16 tie and pick others."""
+    if not torch.is_autocast_enabled(device.type):
+        yield
+        return
+    with torch.autocast(device.type, enabled=False):
+        yield
+
+
 @cache
 def has_triton() -> bool:
     """True if Triton can be imported."""

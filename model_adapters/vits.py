@@ -302,9 +302,7 @@ class Attention:
             return self._heads(self.seen["k"]).mean(1)
         w, b = self._slice(1)
         heads, d = self.module.num_heads, self.module.head_dim
-        return F.linear(
-            self.seen["norm"], w.view(heads, d, -1).mean(0), None if b is None else b.view(heads, d).mean(0)
-        )
+        return self._project(w.view(heads, d, -1).mean(0), None if b is None else b.view(heads, d).mean(0))
 
     def _rotated(self, x: Tensor) -> Tensor:
         return x if self.parts.rotate is None else self.parts.rotate(self.block, x, self.given)
@@ -318,7 +316,10 @@ class Attention:
         return w[rows], None if b is None else b[rows]
 
     def _packed(self, part: int) -> Tensor:
-        return F.linear(self.seen["norm"], *self._slice(part))
+        return self._project(*self._slice(part))
+
+    def _project(self, w: Tensor, b: Tensor | None) -> Tensor:
+        return F.linear(self.seen["norm"].to(w.dtype), w, b)  # autocast puts out other dtypes than the weights have
 
 
 def watch(vit: Vit, k: int, note: Callable[[int, str, Tensor], None]) -> list[Callable[[], None]]:

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .kernels import check_finite, merge
+from .kernels import check_finite, full_precision, merge
 from .types import Assignment, Method, Signal, Visual, Where, budget
 
 Reads = Literal["mean_keys", "attention", "queries", "keys"]
@@ -88,7 +88,8 @@ class Reduction:
     def apply(self, x: Tensor) -> Tensor:
         """x [B, N, C] -> [B, M, C] in x's dtype; sums in float32, and only rows that take something are touched."""
         if self.matrix is not None:
-            return (self.matrix @ x.float()).to(x.dtype)
+            with full_precision(x.device):
+                return (self.matrix @ x.float()).to(x.dtype)
         batch, n, width = x.shape
         m = self.index.shape[1]
         rows, at = x.reshape(batch * n, width), _flat(self.index, n)

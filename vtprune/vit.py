@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels import attention_received, attention_rows
+from .kernels import attention_received, attention_rows, full_precision
 from .model_adapters.vits import Attention, Given, Vit, cover, watch, weighted_pooling
 from .reduction import Reducer, Reduction, Tokens, keep_rows
 from .tower import places
@@ -240,7 +240,7 @@ class VitSession:
         self.local.seen = {} if method is not None and method.reads else None
         x = x + parts.attend(block, x, bias, given)
         if method is not None:
-            with torch.no_grad():
+            with torch.no_grad(), full_precision(x.device):
                 step = method.reduce(self._tokens(run, k, x, method, bias, given), left)
                 run.size = step.resize(run.size)
                 if "rope" in given:
