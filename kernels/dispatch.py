@@ -73,7 +73,7 @@ def backend_for(op: str, *tensors: Tensor, limit: str = "") -> Backend:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Compute in the dtypes that are there, also under `torch.autocast`: scores rounded to bfloat16 tie and pick others."""
+    """Compute in the dtypes that are there, also under `torch.autocast`: rounded scores tie, and pick other tokens."""
     if not torch.is_autocast_enabled(device.type):
         yield
         return

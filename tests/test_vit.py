@@ -165,9 +165,10 @@ def test_the_two_halves_of_a_block_are_the_block(name: str, training: bool) -> N
         None,
     )
     if vits.KINDS[name].rope:
-        rope = model.rope.get_embed()
+        rope = {"rope": model.rope.get_embed()} if hasattr(model, "rope") else None
+        rope = rope or {"position_embeddings": model.rope_embeddings(vits.images())}
     for block in vit.blocks:
-        given = {} if rope is None else {"rope": rope}
+        given = rope or {}
         extra = {"attention_mask": None} if vits.KINDS[name].mask == "attention_mask" else {}
         torch.manual_seed(1)
         whole = block(x, **given, **extra)

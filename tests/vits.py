@@ -85,10 +85,16 @@ def _hf_whole(name: str, config: str) -> nn.Module:
 
     sizes = {
         "image_size": SIZE, "patch_size": PATCH, "hidden_size": WIDTH, "num_hidden_layers": DEPTH,
-        "num_attention_heads": HEADS, "intermediate_size": 2 * WIDTH,
+        "num_attention_heads": HEADS, "intermediate_size": 2 * WIDTH, "num_patches": PATCHES,
     }  # fmt: skip
     whole = getattr(transformers, config)(vision_config=sizes, num_labels=CLASSES)
     return getattr(transformers, name)(whole)
+
+
+def _torchvision() -> nn.Module:
+    vision = pytest.importorskip("torchvision.models.vision_transformer")
+    sizes = {"image_size": SIZE, "patch_size": PATCH, "hidden_dim": WIDTH, "num_layers": DEPTH, "num_heads": HEADS}
+    return vision.VisionTransformer(**sizes, mlp_dim=2 * WIDTH, num_classes=CLASSES)
 
 
 _T = partial(Kind, blocks="blocks", norm="norm2", attention="attn", mask="attn_mask")
@@ -136,6 +142,20 @@ KINDS: dict[str, Kind] = {
         tower="dinov2_with_registers",
         prefix=4,
     ),
+    "dinov3": _D(
+        partial(_hf, "DINOv3ViTModel", "DINOv3ViTConfig", layerscale_value=0.5, num_register_tokens=3),
+        blocks="model.layer",
+        prefix=4,
+        rope=True,
+    ),
+    "deit": _V(partial(_hf, "DeiTForImageClassificationWithTeacher", "DeiTConfig"), tower="deit", prefix=2),
+    "siglip2": _C(partial(_hf, "Siglip2VisionModel", "Siglip2VisionConfig", num_patches=PATCHES), prefix=0),
+    "siglip2-classifier": _C(
+        partial(_hf_whole, "Siglip2ForImageClassification", "Siglip2Config"), tower="vision_model", prefix=0
+    ),
+    "torchvision": Kind(
+        _torchvision, "encoder.layers", norm="ln_2", attention="self_attention", mask="key_padding_mask"
+    ),
 }
 NAMES = tuple(KINDS)
 
@@ -162,11 +182,24 @@ def images(batch: int = 3, seed: int = 0) -> Tensor:
 
 def run(model: Any, x: Tensor) -> Tensor:
     """The one tensor that a user of the model wants: logits, or the pooled features."""
-    out = model.encode_image(x) if hasattr(model, "encode_image") else model(x)
+    if type(model).__name__.startswith("Siglip2"):
+        out = model(**patches(x))
+    else:
+        out = model.encode_image(x) if hasattr(model, "encode_image") else model(x)
     for name in ("logits", "image_embeds", "pooler_output"):
         if getattr(out, name, None) is not None:
             return getattr(out, name)
     return out
+
+
+def patches(x: Tensor) -> dict[str, Tensor]:
+    """The same images as SigLIP 2 takes them: rows of pixels, which of them are real, and the grid."""
+    grid = x.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).permute(0, 2, 3, 4, 5, 1)  # [B, h, w, p, p, C]
+    return {
+        "pixel_values": grid.flatten(3).flatten(1, 2),
+        "pixel_attention_mask": torch.ones(len(x), grid.shape[1] * grid.shape[2], dtype=torch.int64),
+        "spatial_shapes": torch.tensor([grid.shape[1:3]] * len(x)),
+    }
 
 
 def part(module: Any, path: str) -> Any:

@@ -123,6 +123,12 @@ class Reduction:
         slot.scatter_(1, self.index, torch.arange(self.index.shape[1], device=slot.device).expand_as(self.index))
         return slot if self.src is None or self.dst is None else slot.scatter_(1, self.src, self.dst)
 
+    def dense(self, n: int) -> Tensor:
+        """W [B, M, n] float32: pruning has one-hot rows, merging one entry in a column."""
+        if self.matrix is not None:
+            return self.matrix
+        return self.apply(torch.eye(n, device=self.index.device).expand(self.index.shape[0], -1, -1))
+
     def assignment(self) -> Assignment:
         """The same for one image (B = 1, no prefix): rows in positional order, pairs of x' = A x."""
         index, order = self.index[0].sort()
@@ -141,6 +147,31 @@ class Reduction:
 def _flat(index: Tensor, n: int) -> Tensor:
     """Rows [B, K] of n entries each as rows of the flattened batch, [B * K]."""
     return (index + torch.arange(index.shape[0], device=index.device)[:, None] * n).flatten()
+
+
+def stacked(
+    parts: Sequence[tuple[Tensor, int, Reduction | None]], batch: int, n: int, size: Tensor | None
+) -> Reduction:
+    """One reduction of a padded batch, x [batch, n, C] and size [batch, n], of those of images with equal counts.
+
+    parts: (rows [I] of the batch, their tokens, their reduction; None leaves all). The real rows of an image stand in
+    front; rows behind them are padding, for which `index` names the last token.
+    """
+    m = max(now if step is None else step.index.shape[1] for _, now, step in parts)
+    device = parts[0][0].device
+    index = torch.full((batch, m), n - 1, dtype=torch.int64, device=device)
+    matrix, mass = torch.zeros(batch, m, n, device=device), torch.ones(batch, m, device=device)
+    merges = any(step is not None and (step.src is not None or step.matrix is not None) for _, _, step in parts)
+    for rows, now, step in parts:
+        whole = torch.arange(now, device=device).expand(len(rows), -1)
+        step = Reduction(whole) if step is None else step
+        index[rows, : step.index.shape[1]] = step.index
+        if merges:
+            matrix[rows, : step.index.shape[1], :now] = step.dense(now)
+            after = step.resize(None if size is None else size[rows, :now])
+            if after is not None:
+                mass[rows, : step.index.shape[1]] = after
+    return Reduction(index, matrix=matrix, mass=mass) if merges else Reduction(index)
 
 
 def keep_rows(t: Tokens, patches: Tensor) -> Tensor:

@@ -56,11 +56,3 @@ def weighted(index: Tensor, share: Tensor, size: Tensor) -> Reduction:
     mass = share * size[:, None]
     total = mass.sum(-1)
     return Reduction(index, matrix=mass / total[..., None], mass=total)
-
-
-def dense(step: Reduction, n: int) -> Tensor:
-    """W [B, M, N] float32 of any reduction: pruning has one-hot rows, merging one entry in a column."""
-    if step.matrix is not None:
-        return step.matrix
-    eye = torch.eye(n, device=step.index.device).expand(step.index.shape[0], -1, -1)
-    return step.apply(eye)
