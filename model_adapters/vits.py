@@ -280,7 +280,7 @@ def vit_of(model: Any) -> Vit | None:
     for block in blocks:
         parts.check(block)
     prefix, has_cls = _prefix(root)
-    return Vit(owner, root, list(blocks), parts, prefix, has_cls, _by_place(owner, library))
+    return Vit(owner, root, list(blocks), parts, prefix, has_cls, _by_place(owner, root, library))
 
 
 def _library(model: Any) -> str | None:
@@ -309,8 +309,10 @@ def _inner(root: Any) -> Any:
     return next((getattr(root, name) for name in INSIDE if isinstance(getattr(root, name, None), nn.Module)), None)
 
 
-def _by_place(owner: Any, library: str) -> bool:
+def _by_place(owner: Any, root: Any, library: str) -> bool:
     """True unless a class of the library itself reads the rows, and is known to take them as they come."""
+    if _kind(root) in ("vit", "deit") and root.embeddings.mask_token is not None:
+        return True  # made for masked image modelling, whose head may stand around the model that is given
     names = [name for name in dir(type(owner)) if name.startswith("forward")]
     homes = {next(cls for cls in type(owner).__mro__ if name in cls.__dict__) for name in names}
     if any(cls.__module__.split(".")[0] not in (library, "torch") for cls in homes):

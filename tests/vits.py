@@ -160,11 +160,69 @@ KINDS: dict[str, Kind] = {
 NAMES = tuple(KINDS)
 
 
+def _backbone(name: str, config: str, **options: Any) -> nn.Module:
+    return _hf(name, config, out_features=["stage2", "stage4"], **options)
+
+
+def _depth() -> nn.Module:
+    import transformers
+
+    sizes = {
+        "image_size": SIZE, "patch_size": PATCH, "hidden_size": WIDTH, "num_hidden_layers": DEPTH,
+        "num_attention_heads": HEADS, "out_features": [f"stage{k + 1}" for k in range(DEPTH)],
+    }  # fmt: skip
+    inner = transformers.Dinov2Config(**sizes, mlp_ratio=2, reshape_hidden_states=False)
+    config = transformers.DPTConfig(
+        backbone_config=inner, hidden_size=WIDTH, neck_hidden_sizes=[8] * DEPTH, fusion_hidden_size=8
+    )
+    return transformers.DPTForDepthEstimation(config)
+
+
+def _features_only() -> nn.Module:
+    timm = pytest.importorskip("timm")
+    sizes = {"img_size": SIZE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS}
+    return timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=(1, DEPTH - 1), **sizes)
+
+
+# Models that lay their rows out on a grid.
+MAPPED: dict[str, Kind] = {
+    "dinov2-backbone": _D(partial(_backbone, "Dinov2Backbone", "Dinov2Config", layerscale_value=0.5)),
+    "dinov2-registers-backbone": _D(
+        partial(_backbone, "Dinov2WithRegistersBackbone", "Dinov2WithRegistersConfig", num_register_tokens=3), prefix=4
+    ),
+    "dinov3-backbone": _D(
+        partial(_backbone, "DINOv3ViTBackbone", "DINOv3ViTConfig", num_register_tokens=3),
+        blocks="model.layer",
+        prefix=4,
+        rope=True,
+    ),
+    "vit-masked": _V(partial(_hf, "ViTForMaskedImageModeling", "ViTConfig", encoder_stride=PATCH), tower="vit"),
+    "deit-masked": _V(
+        partial(_hf, "DeiTForMaskedImageModeling", "DeiTConfig", encoder_stride=PATCH), tower="deit", prefix=2
+    ),
+    "dpt": _D(_depth, tower="backbone"),
+    "timm-features-only": _T(_features_only, tower="model"),
+}
+
+
+def kind(name: str) -> Kind:
+    return KINDS[name] if name in KINDS else MAPPED[name]
+
+
+def maps(model: Any, x: Tensor) -> list[Tensor]:
+    """What a model of `MAPPED` puts out, every tensor with a place for every patch."""
+    out = model(x)
+    for name in ("reconstruction", "predicted_depth"):
+        if hasattr(out, name):
+            return [getattr(out, name)]
+    return list(out.feature_maps if hasattr(out, "feature_maps") else out)
+
+
 @cache
 def model(name: str) -> Any:
     """One model of each kind for all tests, with weights large enough to tell tokens apart."""
-    torch.manual_seed(NAMES.index(name))
-    made = KINDS[name].make().eval()
+    torch.manual_seed([*NAMES, *MAPPED].index(name))
+    made = kind(name).make().eval()
     if name.startswith("dinov2") and not hasattr(blocks(name, made)[0].attention, "q_proj"):
         with pytest.raises(vtprune.UnsupportedModel, match="older transformers"):
             vtprune.patch(made, "tome", keep=0.5)
@@ -209,8 +267,8 @@ def part(module: Any, path: str) -> Any:
 
 
 def tower(name: str, model: Any) -> Any:
-    return part(model, KINDS[name].tower)
+    return part(model, kind(name).tower)
 
 
 def blocks(name: str, model: Any) -> list[Any]:
-    return list(part(tower(name, model), KINDS[name].blocks))
+    return list(part(tower(name, model), kind(name).blocks))
