@@ -81,6 +81,22 @@ def full_precision(device: torch.device) -> Iterator[None]:
         yield
 
 
+def recorded() -> bool:
+    """True while an exporter (torch.export, torch.onnx, torch.jit.trace) records the operations for another runtime."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def best_first(scores: Tensor) -> Tensor:
+    """Places along the last dimension from the highest score to the lowest; equal ones in positional order."""
+    if not recorded():
+        return scores.sort(dim=-1, descending=True, stable=True).indices
+    # Other runtimes know no stable sort: count who stands before each.
+    a, b, n = scores[..., :, None], scores[..., None, :], scores.shape[-1]
+    places = torch.arange(n, device=scores.device)
+    rank = ((b > a) | ((b == a) & (places < places[:, None]))).sum(-1)
+    return torch.zeros_like(rank).scatter(-1, rank, places.expand_as(rank))
+
+
 @cache
 def has_triton() -> bool:
     """True if Triton can be imported."""

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .kernels import check_finite, full_precision, merge
+from .kernels import best_first, check_finite, full_precision, merge, recorded
 from .types import Assignment, Method, Signal, Visual, Where, budget
 
 Reads = Literal["mean_keys", "attention", "queries", "keys"]
@@ -95,6 +95,8 @@ class Reduction:
         rows, at = x.reshape(batch * n, width), _flat(self.index, n)
         if self.src is None or self.dst is None or self.w is None:
             return rows.index_select(0, at).view(batch, m, width)
+        if recorded():
+            return self._of_plain_operations(x)
         src, dst = _flat(self.src, n), _flat(self.dst, m)
         if x.is_cpu and x.dtype == torch.float32:
             out = rows.index_select(0, at)
@@ -104,6 +106,16 @@ class Reduction:
         pairs = torch.arange(batch * m, device=x.device)
         weights = torch.cat([own, self.w.flatten()])
         return merge(rows, torch.cat([at, src]), torch.cat([pairs, dst]), weights, batch * m).view(batch, m, width)
+
+    def _of_plain_operations(self, x: Tensor) -> Tensor:
+        """`apply` of what other runtimes know, a product with the sources of every row in place of adding in place."""
+        assert self.src is not None
+        assert self.dst is not None
+        assert self.w is not None
+        out, src = _rows(x, self.index).float(), _rows(x, self.src).float()
+        delta = (src - _rows(out, self.dst)) * self.w[..., None]
+        takes = self.dst[:, None] == torch.arange(self.index.shape[1], device=x.device)[:, None]  # [B, M, E]
+        return (out + takes.to(delta.dtype) @ delta).to(x.dtype)
 
     def resize(self, size: Tensor | None) -> Tensor | None:
         """The sizes [B, M] float32 after this step, of sizes [B, N] before; None stays None where nothing merges."""
@@ -144,6 +156,11 @@ class Reduction:
         return Assignment(index, None, torch.cat([index, self.src[0]]), torch.cat([pairs, dst]), torch.cat([own, w]))
 
 
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """x [B, N, C], index [B, K] -> [B, K, C]."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+
+
 def _flat(index: Tensor, n: int) -> Tensor:
     """Rows [B, K] of n entries each as rows of the flattened batch, [B * K]."""
     return (index + torch.arange(index.shape[0], device=index.device)[:, None] * n).flatten()
@@ -182,7 +199,7 @@ def keep_rows(t: Tokens, patches: Tensor) -> Tensor:
 
 def keep_best(t: Tokens, scores: Tensor, left: int) -> Reduction:
     """Keep the `left` patches of highest score [B, n], in raster order; ties go to the lower place."""
-    best = scores.sort(dim=1, descending=True, stable=True).indices[:, :left]
+    best = best_first(scores)[:, :left]
     return Reduction(keep_rows(t, best.sort(1).values))
 
 

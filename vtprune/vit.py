@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels import attention_received, attention_rows, full_precision
+from .kernels import attention_received, attention_rows, full_precision, recorded
 from .model_adapters.vits import (
     ROPE,
     WHOLE_BATCH,
@@ -412,11 +412,6 @@ class VitSession:
         assert run.full is not None
         out = x.gather(1, slots.clamp(min=0)[..., None].expand(*slots.shape, x.shape[2]))
         return torch.where((slots < 0)[..., None], run.full, out)
-
-
-def recorded() -> bool:
-    """True while an exporter records the operations; the tensors it shows are none to keep."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def _first(counts: list[int], prefix: int, x: Tensor) -> Tensor:
