@@ -24,7 +24,7 @@ if __name__ != "kernels" or not _step_aside():
     from .attention import attention_received, attention_rows
     from .checks import Verdict, check, check_finite, deferring
     from .compact import Compacted, compact
-    from .dispatch import recording, use
+    from .dispatch import best_first, full_precision, recorded, recording, use
     from .farthest_point import farthest_point
     from .merge import merge
     from .page_rank import page_rank
@@ -36,13 +36,16 @@ if __name__ != "kernels" or not _step_aside():
         "Verdict",
         "attention_received",
         "attention_rows",
+        "best_first",
         "check",
         "check_finite",
         "compact",
         "deferring",
         "farthest_point",
+        "full_precision",
         "merge",
         "page_rank",
+        "recorded",
         "recording",
         "to_device",
         "use",

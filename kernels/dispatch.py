@@ -71,6 +71,32 @@ def backend_for(op: str, *tensors: Tensor, limit: str = "") -> Backend:
     return chosen
 
 
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Compute in the dtypes that are there, also under `torch.autocast`: rounded scores tie, and pick other tokens."""
+    if not torch.is_autocast_enabled(device.type):
+        yield
+        return
+    with torch.autocast(device.type, enabled=False):
+        yield
+
+
+def recorded() -> bool:
+    """True while an exporter (torch.export, torch.onnx, torch.jit.trace) records the operations for another runtime."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def best_first(scores: Tensor) -> Tensor:
+    """Places along the last dimension from the highest score to the lowest; equal ones in positional order."""
+    if not recorded():
+        return scores.sort(dim=-1, descending=True, stable=True).indices
+    # Other runtimes know no stable sort: count who stands before each.
+    a, b, n = scores[..., :, None], scores[..., None, :], scores.shape[-1]
+    places = torch.arange(n, device=scores.device)
+    rank = ((b > a) | ((b == a) & (places < places[:, None]))).sum(-1)
+    return torch.zeros_like(rank).scatter(-1, rank, places.expand_as(rank))
+
+
 @cache
 def has_triton() -> bool:
     """True if Triton can be imported."""

@@ -14,6 +14,7 @@ from vtprune.cache import renamed
 from vtprune.types import Signal, Span, UnsupportedCall, UnsupportedModel
 
 from .layouts import spans_of
+from .vits import WORKING
 
 MODALITIES = ("image", "video")
 # By model_type. "tested": in our conformance suite; "same shape": read in transformers' source, same call shape.
@@ -118,7 +119,8 @@ class Adapter:
         if self.model_type not in TESTED + SAME_SHAPE:
             raise UnsupportedModel(
                 f"{type(model).__name__} ({self.model_type}) is not a vision-language model vtprune knows; tested "
-                f"families: {families}; same call shape: {', '.join(SAME_SHAPE)}"
+                f"families: {families}; same call shape: {', '.join(SAME_SHAPE)}; plain vision transformers that work: "
+                f"{WORKING}"
             )
         self.model = model
         self.config = config

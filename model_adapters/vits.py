@@ -1,4 +1,4 @@
-"""Plain vision transformers of timm, open_clip and transformers: where their blocks are, and what a block is made of.
+"""Plain vision transformers of timm, open_clip, torchvision and transformers: where their blocks are, and their parts.
 
 Libraries are recognised by the names of their classes, so nothing of them is imported before such a model is there.
 """
@@ -6,7 +6,7 @@ Libraries are recognised by the names of their classes, so nothing of them is im
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,8 +18,11 @@ from vtprune.types import UnsupportedCall, UnsupportedModel
 
 Given = dict[str, Any]
 Sizes = Callable[[], "Tensor | None"]
-INSIDE = ("visual", "trunk", "vision_model", "vit", "dinov2", "dinov2_with_registers")
-LISTS = ("blocks", "transformer.resblocks", "encoder.layers", "encoder.layer", "layers")
+INSIDE = (
+    "visual", "trunk", "vision_model", "vit", "deit", "dinov2", "dinov2_with_registers", "backbone", "_backbone",
+    "timm_model",
+)  # fmt: skip
+LISTS = ("blocks", "transformer.resblocks", "encoder.layers", "encoder.layer", "model.layer", "layer", "layers")
 # transformers: tokens before the patches by model type of the tower, CLS first where there are any.
 PREFIX: dict[str, Callable[[Any], int]] = {
     "vit": lambda config: 1,
@@ -27,8 +30,27 @@ PREFIX: dict[str, Callable[[Any], int]] = {
     "siglip_vision_model": lambda config: 0,
     "dinov2": lambda config: 1,
     "dinov2_with_registers": lambda config: 1 + config.num_register_tokens,
+    "deit": lambda config: 2,
+    "dinov3_vit": lambda config: 1 + config.num_register_tokens,
+    "siglip2_vision_model": lambda config: 0,
 }
-WHOLE = ("clip", "siglip")  # transformers: text-image models that hold such a tower
+# transformers: text-image models that hold such a tower, and wrappers around a model of timm.
+WHOLE = ("clip", "siglip", "siglip2", "timm_wrapper", "timm_backbone")
+LIBRARIES = ("timm", "open_clip", "torchvision")
+PIXELS = "pixel_values"
+WORKING = (
+    "timm's VisionTransformer and Eva, open_clip's VisionTransformer, torchvision's VisionTransformer, and "
+    "transformers' ViT, DeiT, CLIP, SigLIP, SigLIP 2, DINOv2 (with registers too) and DINOv3 (ViT)"
+)
+REFUSED = {
+    "beit": "its attention adds a bias for every pair of places",
+    "data2vec-vision": "its attention adds a bias for every pair of places",
+    "vit_mae": "it drops patches at random itself and puts them back by place",
+}
+# Ends of the names of models of transformers that read rows as they come, such as the first one or their mean. All
+# others may lay them out on a grid.
+READS_ROWS = ("Model", "ModelWithProjection", "ForImageClassification", "ForImageClassificationWithTeacher")
+ROPE = ("rope", "position_embeddings")  # arguments of a block that hold rotary positions, [N, d] or a pair of those
 
 
 @dataclass(frozen=True)
@@ -41,6 +63,7 @@ class Parts:
         are slices of one packed projection of what `norm` puts out.
     check: raises UnsupportedModel for a block of this class that `attend` and `feed` would not reproduce.
     rotate: (block, queries or keys, arguments) -> rotated; None: positions do not enter attention.
+    pads: the block's attention_mask hides padding at the right end of some images, and a reduction follows it.
     """
 
     attend: Callable[[Any, Tensor, Tensor | None, Given], Tensor]
@@ -51,13 +74,15 @@ class Parts:
     norm: str = ""
     check: Callable[[Any], None] = lambda block: None
     rotate: Callable[[Any, Tensor, Given], Tensor] | None = None
+    pads: bool = False
 
 
 @dataclass
 class Vit:
     """One vision transformer. prefix: rows before the patches; has_cls: row 0 is a CLS token.
 
-    owner: the model that reads the tower's rows: the model itself, or the classifier around it.
+    owner: the model that reads the tower's rows: the model itself, or the classifier around it. by_place: it may lay
+        them out on a grid, so that every block has to put out all of them.
     """
 
     owner: Any
@@ -66,6 +91,7 @@ class Vit:
     parts: Parts
     prefix: int
     has_cls: bool
+    by_place: bool = False
 
     def checkpointing(self) -> bool:
         """True if blocks will be run a second time in the backward pass."""
@@ -158,6 +184,22 @@ def _dinov2_feed(b: Any, x: Tensor) -> Tensor:
     return b.drop_path(b.layer_scale2(b.mlp(b.norm2(x))))
 
 
+def _hf_rotate(b: Any, x: Tensor, given: Given) -> Tensor:
+    cos, sin = given["position_embeddings"]
+    first = x.shape[2] - sin.shape[-2]
+    a, c = x[:, :, first:].chunk(2, dim=-1)
+    return torch.cat([x[:, :, :first], x[:, :, first:] * cos + torch.cat([-c, a], -1) * sin], 2)
+
+
+def _tv_attend(b: Any, x: Tensor, bias: Tensor | None, given: Given) -> Tensor:
+    y = b.ln_1(x)
+    return b.dropout(b.self_attention(y, y, y, need_weights=False, key_padding_mask=bias)[0])
+
+
+def _tv_feed(b: Any, x: Tensor) -> Tensor:
+    return b.mlp(b.ln_2(x))
+
+
 def _refuse(block: Any, why: str) -> None:
     raise UnsupportedModel(f"{type(block).__name__} {why}: its tokens cannot be reduced exactly")
 
@@ -189,6 +231,7 @@ def _name(cls: type) -> str:
 _timm = Parts(_timm_attend, _timm_feed, "attn", "q_norm", "k_norm", check=_check_timm)
 _eva = Parts(_eva_attend, _eva_feed, "attn", "q_norm", "k_norm", rotate=_eva_rotate)
 _hf_clip = Parts(_hf_clip_attend, _hf_clip_feed, "self_attn", "q_proj", "k_proj")
+_hf_vit = Parts(_hf_vit_attend, _hf_vit_feed, "attention", "q_proj", "k_proj")
 _dinov2 = Parts(_dinov2_attend, _dinov2_feed, "attention", "q_proj", "k_proj", check=_check_dinov2)
 BLOCKS: dict[str, Parts] = {
     "timm.models.vision_transformer.Block": _timm,
@@ -201,9 +244,11 @@ BLOCKS: dict[str, Parts] = {
     ),
     "transformers.models.clip.modeling_clip.CLIPEncoderLayer": _hf_clip,
     "transformers.models.siglip.modeling_siglip.SiglipEncoderLayer": _hf_clip,
-    "transformers.models.vit.modeling_vit.ViTLayer": Parts(
-        _hf_vit_attend, _hf_vit_feed, "attention", "q_proj", "k_proj"
-    ),
+    "transformers.models.siglip2.modeling_siglip2.Siglip2EncoderLayer": replace(_hf_clip, pads=True),
+    "transformers.models.vit.modeling_vit.ViTLayer": _hf_vit,
+    "transformers.models.deit.modeling_deit.DeiTLayer": _hf_vit,
+    "transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayer": replace(_dinov2, rotate=_hf_rotate),
+    "torchvision.models.vision_transformer.EncoderBlock": Parts(_tv_attend, _tv_feed, "self_attention", norm="ln_1"),
     "transformers.models.dinov2.modeling_dinov2.Dinov2Layer": _dinov2,
     "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersLayer": _dinov2,
 }
@@ -213,8 +258,8 @@ BLOCKS: dict[str, Parts] = {
 
 
 def vit_of(model: Any) -> Vit | None:
-    """The vision transformer that `model` is or holds; None if it is none of timm, open_clip or a plain one of
-    transformers (vision-language models are none).
+    """The vision transformer that `model` is or holds; None if it is none of timm, open_clip or torchvision, nor a
+    plain one of transformers (vision-language models are none).
 
     Raises UnsupportedModel, naming the class, for one whose blocks are not known.
     """
@@ -223,27 +268,61 @@ def vit_of(model: Any) -> Vit | None:
         return None
     root, owner = model, model
     # Inwards first: the blocks that a text-image model shows itself are those of its text tower.
-    while (inner := next((getattr(root, name, None) for name in INSIDE if hasattr(root, name)), None)) is not None:
+    while (inner := _inner(root)) is not None:
         root = inner
     blocks = _blocks(root)
     if blocks is None:
         raise UnsupportedModel(
             f"{type(root).__name__} of {library} holds no list of transformer blocks that vtprune knows; supported "
-            f"blocks: {', '.join(sorted(name.rsplit('.', 1)[1] for name in BLOCKS))}"
+            f"blocks: {_blocks_known()}; vision transformers that work: {WORKING}"
         )
     parts = BLOCKS[_name(type(blocks[0]))]
     for block in blocks:
         parts.check(block)
     prefix, has_cls = _prefix(root)
-    return Vit(owner, root, list(blocks), parts, prefix, has_cls)
+    return Vit(owner, root, list(blocks), parts, prefix, has_cls, _by_place(owner, root, library))
 
 
 def _library(model: Any) -> str | None:
-    kind = getattr(getattr(model, "config", None), "model_type", None)
     names = {cls.__module__.split(".")[0] for cls in type(model).__mro__}
-    if "transformers" in names:
-        return "transformers" if kind in PREFIX or kind in WHOLE else None
-    return next((name for name in ("timm", "open_clip") if name in names), None)
+    if "transformers" not in names:
+        return next((name for name in LIBRARIES if name in names), None)
+    kind, inside = _kind(model), _kind(getattr(model, "backbone", None))
+    if kind in PREFIX or kind in WHOLE or inside in PREFIX or inside in WHOLE:
+        return "transformers"
+    if kind in REFUSED or (getattr(model, "input_modalities", None) == ("image",) and model.main_input_name == PIXELS):
+        why = REFUSED.get(kind, "vtprune does not know its blocks")
+        raise UnsupportedModel(
+            f"{type(model).__name__} ({kind}) cannot be pruned: {why}; vision transformers that work: {WORKING}"
+        )
+    return None
+
+
+def _kind(model: Any) -> Any:
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
+def _inner(root: Any) -> Any:
+    """The model inside a wrapper, a classifier or a text-image model; None if there is none."""
+    if type(root).__name__ == "FeatureGetterNet":  # timm, features_only=True
+        return root.model
+    return next((getattr(root, name) for name in INSIDE if isinstance(getattr(root, name, None), nn.Module)), None)
+
+
+def _by_place(owner: Any, root: Any, library: str) -> bool:
+    """True unless a class of the library itself reads the rows, and is known to take them as they come."""
+    if _kind(root) in ("vit", "deit") and root.embeddings.mask_token is not None:
+        return True  # made for masked image modelling, whose head may stand around the model that is given
+    names = [name for name in dir(type(owner)) if name.startswith("forward")]
+    homes = {next(cls for cls in type(owner).__mro__ if name in cls.__dict__) for name in names}
+    if any(cls.__module__.split(".")[0] not in (library, "torch") for cls in homes):
+        return True
+    home = next(cls for cls in type(owner).__mro__ if "forward" in cls.__dict__)
+    return library == "transformers" and not home.__name__.endswith(READS_ROWS)
+
+
+def _blocks_known() -> str:
+    return ", ".join(sorted(name.rsplit(".", 1)[1] for name in BLOCKS))
 
 
 def _blocks(root: Any) -> Any:
@@ -256,10 +335,10 @@ def _blocks(root: Any) -> Any:
             continue
         unknown = [type(b).__name__ for b in found if _name(type(b)) not in BLOCKS]
         if unknown or len({type(b) for b in found}) > 1:
-            names = ", ".join(sorted(name.rsplit(".", 1)[1] for name in BLOCKS))
             raise UnsupportedModel(
                 f"{type(root).__name__} is made of {', '.join(sorted(set(unknown) or {'blocks of several classes'}))}, "
-                f"which vtprune cannot split between attention and MLP exactly; supported blocks: {names}"
+                f"which vtprune cannot split between attention and MLP exactly; supported blocks: {_blocks_known()}; "
+                f"vision transformers that work: {WORKING}"
             )
         return found
     return None
@@ -269,6 +348,8 @@ def _prefix(root: Any) -> tuple[int, bool]:
     if hasattr(root, "num_prefix_tokens"):
         return root.num_prefix_tokens, getattr(root, "cls_token", None) is not None
     config = getattr(root, "config", None)
+    if config is not None and config.model_type not in PREFIX:
+        raise UnsupportedModel(f"{type(root).__name__} ({config.model_type}): vision transformers that work: {WORKING}")
     prefix = PREFIX[config.model_type](config) if config is not None else 1
     return prefix, prefix > 0
 
@@ -276,11 +357,28 @@ def _prefix(root: Any) -> tuple[int, bool]:
 # -- signals ----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Part:
+    """Images of a batch that have equally many tokens: rows [I] of the batch, and the first n tokens of each."""
+
+    rows: Tensor | None = None
+    n: int | None = None
+
+    def of(self, x: Tensor) -> Tensor:
+        """x [B, N, ...] -> [I, n, ...], and x itself for all of it."""
+        return x if self.rows is None else x[self.rows, : self.n]
+
+
+WHOLE_BATCH = Part()
+
+
 class Attention:
     """Queries and keys of one block, from what its own modules put out."""
 
-    def __init__(self, vit: Vit, k: int, seen: dict[str, Tensor], given: Given) -> None:
-        self.parts, self.block, self.seen, self.given = vit.parts, vit.blocks[k], seen, given
+    def __init__(self, vit: Vit, k: int, seen: dict[str, Tensor], given: Given, part: Part = WHOLE_BATCH) -> None:
+        """part: the images, and of each the tokens, to read them of."""
+        self.parts, self.block, self.given = vit.parts, vit.blocks[k], given
+        self.seen = {name: part.of(x) for name, x in seen.items()}
         self.module: Any = getattr(self.block, self.parts.attention)
 
     @property
@@ -302,9 +400,7 @@ class Attention:
             return self._heads(self.seen["k"]).mean(1)
         w, b = self._slice(1)
         heads, d = self.module.num_heads, self.module.head_dim
-        return F.linear(
-            self.seen["norm"], w.view(heads, d, -1).mean(0), None if b is None else b.view(heads, d).mean(0)
-        )
+        return self._project(w.view(heads, d, -1).mean(0), None if b is None else b.view(heads, d).mean(0))
 
     def _rotated(self, x: Tensor) -> Tensor:
         return x if self.parts.rotate is None else self.parts.rotate(self.block, x, self.given)
@@ -318,7 +414,10 @@ class Attention:
         return w[rows], None if b is None else b[rows]
 
     def _packed(self, part: int) -> Tensor:
-        return F.linear(self.seen["norm"], *self._slice(part))
+        return self._project(*self._slice(part))
+
+    def _project(self, w: Tensor, b: Tensor | None) -> Tensor:
+        return F.linear(self.seen["norm"].to(w.dtype), w, b)  # autocast puts out other dtypes than the weights have
 
 
 def watch(vit: Vit, k: int, note: Callable[[int, str, Tensor], None]) -> list[Callable[[], None]]:
@@ -346,7 +445,65 @@ def _uncover(module: nn.Module, name: str) -> None:
     module.__dict__.pop(name, None)
 
 
+# -- padding ----------------------------------------------------------------------------------------------------------
+
+
+def real_tokens(mask: Any, n: int) -> list[int]:
+    """How many of n tokens of each image are real, of a mask over keys that hides padding at the right end.
+
+    mask: [B, 1, M, N], boolean (True = attend) or additive. Raises UnsupportedCall for any other.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-1] != n:
+        what = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise UnsupportedCall(f"attention_mask={what}: a mask [batch, 1, tokens, {n}] over the keys is supported")
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+    seen = seen[:, 0].any(1)  # [B, N]
+    counts = seen.sum(1)
+    if not bool((seen == (torch.arange(n, device=seen.device) < counts[:, None])).all()):
+        raise UnsupportedCall("attention_mask hides tokens in front of real ones: put the padding at the right end")
+    return counts.tolist()
+
+
+def cut_masks(vit: Vit, valid: Sizes) -> list[Callable[[], None]]:
+    """Give a pooling head, in place of the mask of all patches, valid() [B, M] of the rows that are left."""
+    head = getattr(vit.root, "head", None)
+    if not vit.parts.pads or not isinstance(head, nn.Module):
+        return []
+    return [head.register_forward_pre_hook(partial(_cut_mask, valid), with_kwargs=True).remove]
+
+
+def _cut_mask(valid: Sizes, module: Any, args: Any, kwargs: Given) -> Any:
+    here = valid()
+    if here is None:
+        return None
+    hidden = args[0] if args else kwargs["hidden_state"]
+    return (hidden,), {"attention_mask": here}
+
+
 # -- pooling ----------------------------------------------------------------------------------------------------------
+
+
+def masked_mean(vit: Vit, sizes: Sizes, valid: Sizes) -> list[Callable[[], None]]:
+    """For a classifier that takes the mean over the patches that its own mask shows; returns the undo.
+
+    valid() [B, M]: which rows are left, None if all are; sizes() [B, M] or None: how often they count.
+    """
+    if type(vit.owner).__name__ != "Siglip2ForImageClassification":
+        return []
+    return [vit.root.register_forward_hook(partial(_spread_states, vit, sizes, valid), with_kwargs=True).remove]
+
+
+def _spread_states(vit: Vit, sizes: Sizes, valid: Sizes, module: Any, args: Any, kwargs: Given, output: Any) -> Any:
+    """Rows scaled so that the sum over all patches, divided by their number, is the weighted mean of those left."""
+    left, size, mask = valid(), sizes(), kwargs.get("pixel_attention_mask")
+    if left is None:
+        return None
+    x = output.last_hidden_state
+    weight = left.float() if size is None else left * size
+    count = mask.sum(1, keepdim=True) if mask is not None else x.new_full((1, 1), x.shape[1])
+    x = x * (weight * (count / weight.sum(1, keepdim=True))).to(x.dtype)[..., None]
+    output.last_hidden_state = x if mask is None else F.pad(x, (0, 0, 0, mask.shape[1] - x.shape[1]))
+    return output
 
 
 def weighted_pooling(vit: Vit, sizes: Sizes) -> list[Callable[[], None]]:
@@ -358,6 +515,11 @@ def weighted_pooling(vit: Vit, sizes: Sizes) -> list[Callable[[], None]]:
     pool = getattr(root, "attn_pool", None)
     if pool is not None:
         undo += _attention_pool(pool, vit, sizes)
+    elif getattr(root, "global_pool", "") in ("avg", "avgmax") and not callable(getattr(type(root), "pool", None)):
+        raise UnsupportedModel(
+            f"{type(root).__name__} takes a mean that knows no weights for merged tokens: choose a method that prunes "
+            "without merging (topk_cls, zero_tprune), or tome with pooling='plain'"
+        )
     for name, ours in (("pool", _timm_pool), ("_global_pool", _clip_pool)):
         if callable(getattr(type(root), name, None)):
             undo.append(cover(root, name, partial(ours, root, sizes)))

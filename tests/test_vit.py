@@ -44,7 +44,7 @@ def rows(name: str, model: Any, x: Tensor) -> Tensor:
 @contextmanager
 def in_place(name: str, model: Any, last: VitLast) -> Iterator[None]:
     """The unpatched model, with the reductions of `last` done on all N rows."""
-    kind, done = vits.KINDS[name], VitLast(last.n, last.prefix)
+    kind, done = vits.kind(name), VitLast(last.n, last.prefix)
     steps, hooks = dict(last.steps), []
     state: dict[str, Any] = {}
 
@@ -81,7 +81,8 @@ def in_place(name: str, model: Any, last: VitLast) -> Iterator[None]:
 
     for k, block in enumerate(vits.blocks(name, model)):
         hooks.append(vits.part(block, kind.norm).register_forward_pre_hook(partial(before_mlp, k)))
-        hooks.append(block.register_forward_hook(after_block))
+        # First among its hooks: transformers records hidden states with one.
+        hooks.append(block.register_forward_hook(after_block, prepend=True))
         hooks.append(vits.part(block, kind.attention).register_forward_pre_hook(hide, with_kwargs=True))
     try:
         yield
@@ -165,9 +166,10 @@ def test_the_two_halves_of_a_block_are_the_block(name: str, training: bool) -> N
         None,
     )
     if vits.KINDS[name].rope:
-        rope = model.rope.get_embed()
+        rope = {"rope": model.rope.get_embed()} if hasattr(model, "rope") else None
+        rope = rope or {"position_embeddings": model.rope_embeddings(vits.images())}
     for block in vit.blocks:
-        given = {} if rope is None else {"rope": rope}
+        given = rope or {}
         extra = {"attention_mask": None} if vits.KINDS[name].mask == "attention_mask" else {}
         torch.manual_seed(1)
         whole = block(x, **given, **extra)
@@ -308,12 +310,132 @@ def test_intermediate_maps_have_all_rows(name: str, method: str) -> None:
     assert again.isfinite().all(), "an ordinary call afterwards is short again"
 
 
+@pytest.mark.parametrize("name", list(vits.MAPPED))
+@pytest.mark.parametrize("method", ["tome", "topk_cls", "diffrate"])
+@torch.no_grad()
+def test_models_that_lay_rows_out_on_a_grid_get_all_of_them(name: str, method: str) -> None:
+    model, x = vits.model(name), vits.images()
+    before = vits.maps(model, x)
+    with vtprune.patch(model, method, keep=1.0):
+        assert all(map(torch.equal, vits.maps(model, x), before))
+    with vtprune.patch(model, method, keep=0.4) as handle:
+        ours, last = vits.maps(model, x), handle.last
+        alone = [vits.maps(model, x[b : b + 1]) for b in range(len(x))]
+    assert last.lengths[-1] == vits.kind(name).prefix + round(0.4 * vits.PATCHES)
+    with in_place(name, model, last):
+        theirs = vits.maps(model, x)
+    assert all(map(torch.equal, vits.maps(model, x), before))
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert a.shape == b.shape == before[i].shape
+        torch.testing.assert_close(a, torch.cat([one[i] for one in alone]), **TOLERANCE)
+        if method == "topk_cls" and a.shape[-2:] == (vits.SIZE // vits.PATCH,) * 2:
+            block = (1, vits.DEPTH - 1)[i]
+            alive = last.slots_behind(block)[:, last.prefix :] >= 0
+            torch.testing.assert_close(a.flatten(2).mT[alive], b.flatten(2).mT[alive], **TOLERANCE)
+            assert not alive.all()
+        elif method == "tome" and not vits.kind(name).rope:
+            torch.testing.assert_close(a, b, **TOLERANCE)
+            assert not torch.allclose(a, before[i], **TOLERANCE), "nothing was merged"
+
+
+@pytest.mark.parametrize(("name", "inside"), [("dpt", "backbone"), ("vit-masked", "vit"), ("deit-masked", "deit")])
+@torch.no_grad()
+def test_the_model_inside_may_be_patched_alone(name: str, inside: str) -> None:
+    model, x = vits.model(name), vits.images()
+    with vtprune.patch(model, "tome", keep=0.4):
+        expected = vits.maps(model, x)
+    with vtprune.patch(getattr(model, inside), "tome", keep=0.4):
+        assert all(map(torch.equal, vits.maps(model, x), expected))
+
+
+@torch.no_grad()
+def test_a_class_of_somebody_else_gets_all_rows() -> None:
+    import transformers
+
+    class Segmenter(transformers.ViTModel):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).last_hidden_state[:, 1:].unflatten(1, (7, 7))
+
+    torch.manual_seed(0)
+    model, x = Segmenter(vits.model("vit").config).eval(), vits.images()
+    with vtprune.patch(model, "tome", keep=0.4) as handle:
+        assert model(x).shape == (3, 7, 7, vits.WIDTH)
+        assert handle.last.lengths[-1] == 21
+
+
+@torch.no_grad()
+def test_a_forward_pass_that_stops_early_is_the_last_one() -> None:
+    model, x = vits.model("timm-deit"), vits.images()
+    with vtprune.patch(model, "tome", r=5) as handle:
+        model(x)
+        (rows,) = model.forward_intermediates(
+            x, indices=[1], stop_early=True, intermediates_only=True, output_fmt="NLC"
+        )
+        assert handle.last.lengths == [45, 40]
+        assert handle.last.size.sum(1).tolist() == [50.0] * 3
+        assert rows.shape == (3, 49, vits.WIDTH)
+
+
+@torch.no_grad()
+def test_rows_that_others_add_between_blocks_are_refused() -> None:
+    model, x = vits.model("vit"), vits.images()
+    hook = vits.blocks("vit", model)[2].register_forward_pre_hook(
+        lambda m, a: (torch.cat([a[0], a[0][:, :1]], 1), a[1])
+    )
+    try:
+        with vtprune.patch(model, "tome", r=5), pytest.raises(UnsupportedCall, match="41 rows, but 40 are left behind"):
+            model(x)
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["siglip2", "siglip2-classifier"])
+@every_method
+@torch.no_grad()
+def test_padded_images_equal_themselves_without_padding(name: str, method: str, attention: str) -> None:
+    """Images of different grids in one batch of SigLIP 2: budgets are shares of their own patches."""
+    model, shapes = copy.deepcopy(vits.model(name)), [(7, 7), (3, 5), (6, 4), (5, 3)]
+    model.set_attn_implementation(attention)
+    alone = [vits.patches(vits.images(1, seed=i)[..., : h * 8, : w * 8]) for i, (h, w) in enumerate(shapes)]
+    batch = {name: nn.utils.rnn.pad_sequence([one[name][0] for one in alone], batch_first=True) for name in alone[0]}
+    assert batch["pixel_attention_mask"].sum(1).tolist() == [49, 15, 24, 15]
+    batch["pixel_values"] = batch["pixel_values"].where(batch["pixel_attention_mask"][..., None] > 0, 7.0)
+
+    def pooled(inputs: dict[str, Tensor]) -> Tensor:
+        out = model(**inputs)
+        return out.pooler_output if hasattr(out, "pooler_output") else out.logits
+
+    before = pooled(batch)
+    with vtprune.patch(model, method, keep=1.0):
+        assert torch.equal(pooled(batch), before)
+    with vtprune.patch(model, method, keep=0.4) as handle:
+        ours, last = pooled(batch), handle.last
+        assert last.valid.sum(1).tolist() == [round(0.4 * h * w) for h, w in shapes]
+        for b, one in enumerate(alone):
+            torch.testing.assert_close(ours[b], pooled(one)[0], **TOLERANCE)
+            n = int(last.valid[b].sum())
+            assert torch.equal(last.index[b, :n], handle.last.index[0])
+            assert torch.equal(last.slots[b, : handle.last.n], handle.last.slots[0])
+    assert torch.equal(pooled(batch), before)
+    assert not torch.allclose(ours, before, **TOLERANCE)
+    batch["pixel_attention_mask"] = batch["pixel_attention_mask"].flip(1)
+    with vtprune.patch(model, method, keep=0.4), pytest.raises(UnsupportedCall, match="padding at the right end"):
+        model(**batch)
+
+
 @torch.no_grad()
 def test_hidden_states_have_the_length_they_ran_on() -> None:
     model, x = vits.model("dinov2"), vits.images()
     with vtprune.patch(model, "tome", r=5) as handle:
         out = model(x, output_hidden_states=True)
     assert [h.shape[1] for h in out.hidden_states] == [50, *handle.last.lengths] == [50, 45, 40, 35, 30]
+    for k, states in enumerate(out.hidden_states[1:]):
+        whole = handle.last.unmerge(states, block=k)
+        slots = VitLast(50, 1, steps=handle.last.steps[: k + 1]).slots
+        assert torch.equal(whole, states.gather(1, slots[..., None].expand(-1, -1, vits.WIDTH)))
+    with pytest.raises(ValueError, match="left 40 behind block 1"):
+        handle.last.unmerge(out.hidden_states[1], block=1)
 
 
 # -- stages, copies, threads -------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from vtprune import Visual
 from vtprune.evals import bench_kernels
 from vtprune.methods.in_vit import ssm_keep
 from vtprune.methods.in_vit.schedule import stepwise
-from vtprune.methods.in_vit.token_transforming import dense
 from vtprune.methods.in_vit.tome import match, per_block
 from vtprune.reduction import Reduction, Tokens
 
@@ -295,7 +294,7 @@ def test_merging_and_pruning_are_special_cases() -> None:
     tokens = Tokens(x, 1, size, {"attention": row, "mean_keys": keys})
     for name, one_hot in (("topk_cls", True), ("tome", False)):
         step = vtprune.create(name).reduce(tokens, 6)
-        w = dense(step, 11)
+        w = step.dense(11)
         torch.testing.assert_close(w @ x, step.apply(x))
         torch.testing.assert_close(w.sum(-1), torch.ones(2, 7))
         assert int((w > 0).sum(1).max()) == 1, "no token feeds two"

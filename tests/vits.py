@@ -85,10 +85,16 @@ def _hf_whole(name: str, config: str) -> nn.Module:
 
     sizes = {
         "image_size": SIZE, "patch_size": PATCH, "hidden_size": WIDTH, "num_hidden_layers": DEPTH,
-        "num_attention_heads": HEADS, "intermediate_size": 2 * WIDTH,
+        "num_attention_heads": HEADS, "intermediate_size": 2 * WIDTH, "num_patches": PATCHES,
     }  # fmt: skip
     whole = getattr(transformers, config)(vision_config=sizes, num_labels=CLASSES)
     return getattr(transformers, name)(whole)
+
+
+def _torchvision() -> nn.Module:
+    vision = pytest.importorskip("torchvision.models.vision_transformer")
+    sizes = {"image_size": SIZE, "patch_size": PATCH, "hidden_dim": WIDTH, "num_layers": DEPTH, "num_heads": HEADS}
+    return vision.VisionTransformer(**sizes, mlp_dim=2 * WIDTH, num_classes=CLASSES)
 
 
 _T = partial(Kind, blocks="blocks", norm="norm2", attention="attn", mask="attn_mask")
@@ -136,15 +142,87 @@ KINDS: dict[str, Kind] = {
         tower="dinov2_with_registers",
         prefix=4,
     ),
+    "dinov3": _D(
+        partial(_hf, "DINOv3ViTModel", "DINOv3ViTConfig", layerscale_value=0.5, num_register_tokens=3),
+        blocks="model.layer",
+        prefix=4,
+        rope=True,
+    ),
+    "deit": _V(partial(_hf, "DeiTForImageClassificationWithTeacher", "DeiTConfig"), tower="deit", prefix=2),
+    "siglip2": _C(partial(_hf, "Siglip2VisionModel", "Siglip2VisionConfig", num_patches=PATCHES), prefix=0),
+    "siglip2-classifier": _C(
+        partial(_hf_whole, "Siglip2ForImageClassification", "Siglip2Config"), tower="vision_model", prefix=0
+    ),
+    "torchvision": Kind(
+        _torchvision, "encoder.layers", norm="ln_2", attention="self_attention", mask="key_padding_mask"
+    ),
 }
 NAMES = tuple(KINDS)
+
+
+def _backbone(name: str, config: str, **options: Any) -> nn.Module:
+    return _hf(name, config, out_features=["stage2", "stage4"], **options)
+
+
+def _depth() -> nn.Module:
+    import transformers
+
+    sizes = {
+        "image_size": SIZE, "patch_size": PATCH, "hidden_size": WIDTH, "num_hidden_layers": DEPTH,
+        "num_attention_heads": HEADS, "out_features": [f"stage{k + 1}" for k in range(DEPTH)],
+    }  # fmt: skip
+    inner = transformers.Dinov2Config(**sizes, mlp_ratio=2, reshape_hidden_states=False)
+    config = transformers.DPTConfig(
+        backbone_config=inner, hidden_size=WIDTH, neck_hidden_sizes=[8] * DEPTH, fusion_hidden_size=8
+    )
+    return transformers.DPTForDepthEstimation(config)
+
+
+def _features_only() -> nn.Module:
+    timm = pytest.importorskip("timm")
+    sizes = {"img_size": SIZE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS}
+    return timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=(1, DEPTH - 1), **sizes)
+
+
+# Models that lay their rows out on a grid.
+MAPPED: dict[str, Kind] = {
+    "dinov2-backbone": _D(partial(_backbone, "Dinov2Backbone", "Dinov2Config", layerscale_value=0.5)),
+    "dinov2-registers-backbone": _D(
+        partial(_backbone, "Dinov2WithRegistersBackbone", "Dinov2WithRegistersConfig", num_register_tokens=3), prefix=4
+    ),
+    "dinov3-backbone": _D(
+        partial(_backbone, "DINOv3ViTBackbone", "DINOv3ViTConfig", num_register_tokens=3),
+        blocks="model.layer",
+        prefix=4,
+        rope=True,
+    ),
+    "vit-masked": _V(partial(_hf, "ViTForMaskedImageModeling", "ViTConfig", encoder_stride=PATCH), tower="vit"),
+    "deit-masked": _V(
+        partial(_hf, "DeiTForMaskedImageModeling", "DeiTConfig", encoder_stride=PATCH), tower="deit", prefix=2
+    ),
+    "dpt": _D(_depth, tower="backbone"),
+    "timm-features-only": _T(_features_only, tower="model"),
+}
+
+
+def kind(name: str) -> Kind:
+    return KINDS[name] if name in KINDS else MAPPED[name]
+
+
+def maps(model: Any, x: Tensor) -> list[Tensor]:
+    """What a model of `MAPPED` puts out, every tensor with a place for every patch."""
+    out = model(x)
+    for name in ("reconstruction", "predicted_depth"):
+        if hasattr(out, name):
+            return [getattr(out, name)]
+    return list(out.feature_maps if hasattr(out, "feature_maps") else out)
 
 
 @cache
 def model(name: str) -> Any:
     """One model of each kind for all tests, with weights large enough to tell tokens apart."""
-    torch.manual_seed(NAMES.index(name))
-    made = KINDS[name].make().eval()
+    torch.manual_seed([*NAMES, *MAPPED].index(name))
+    made = kind(name).make().eval()
     if name.startswith("dinov2") and not hasattr(blocks(name, made)[0].attention, "q_proj"):
         with pytest.raises(vtprune.UnsupportedModel, match="older transformers"):
             vtprune.patch(made, "tome", keep=0.5)
@@ -162,11 +240,24 @@ def images(batch: int = 3, seed: int = 0) -> Tensor:
 
 def run(model: Any, x: Tensor) -> Tensor:
     """The one tensor that a user of the model wants: logits, or the pooled features."""
-    out = model.encode_image(x) if hasattr(model, "encode_image") else model(x)
+    if type(model).__name__.startswith("Siglip2"):
+        out = model(**patches(x))
+    else:
+        out = model.encode_image(x) if hasattr(model, "encode_image") else model(x)
     for name in ("logits", "image_embeds", "pooler_output"):
         if getattr(out, name, None) is not None:
             return getattr(out, name)
     return out
+
+
+def patches(x: Tensor) -> dict[str, Tensor]:
+    """The same images as SigLIP 2 takes them: rows of pixels, which of them are real, and the grid."""
+    grid = x.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).permute(0, 2, 3, 4, 5, 1)  # [B, h, w, p, p, C]
+    return {
+        "pixel_values": grid.flatten(3).flatten(1, 2),
+        "pixel_attention_mask": torch.ones(len(x), grid.shape[1] * grid.shape[2], dtype=torch.int64),
+        "spatial_shapes": torch.tensor([grid.shape[1:3]] * len(x)),
+    }
 
 
 def part(module: Any, path: str) -> Any:
@@ -176,8 +267,8 @@ def part(module: Any, path: str) -> Any:
 
 
 def tower(name: str, model: Any) -> Any:
-    return part(model, KINDS[name].tower)
+    return part(model, kind(name).tower)
 
 
 def blocks(name: str, model: Any) -> list[Any]:
-    return list(part(tower(name, model), KINDS[name].blocks))
+    return list(part(tower(name, model), kind(name).blocks))

@@ -19,6 +19,7 @@ from .kernels import (
     attention_rows,
     compact,
     deferring,
+    full_precision,
     page_rank,
     recording,
     to_device,
@@ -300,7 +301,7 @@ class Frame:
     def _ask(self, stage: Stage, views: list[Visual]) -> list[Assignment]:
         """What the method answers, checked."""
         clock = Clock(self.hidden.device)
-        with deferring() as checks, recording(self.kernels):
+        with deferring() as checks, recording(self.kernels), full_precision(self.hidden.device):
             answers = stage.method.batch(views)
             check_answers(stage, views, answers)
         self.clocks.append(clock.stop())

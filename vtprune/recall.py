@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import cache as kv
 from .compact import Compaction, mask_of
-from .kernels import Verdict, deferring
+from .kernels import Verdict, deferring, full_precision
 from .tap import read
 from .types import Signal, Stage, UnsupportedCall, Visual, check_answers
 
@@ -211,7 +211,7 @@ class Step:
         for b, numbers, columns in rows:
             row = self.rows[k - 1][b].index_select(0, columns.index_select(0, numbers))
             views.append(Visual(row.new_zeros(len(row), 0), budgets[b], signals={ROW: row}, state=recall.memory[b]))
-        with deferring() as checks:
+        with deferring() as checks, full_precision(recall.where.device):
             answers = stage.method.batch(views) if views else []
             check_answers(stage, views, answers)
         self.verdicts.append(Verdict(checks))

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .kernels import check_finite, merge
+from .kernels import best_first, check_finite, full_precision, merge, recorded
 from .types import Assignment, Method, Signal, Visual, Where, budget
 
 Reads = Literal["mean_keys", "attention", "queries", "keys"]
@@ -88,12 +88,15 @@ class Reduction:
     def apply(self, x: Tensor) -> Tensor:
         """x [B, N, C] -> [B, M, C] in x's dtype; sums in float32, and only rows that take something are touched."""
         if self.matrix is not None:
-            return (self.matrix @ x.float()).to(x.dtype)
+            with full_precision(x.device):
+                return (self.matrix @ x.float()).to(x.dtype)
         batch, n, width = x.shape
         m = self.index.shape[1]
         rows, at = x.reshape(batch * n, width), _flat(self.index, n)
         if self.src is None or self.dst is None or self.w is None:
             return rows.index_select(0, at).view(batch, m, width)
+        if recorded():
+            return self._of_plain_operations(x)
         src, dst = _flat(self.src, n), _flat(self.dst, m)
         if x.is_cpu and x.dtype == torch.float32:
             out = rows.index_select(0, at)
@@ -103,6 +106,16 @@ class Reduction:
         pairs = torch.arange(batch * m, device=x.device)
         weights = torch.cat([own, self.w.flatten()])
         return merge(rows, torch.cat([at, src]), torch.cat([pairs, dst]), weights, batch * m).view(batch, m, width)
+
+    def _of_plain_operations(self, x: Tensor) -> Tensor:
+        """`apply` of what other runtimes know, a product with the sources of every row in place of adding in place."""
+        assert self.src is not None
+        assert self.dst is not None
+        assert self.w is not None
+        out, src = _rows(x, self.index).float(), _rows(x, self.src).float()
+        delta = (src - _rows(out, self.dst)) * self.w[..., None]
+        takes = self.dst[:, None] == torch.arange(self.index.shape[1], device=x.device)[:, None]  # [B, M, E]
+        return (out + takes.to(delta.dtype) @ delta).to(x.dtype)
 
     def resize(self, size: Tensor | None) -> Tensor | None:
         """The sizes [B, M] float32 after this step, of sizes [B, N] before; None stays None where nothing merges."""
@@ -122,6 +135,12 @@ class Reduction:
         slot.scatter_(1, self.index, torch.arange(self.index.shape[1], device=slot.device).expand_as(self.index))
         return slot if self.src is None or self.dst is None else slot.scatter_(1, self.src, self.dst)
 
+    def dense(self, n: int) -> Tensor:
+        """W [B, M, n] float32: pruning has one-hot rows, merging one entry in a column."""
+        if self.matrix is not None:
+            return self.matrix
+        return self.apply(torch.eye(n, device=self.index.device).expand(self.index.shape[0], -1, -1))
+
     def assignment(self) -> Assignment:
         """The same for one image (B = 1, no prefix): rows in positional order, pairs of x' = A x."""
         index, order = self.index[0].sort()
@@ -137,9 +156,39 @@ class Reduction:
         return Assignment(index, None, torch.cat([index, self.src[0]]), torch.cat([pairs, dst]), torch.cat([own, w]))
 
 
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """x [B, N, C], index [B, K] -> [B, K, C]."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+
+
 def _flat(index: Tensor, n: int) -> Tensor:
     """Rows [B, K] of n entries each as rows of the flattened batch, [B * K]."""
     return (index + torch.arange(index.shape[0], device=index.device)[:, None] * n).flatten()
+
+
+def stacked(
+    parts: Sequence[tuple[Tensor, int, Reduction | None]], batch: int, n: int, size: Tensor | None
+) -> Reduction:
+    """One reduction of a padded batch, x [batch, n, C] and size [batch, n], of those of images with equal counts.
+
+    parts: (rows [I] of the batch, their tokens, their reduction; None leaves all). The real rows of an image stand in
+    front; rows behind them are padding, for which `index` names the last token.
+    """
+    m = max(now if step is None else step.index.shape[1] for _, now, step in parts)
+    device = parts[0][0].device
+    index = torch.full((batch, m), n - 1, dtype=torch.int64, device=device)
+    matrix, mass = torch.zeros(batch, m, n, device=device), torch.ones(batch, m, device=device)
+    merges = any(step is not None and (step.src is not None or step.matrix is not None) for _, _, step in parts)
+    for rows, now, step in parts:
+        whole = torch.arange(now, device=device).expand(len(rows), -1)
+        step = Reduction(whole) if step is None else step
+        index[rows, : step.index.shape[1]] = step.index
+        if merges:
+            matrix[rows, : step.index.shape[1], :now] = step.dense(now)
+            after = step.resize(None if size is None else size[rows, :now])
+            if after is not None:
+                mass[rows, : step.index.shape[1]] = after
+    return Reduction(index, matrix=matrix, mass=mass) if merges else Reduction(index)
 
 
 def keep_rows(t: Tokens, patches: Tensor) -> Tensor:
@@ -150,7 +199,7 @@ def keep_rows(t: Tokens, patches: Tensor) -> Tensor:
 
 def keep_best(t: Tokens, scores: Tensor, left: int) -> Reduction:
     """Keep the `left` patches of highest score [B, n], in raster order; ties go to the lower place."""
-    best = scores.sort(dim=1, descending=True, stable=True).indices[:, :left]
+    best = best_first(scores)[:, :left]
     return Reduction(keep_rows(t, best.sort(1).values))
 
 

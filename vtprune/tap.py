@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .kernels import attention_received, attention_rows
+from .kernels import attention_received, attention_rows, full_precision
 from .types import UnsupportedCall, UnsupportedModel
 
 Sink = Callable[[nn.Module, Tensor, Tensor, Tensor, "Tensor | None", float], None]
@@ -167,7 +167,7 @@ def _show(
     sinks = [sink for sink, early in tap.entries if early == before]
     if not sinks:
         return
-    with torch.no_grad():
+    with torch.no_grad(), full_precision(q.device):
         scaling = kwargs.get("scaling")
         scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
         for queries, keys, values, seen in _products(tap, module, q, k, v, mask, kwargs):

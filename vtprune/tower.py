@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .clock import timed
 from .compact import Compaction
 from .frame import UnitResult
-from .kernels import Verdict, deferring, to_device
+from .kernels import Verdict, deferring, full_precision, to_device
 from .model_adapters.tower_tokens import TowerTokens, blocks_of, tokens_of
 from .model_adapters.towers import (
     CLS_KINDS,
@@ -396,7 +396,7 @@ class TowerStages:
                 views.append(self._visual(run, stage, crop, (k, last), budget, x))
         if not todo:
             return x
-        with deferring() as checks, timed(x.device):
+        with deferring() as checks, timed(x.device), full_precision(x.device):
             answers = stage.method.batch(views)
             check_answers(stage, _bounded(views, answers, k == last), answers)
         run.verdicts.append(Verdict(checks))

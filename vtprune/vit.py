@@ -1,4 +1,4 @@
-"""Fewer tokens inside a plain vision transformer: timm, open_clip, transformers.
+"""Fewer tokens inside a plain vision transformer: timm, open_clip, torchvision, transformers.
 
 Every block of one model instance gets a forward of its own, made of the block's own modules, that reduces tokens
 between attention and MLP. Where nothing is to be done the class's forward runs, so r=0 and keep=1.0 change no bit.
@@ -16,9 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels import attention_received, attention_rows
-from .model_adapters.vits import Attention, Given, Vit, cover, watch, weighted_pooling
-from .reduction import Reducer, Reduction, Tokens, keep_rows
+from .kernels import attention_received, attention_rows, full_precision, recorded
+from .model_adapters.vits import (
+    ROPE,
+    WHOLE_BATCH,
+    Attention,
+    Given,
+    Part,
+    Vit,
+    cover,
+    cut_masks,
+    masked_mean,
+    real_tokens,
+    watch,
+    weighted_pooling,
+)
+from .reduction import Reducer, Reduction, Tokens, keep_rows, stacked
 from .tower import places
 from .types import Method, Stage, UnsupportedCall, UnsupportedModel, Visual, budget
 
@@ -32,6 +45,11 @@ class VitLast:
 
     n: rows before anything was reduced, prefix included. lengths: rows behind every block. steps: (block, reduction).
     size: [B, M] float32, for how many tokens each output row stands; None: one each. notes: what stood in for what.
+    valid: [B, M] bool, which output rows are real where images are padded to one length; None: all.
+
+    The model's outputs have the rows that are left, unless it lays them out on a grid (backbones, masked image
+    modelling, depth, `forward_intermediates`): then every token gets the row that holds it, and a dropped one keeps its
+    last state.
     """
 
     n: int
@@ -40,12 +58,19 @@ class VitLast:
     steps: list[tuple[int, Reduction]] = field(default_factory=list)
     size: Tensor | None = None
     notes: list[str] = field(default_factory=list)
+    valid: Tensor | None = None
 
     @property
     def slots(self) -> Tensor | None:
         """[B, n] int64: the output row that holds each token, -1 for a dropped one; None if all stayed."""
+        return self.slots_behind(None)
+
+    def slots_behind(self, block: int | None) -> Tensor | None:
+        """The same of the rows that a block put out; None: of the last one."""
         slots, rows = None, self.n
-        for _, step in self.steps:
+        for k, step in self.steps:
+            if block is not None and k > block:
+                break
             here = step.slots(rows)
             rows = step.index.shape[1]
             slots = here if slots is None else here.gather(1, slots.clamp(min=0)).masked_fill(slots < 0, -1)
@@ -59,15 +84,21 @@ class VitLast:
             index = step.index if index is None else index.gather(1, step.index)
         return index
 
-    def unmerge(self, x: Tensor, fill: float = 0.0) -> Tensor:
+    def unmerge(self, x: Tensor, fill: float = 0.0, block: int | None = None) -> Tensor:
         """x [B, M, C], such as the model's rows -> [B, n, C]: every token gets the row that holds it.
 
-        fill: the value of dropped tokens. Raises ValueError if x has another number of rows.
+        fill: the value of dropped tokens. block: the one that put out x, such as k for hidden_states[k + 1] (which is
+        not the last of transformers' models); None: the last. Raises ValueError if x has another number of rows.
         """
-        slots = self.slots
-        rows = self.n if slots is None else self.steps[-1][1].index.shape[1]
+        slots = self.slots_behind(block)
+        rows = self.n
+        for k, step in self.steps:
+            rows = rows if block is not None and k > block else step.index.shape[1]
         if x.shape[1] != rows:
-            raise ValueError(f"x has {x.shape[1]} rows, but the last forward pass left {rows}")
+            raise ValueError(
+                f"x has {x.shape[1]} rows, but the last forward pass left {rows} behind "
+                f"{'its last block' if block is None else f'block {block}'} (of {self.n})"
+            )
         if slots is None:
             return x
         out = x.gather(1, slots.clamp(min=0)[..., None].expand(*slots.shape, x.shape[2]))
@@ -81,10 +112,16 @@ class VitLast:
 
 @dataclass
 class Run:
-    """One forward pass. plan: (method, patches left) of every block. origin: [B, n] places of the patches left."""
+    """One forward pass. origin: [B, n] places of the patches left.
 
-    plan: list[tuple[Reducer | None, int]]
+    plans: (method, patches left) of every block; one for all images, or one each where padding makes them differ. real,
+    now: patches each image had, and has, where there is one plan each.
+    """
+
+    plans: list[list[tuple[Reducer | None, int]]]
     last: VitLast
+    real: list[int]
+    now: list[int] | None = None
     size: Tensor | None = None
     origin: Tensor | None = None
     full: Tensor | None = None  # dense outputs: what was handed out, all rows
@@ -162,6 +199,10 @@ class VitSession:
                 self._undo += watch(self.vit, k, self._note)
         if any(method.pools for method in self.reducers):
             self._undo += weighted_pooling(self.vit, self._sizes)
+            self._undo += masked_mean(self.vit, self._sizes, self._valid)
+        else:
+            self._undo += masked_mean(self.vit, lambda: None, self._valid)
+        self._undo += cut_masks(self.vit, self._valid)
         if callable(getattr(type(self.vit.root), "forward_intermediates", None)):
             self._undo.append(cover(self.vit.root, "forward_intermediates", self._intermediates))
 
@@ -190,79 +231,131 @@ class VitSession:
         block, vit = self.vit.blocks[k], self.vit
         given = {**dict(zip(self.names, args)), **kwargs}
         x = given.pop(self.names[0])
-        run = self._begin(x) if k == 0 else self.local.run
+        run = self._begin(x, given) if k == 0 else self.local.run
         if run is None:
             return type(block).forward(block, *args, **kwargs)
         if run.short is not None and x is run.full:
             x = run.short
-        method, left = run.plan[k]
-        reduces = method is not None and left < x.shape[1] - vit.prefix
+        self._check_rows(run, k, x)
+        method, left = run.plans[0][k][0], [plan[k][1] for plan in run.plans]
+        now = [x.shape[1] - vit.prefix] if run.now is None else run.now
+        reduces = method is not None and any(goal < n for goal, n in zip(left, now))
         if not reduces and not run.last.steps:
             x = type(block).forward(block, *args, **kwargs)
         else:
             x = self._split(run, k, x, method if reduces else None, left, self._allowed(run, given))
         run.last.lengths.append(x.shape[1])
-        if self.local.dense and run.last.steps:
+        if self.by_place and run.last.steps:
             run.short = x
             x = run.full = self._dense(run, x)
         if k == self.depth - 1:
-            run.last.size = run.size
-            self.local.last = self.latest = run.last
+            self._finish(run)
         return x
 
-    def _begin(self, x: Tensor) -> Run:
+    @property
+    def by_place(self) -> bool:
+        """True if blocks put out all rows in this call."""
+        return self.vit.by_place or self.local.dense
+
+    def _check_rows(self, run: Run, k: int, x: Tensor) -> None:
+        """Refuse rows that somebody else made of those the block before put out."""
+        before = run.last.lengths[-1] if run.last.lengths else run.last.n
+        if x.shape[1] != before and run.last.steps:
+            raise UnsupportedCall(
+                f"block {k} is given {x.shape[1]} rows, but {before} are left behind block {k - 1}: a hook or a module "
+                "between the blocks made others of them, which a reduction cannot follow; take it off, or unpatch"
+            )
+
+    def _finish(self, run: Run) -> None:
+        run.last.size, run.last.valid = run.size, self._valid_rows(run)
+        if not recorded():
+            self.local.last = self.latest = run.last
+
+    def _begin(self, x: Tensor, given: Given) -> Run:
         if self.vit.checkpointing():
             raise UnsupportedCall(
                 "gradient checkpointing runs blocks a second time, out of order: turn it off "
                 "(set_grad_checkpointing(False) or gradient_checkpointing_disable())"
             )
-        run = Run(self.plan(x.shape[1] - self.vit.prefix), VitLast(x.shape[1], self.vit.prefix))
+        n, mask = int(x.shape[1]), given.get("attention_mask") if self.vit.parts.pads else None
+        real = [n] if mask is None else real_tokens(mask, n)
+        if min(real) <= self.vit.prefix:
+            raise UnsupportedCall("attention_mask hides all patches of an image: leave that image out")
+        real = [n - self.vit.prefix for n in real]
+        run = Run([self.plan(n) for n in real], VitLast(n, self.vit.prefix), real, None if mask is None else real)
         self.local.run = run
         return run
 
     def _allowed(self, run: Run, given: Given) -> Given:
         """The block's further arguments for the tokens that are left; masks are refused."""
+        given = {name: value for name, value in given.items() if run.now is None or name != "attention_mask"}
         for name in MASKS:
             if given.get(name) is not None and given[name] is not False:
                 raise UnsupportedCall(f"{name} hides tokens, which a reduction would have to follow: call without it")
         given = {name: value for name, value in given.items() if name not in MASKS}
-        rope = given.get("rope")
-        if rope is not None and run.origin is not None:
-            if rope.dim() != 2:
-                raise UnsupportedCall(f"rotary positions of shape {list(rope.shape)}: one table [N, d] is supported")
-            given["rope"] = rope[run.origin][:, None]  # [B, 1, n, d]
+        for name in ROPE:
+            rope = given.get(name)
+            if rope is not None and run.origin is not None:
+                tables = tuple(_of_patches(t, run.origin) for t in (rope if isinstance(rope, tuple) else (rope,)))
+                given[name] = tables if isinstance(rope, tuple) else tables[0]
         return given
 
-    def _split(self, run: Run, k: int, x: Tensor, method: Reducer | None, left: int, given: Given) -> Tensor:
+    def _split(self, run: Run, k: int, x: Tensor, method: Reducer | None, left: list[int], given: Given) -> Tensor:
         """The block in its two halves, with a reduction in between where there is a method."""
         block, parts = self.vit.blocks[k], self.vit.parts
-        bias = run.size.log().to(x.dtype) if run.size is not None and self.weighs else None
         self.local.seen = {} if method is not None and method.reads else None
-        x = x + parts.attend(block, x, bias, given)
+        x = x + parts.attend(block, x, self._bias(run, x), given)
         if method is not None:
-            with torch.no_grad():
-                step = method.reduce(self._tokens(run, k, x, method, bias, given), left)
+            with torch.no_grad(), full_precision(x.device):
+                step = self._step(run, k, x, method, left, given)
                 run.size = step.resize(run.size)
-                if "rope" in given:
+                if any(given.get(name) is not None for name in ROPE):
                     patches = step.index[:, self.vit.prefix :] - self.vit.prefix
                     run.origin = patches if run.origin is None else run.origin.gather(1, patches)
-            if self.local.dense and not run.last.steps:
+            if self.by_place and not run.last.steps:
                 run.full = x
             run.last.steps.append((k, step))
             x = step.apply(x)
         self.local.seen = None
         return x + parts.feed(block, x)
 
-    def _tokens(self, run: Run, k: int, x: Tensor, method: Reducer, bias: Tensor | None, given: Given) -> Tokens:
-        seen = Attention(self.vit, k, self.local.seen or {}, given)
+    def _bias(self, run: Run, x: Tensor) -> Tensor | None:
+        """[B, N] to add to the logits of every key: log sizes, and the lowest number for padding."""
+        bias = run.size.log().to(x.dtype) if run.size is not None and self.weighs else None
+        if run.now is None or min(run.now) + self.vit.prefix == x.shape[1]:
+            return bias
+        pads = ~_first(run.now, self.vit.prefix, x)
+        return (x.new_zeros(pads.shape) if bias is None else bias).masked_fill(pads, torch.finfo(x.dtype).min)
+
+    def _step(self, run: Run, k: int, x: Tensor, method: Reducer, left: list[int], given: Given) -> Reduction:
+        """The method's reduction of the batch; images with padding behind them in groups of equal counts."""
+        if run.now is None:
+            return method.reduce(self._tokens(run, k, x, method, WHOLE_BATCH, run.real[0], given), left[0])
+        groups: dict[tuple[int, int, int], list[int]] = {}
+        for image, counts in enumerate(zip(run.now, left, run.real)):
+            groups.setdefault(counts, []).append(image)
+        steps: list[tuple[Tensor, int, Reduction | None]] = []
+        for (now, goal, n0), images in groups.items():
+            rows, n = torch.tensor(images, device=x.device), now + self.vit.prefix
+            step = None
+            if goal < now:
+                step = method.reduce(self._tokens(run, k, x, method, Part(rows, n), n0, given), goal)
+            steps.append((rows, n, step))
+        run.now = [min(now, goal) for now, goal in zip(run.now, left)]
+        return stacked(steps, x.shape[0], x.shape[1], run.size)
+
+    def _tokens(self, run: Run, k: int, x: Tensor, method: Reducer, part: Part, n0: int, given: Given) -> Tokens:
+        seen = Attention(self.vit, k, self.local.seen or {}, given, part)
+        size = None if run.size is None else part.of(run.size)
+        bias = size.log().to(x.dtype) if size is not None and self.weighs else None
         signals: dict[str, Tensor] = {what: self._signal(run, seen, what, bias) for what in method.reads}
         return Tokens(
-            x=x,
+            x=part.of(x),
             prefix=self.vit.prefix,
-            size=run.size,
+            size=size,
             signals=signals,
             block=(k, self.depth),
-            n0=run.last.n - self.vit.prefix,
+            n0=n0,
             has_cls=self.vit.has_cls,
             scaling=seen.scaling,
         )
@@ -285,7 +378,21 @@ class VitSession:
     def _sizes(self) -> Tensor | None:
         """Sizes of the rows that the last block put out."""
         run = self.local.run
-        return None if run is None or self.local.dense else run.size
+        return None if run is None or self.by_place else run.size
+
+    def _valid(self) -> Tensor | None:
+        """[B, M] bool: which rows the last block put out are real, once some are gone; None while all are there."""
+        run = self.local.run
+        if run is None or self.by_place or not run.last.steps:
+            return None
+        valid = self._valid_rows(run)
+        index = run.last.steps[-1][1].index
+        return torch.ones_like(index, dtype=torch.bool) if valid is None else valid
+
+    def _valid_rows(self, run: Run) -> Tensor | None:
+        if run.now is None or not run.last.steps:
+            return None
+        return _first(run.now, self.vit.prefix, run.last.steps[-1][1].index)
 
     # -- all rows -----------------------------------------------------------------------------------------------------
 
@@ -295,7 +402,9 @@ class VitSession:
         try:
             return type(root).forward_intermediates(root, *args, **kwargs)
         finally:
-            self.local.dense, self.local.run = False, None
+            run, self.local.dense, self.local.run = self.local.run, False, None
+            if run is not None and len(run.last.lengths) < self.depth:  # it stops at the last block that was asked for
+                self._finish(run)
 
     def _dense(self, run: Run, x: Tensor) -> Tensor:
         slots = run.last.slots
@@ -303,6 +412,18 @@ class VitSession:
         assert run.full is not None
         out = x.gather(1, slots.clamp(min=0)[..., None].expand(*slots.shape, x.shape[2]))
         return torch.where((slots < 0)[..., None], run.full, out)
+
+
+def _first(counts: list[int], prefix: int, x: Tensor) -> Tensor:
+    """[B, N] bool of x [B, N, ...]: the prefix and the first counts[b] patches of every image."""
+    return torch.arange(x.shape[1], device=x.device) < torch.tensor(counts, device=x.device)[:, None] + prefix
+
+
+def _of_patches(rope: Tensor, origin: Tensor) -> Tensor:
+    """A table [N, d] of rotary positions -> [B, 1, n, d] for the patches that are left, origin [B, n]."""
+    if rope.dim() != 2:
+        raise UnsupportedCall(f"rotary positions of shape {list(rope.shape)}: one table [N, d] is supported")
+    return rope[origin][:, None]
 
 
 @dataclass(frozen=True)

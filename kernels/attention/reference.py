@@ -9,6 +9,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from ..dispatch import recorded
+
 CACHE_ELEMENTS = 1 << 19  # 2 MiB of float32: a block is written and read again before it leaves the cache
 DEVICE_ELEMENTS = 1 << 24  # 64 MiB: elsewhere the launches count, not the cache
 
@@ -76,6 +78,9 @@ def blocks(
     rows: queries in a block; None picks them. Heads that share their keys stay together unless a block of them is too
     large, so that the keys are read and converted once.
     """
+    if recorded():  # one block, whatever the sizes will be
+        yield Block((slice(None),) * 3, q.float(), k.float(), *((None, None) if mask is None else _bias(mask)))
+        return
     if elements is None:
         elements = CACHE_ELEMENTS if q.device.type == "cpu" else DEVICE_ELEMENTS
     (batch, heads, queries, d), (_, groups, n, _) = q.shape, k.shape

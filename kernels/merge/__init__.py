@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import backend_for
+from ..dispatch import backend_for, full_precision
 from . import reference
 
 __all__ = ["merge"]
@@ -43,7 +43,8 @@ def merge(x: Tensor, src: Tensor, dst: Tensor, w: Tensor, out_rows: int) -> Tens
 
         out = triton.merge(rows, src, dst, w, out_rows)
     else:
-        out = reference.merge(rows, src, dst, w, out_rows)
+        with full_precision(x.device):
+            out = reference.merge(rows, src, dst, w, out_rows)
     return out.view(out_rows, *x.shape[1:])
 
 

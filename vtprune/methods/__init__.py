@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from .. import registry
+from ..kernels import best_first as best_first
 from ..types import Assignment, Method, Signal, UnsupportedModel, Visual
 
 Fallback = Literal["received", "error"]
@@ -44,11 +45,6 @@ def budget_of(v: Visual, name: str) -> int:
 def select(order: Tensor, scores: Tensor | None = None) -> Assignment:
     """Keep the tokens of `order` [K], picked in that order, as they are."""
     return Assignment(idx=order.sort().values, order=order, scores=scores)
-
-
-def best_first(scores: Tensor) -> Tensor:
-    """Positions of scores [N] from the highest to the lowest; equal scores in positional order."""
-    return scores.sort(descending=True, stable=True).indices
 
 
 def signal_of(v: Visual, wanted: Signal, name: str) -> Tensor:

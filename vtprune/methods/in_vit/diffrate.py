@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ...kernels import best_first
 from ...reduction import Reads, Reducer, Reduction, Tokens, keep_rows
 from ...registry import register
 
@@ -78,7 +79,7 @@ class DiffRate(Reducer):
             kept = t.n - int(self.pruned * (t.n - left))
         else:
             kept = max(left, min(t.n, self._scaled(self.prune[t.block[0]], t.n0)))
-        order = t.read("attention")[:, t.prefix :].sort(dim=1, descending=True, stable=True).indices
+        order = best_first(t.read("attention")[:, t.prefix :])
         stay, go = order[:, :left].sort(1).values, order[:, left:kept]
         if kept == left:
             return Reduction(keep_rows(t, stay))
@@ -91,7 +92,7 @@ def merge_into(x: Tensor, size: Tensor, index: Tensor, src: Tensor, prefix: int)
     width = unit.shape[-1]
     a = unit.gather(1, src[..., None].expand(-1, -1, width))
     b = unit.gather(1, index[:, prefix:, None].expand(-1, -1, width))
-    g, dst = (a @ b.mT).max(-1)  # [B, E]
+    g, dst = (a @ b.transpose(-1, -2)).max(-1)  # [B, E]
     dst = dst + prefix
     count = torch.ones_like(index, dtype=torch.float32).scatter_add_(1, dst, torch.ones_like(g))
     # The floor acts on the sum, so it stands on the gain: no destination falls below it.

@@ -42,7 +42,7 @@ class TokenTransforming(Reducer):
         index = keep_best(t, t.read("attention")[:, t.prefix :], left).index
         unit = torch.nn.functional.normalize(t.read("mean_keys"), dim=-1)
         anchors = unit.gather(1, index[:, t.prefix :, None].expand(-1, -1, unit.shape[-1]))
-        share = ((anchors @ unit.mT - 1) / self.temperature).softmax(1)  # [B, left, N], columns sum to 1
+        share = ((anchors @ unit.transpose(-1, -2) - 1) / self.temperature).softmax(1)  # [B, left, N], columns sum to 1
         share = share.where(share >= self.threshold * share.amax(1, keepdim=True), 0)
         share = torch.cat([share.new_zeros(*index.shape[:1], t.prefix, share.shape[2]), share], 1)
         own = torch.zeros_like(share).scatter_(2, index[..., None], 1.0)
@@ -56,11 +56,3 @@ def weighted(index: Tensor, share: Tensor, size: Tensor) -> Reduction:
     mass = share * size[:, None]
     total = mass.sum(-1)
     return Reduction(index, matrix=mass / total[..., None], mass=total)
-
-
-def dense(step: Reduction, n: int) -> Tensor:
-    """W [B, M, N] float32 of any reduction: pruning has one-hot rows, merging one entry in a column."""
-    if step.matrix is not None:
-        return step.matrix
-    eye = torch.eye(n, device=step.index.device).expand(step.index.shape[0], -1, -1)
-    return step.apply(eye)

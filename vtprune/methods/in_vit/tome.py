@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ...kernels import best_first
 from ...reduction import Reads, Reducer, Reduction, Tokens
 from ...registry import register
 from ...types import Visual
@@ -100,8 +101,8 @@ def match(metric: Tensor, size: Tensor, prefix: int, r: int) -> Reduction:
     batch, n, _ = metric.shape
     unit = torch.nn.functional.normalize(metric, dim=-1)
     even, odd = prefix + prefix % 2, prefix + 1 - prefix % 2
-    cosine = unit[:, even::2] @ unit[:, odd::2].mT  # [B, A, B]
-    order = cosine.amax(-1).sort(dim=-1, descending=True, stable=True).indices
+    cosine = unit[:, even::2] @ unit[:, odd::2].transpose(-1, -2)  # [B, A, B]
+    order = best_first(cosine.amax(-1))
     src, rest = order[:, :r], order[:, r:]
     if prefix:
         rest = rest.sort(-1).values
@@ -122,7 +123,7 @@ def together(index: Tensor, slots: Tensor, size: Tensor) -> Reduction:
     batch, m = index.shape
     total = size.new_zeros(batch, m).scatter_add_(1, slots, size)
     own = torch.zeros_like(slots, dtype=torch.bool).scatter_(1, index, True)
-    src = own.to(torch.int8).argsort(dim=1, stable=True)[:, : slots.shape[1] - m]
+    src = best_first(-own.to(torch.int8))[:, : slots.shape[1] - m]
     dst, gain = slots.gather(1, src), size.gather(1, src)
     return Reduction(index, src, dst, gain / total.gather(1, dst), gain)
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtprune.kernels import page_rank
+from vtprune.kernels import best_first, page_rank
 
 from ...reduction import Reads, Reducer, Reduction, Tokens, keep_rows
 from ...registry import register
@@ -65,7 +65,7 @@ class ZeroTPrune(Reducer):
             q, k = (x.gather(2, rows[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])) for x in (q, k))
         if rows.shape[1] - p > left:
             importance, stats["heads_passed"] = self._importance(t, q, k, self._steps(t))
-            best = importance[:, p:].sort(dim=1, descending=True, stable=True).indices[:, :left] + p
+            best = best_first(importance[:, p:])[:, :left] + p
             kept = torch.cat([rows[:, :p], rows.gather(1, best.sort(1).values)], 1)
         else:
             kept = rows
@@ -105,17 +105,17 @@ def similar_pairs(features: Tensor, importance: Tensor, drop: int) -> tuple[Tens
 
     features [B, n, d], importance [B, n] -> two [B, drop], most similar first; the upper half has the odd patch.
     """
-    order = importance.sort(dim=1, descending=True, stable=True).indices
+    order = best_first(importance)
     half = (order.shape[1] + 1) // 2
     upper, lower = order[:, :half].sort(1).values, order[:, half:].sort(1).values
     unit = torch.nn.functional.normalize(features, dim=-1)
     a, b = (unit.gather(1, rows[..., None].expand(-1, -1, unit.shape[-1])) for rows in (lower, upper))
-    best, partner = (a @ b.mT).max(-1)
-    top = best.sort(dim=1, descending=True, stable=True).indices[:, :drop]
+    best, partner = (a @ b.transpose(-1, -2)).max(-1)
+    top = best_first(best)[:, :drop]
     return lower.gather(1, top), upper.gather(1, partner.gather(1, top))
 
 
 def without(rows: Tensor, gone: Tensor) -> Tensor:
     """rows [B, N] (0..N-1) without those in gone [B, E], in order: [B, N - E]."""
     mark = torch.zeros_like(rows, dtype=torch.int8).scatter_(1, gone, 1)
-    return mark.argsort(dim=1, stable=True)[:, : rows.shape[1] - gone.shape[1]]
+    return best_first(-mark)[:, : rows.shape[1] - gone.shape[1]]
