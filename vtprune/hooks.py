@@ -163,6 +163,11 @@ class Session:
             raise
 
     @property
+    def root(self) -> nn.Module:
+        """The module that is patched, whatever it was found in."""
+        return self.adapter.base
+
+    @property
     def first_layer(self) -> int:
         """The first decoder layer with a stage, or the number of layers."""
         return min((s.where for s in self.stages if isinstance(s.where, int)), default=len(self.adapter.layers))

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -291,8 +292,10 @@ class Stage:
                 f"method={self.method!r} is not a vtprune Method: pass vtprune.create('divprune') or an instance of a "
                 "class registered with @vtprune.register"
             )
-        check_keep(self.keep)
-        check_keep(self.keep_total, "keep_total")
+        object.__setattr__(self, "keep", check_keep(self.keep))
+        object.__setattr__(self, "keep_total", check_keep(self.keep_total, "keep_total"))
+        if isinstance(self.where, Integral) and not isinstance(self.where, bool):
+            object.__setattr__(self, "where", int(self.where))
         if self.keep is not None and self.keep_total is not None:
             raise TypeError(f"keep={self.keep} and keep_total={self.keep_total}: give one of them")
         for name, valid in (("per", get_args(Per)), ("newlines", get_args(Newlines))):
@@ -358,24 +361,26 @@ def check_answers(stage: Stage, views: Sequence[Visual], answers: Sequence[Assig
         check((torch.cat(steps) > 0).all(), error)
 
 
-def check_keep(keep: object, name: str = "keep") -> None:
-    """Raise unless keep is None, a float in (0, 1] or an int >= 1."""
+def check_keep(keep: object, name: str = "keep") -> float | int | None:
+    """keep as a Python number, also from NumPy's; raises unless it is None, a float in (0, 1] or an int >= 1."""
     ways = "use a float in (0, 1] (share of the visual tokens) or an int >= 1 (tokens per unit)"
     if keep is None:
-        return
-    if isinstance(keep, bool) or not isinstance(keep, int | float):
+        return None
+    if isinstance(keep, bool) or not isinstance(keep, Real):
         raise TypeError(f"{name}={keep!r} is a {type(keep).__name__}: {ways}")
-    if isinstance(keep, int):
+    if isinstance(keep, Integral):
         if keep < 1:
             raise ValueError(f"{name}={keep} keeps nothing: {ways}")
-    elif not (math.isfinite(keep) and 0.0 < keep <= 1.0):
+        return int(keep)
+    if not (math.isfinite(keep) and 0.0 < keep <= 1.0):
         raise ValueError(f"{name}={keep} is outside the valid range: {ways}")
+    return float(keep)
 
 
 def budget(keep: float | int, n: int) -> int:
     """round(keep * n) (half to even, as the official codes do) or keep itself, clamped to 1..n."""
-    count = keep if isinstance(keep, int) else round(keep * n)
-    return max(1, min(int(count), n))
+    count = int(keep) if isinstance(keep, Integral) else round(float(keep) * n)
+    return max(1, min(count, n))
 
 
 def spread(total: int, sizes: Sequence[int]) -> Iterator[int]:
