@@ -118,7 +118,7 @@ class Adapter:
         if self.model_type not in TESTED + SAME_SHAPE:
             raise UnsupportedModel(
                 f"{type(model).__name__} ({self.model_type}) is not a vision-language model vtprune knows; tested "
-                f"families: {families}; same call shape: {', '.join(SAME_SHAPE)}"
+                f"families: {families}; same call shape: {', '.join(SAME_SHAPE)}; pass the whole model, no part of it"
             )
         self.model = model
         self.config = config

@@ -181,7 +181,7 @@ def test_an_error_in_a_compiled_call_leaves_nothing_behind() -> None:
     model = families.fresh("llava")
     with vtprune.patch(model, "divprune", keep=KEEP) as handle:
         compiled = whole(model)
-        wrong = dict(batch, pixel_values=batch["pixel_values"][:1])
+        wrong = dict(families.inputs("llava", rows=(2,)), pixel_values=batch["pixel_values"][:1])
         with pytest.raises(Exception, match="tokens"):
             logits(compiled, wrong)
         text = families.inputs("llava", rows=(0,))

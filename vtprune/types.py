@@ -367,14 +367,16 @@ def check_keep(keep: object, name: str = "keep") -> float | int | None:
     if keep is None:
         return None
     if isinstance(keep, bool) or not isinstance(keep, Real):
-        raise TypeError(f"{name}={keep!r} is a {type(keep).__name__}: {ways}")
+        item = "; call its .item()" if hasattr(keep, "item") and getattr(keep, "ndim", None) == 0 else ""
+        raise TypeError(f"{name}={keep!r} is a {type(keep).__name__}: {ways}{item}")
     if isinstance(keep, Integral):
         if keep < 1:
             raise ValueError(f"{name}={keep} keeps nothing: {ways}")
         return int(keep)
-    if not (math.isfinite(keep) and 0.0 < keep <= 1.0):
+    share = float(keep)
+    if not (math.isfinite(share) and 0.0 < share <= 1.0):
         raise ValueError(f"{name}={keep} is outside the valid range: {ways}")
-    return float(keep)
+    return share
 
 
 def budget(keep: float | int, n: int) -> int:
