@@ -8,6 +8,7 @@ see it. So no mask is needed and the kernels for causal attention stay in use.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class Bucketed:
         self.mode, self.bucket, self.config = mode, bucket, config
         self.attention = config._attn_implementation or "eager"
         self.runs: dict[tuple[int, int, bool], Callable[..., tuple[Tensor, ...]]] = {}
-        self._forward = self.text.forward
+        self._forward = partial(type(self.text).forward, self.text)  # that of a patch runs outside of compilers
         self._compiled = None
         if mode == "compile":  # fullgraph: more lengths than torch will compile raise instead of running eagerly
             self._compiled = torch.compile(self._run, dynamic=False, fullgraph=True, backend=backend)
@@ -68,11 +69,14 @@ class Bucketed:
                 f"prefill={self.mode!r} runs decoder layers without Python, so stages inside the LLM cannot act there "
                 "(flash attention adds hooks too): use prefill='eager', or a method that acts before the LLM"
             )
+        self._before = self.text.__dict__.get("forward")
         self.text.__dict__["forward"] = self.forward
         return self
 
     def __exit__(self, *exc: object) -> None:
         del self.text.__dict__["forward"]
+        if self._before is not None:
+            self.text.__dict__["forward"] = self._before
 
     def forward(self, *args: Any, **call: Any) -> Any:
         """The text model's forward, bucketed where it can be; returns BaseModelOutputWithPast like it."""

@@ -120,7 +120,7 @@ class Adapter:
             raise UnsupportedModel(
                 f"{type(model).__name__} ({self.model_type}) is not a vision-language model vtprune knows; tested "
                 f"families: {families}; same call shape: {', '.join(SAME_SHAPE)}; plain vision transformers that work: "
-                f"{WORKING}"
+                f"{WORKING}; pass the whole model, no part of it"
             )
         self.model = model
         self.config = config

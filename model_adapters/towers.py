@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtprune.clock import timed
+from vtprune.compilers import announce, outside_while_busy
 from vtprune.tap import attach, interface_of, read
 from vtprune.types import Signal, UnsupportedCall, UnsupportedModel
 
@@ -318,13 +319,20 @@ class TowerSignals:
                 source = self.tower.post_layernorm if hasattr(self.tower, "downsample") else self.tower
                 undo.append(source.register_forward_hook(partial(self._hidden, signal)).remove)
             else:
-                undo.append(attach(self.layers[index], partial(self._sink, signal)))
+                source = self.layers[index]
+                undo.append(attach(source, partial(self._sink, signal)))
+            undo.append(announce(source, self.busy))
         return undo
+
+    def busy(self) -> bool:
+        """True while this thread collects."""
+        return self._local.parts is not None
 
     def start(self) -> None:
         """Begin to collect, in this thread, with empty buffers."""
         self._local.parts = {signal: [] for signal in self.needs}
 
+    @outside_while_busy
     def _sink(
         self,
         signal: Signal,
@@ -345,6 +353,7 @@ class TowerSignals:
             x = x * q.shape[2]
         self._local.parts[signal].append(x if x.dim() == 3 else x.unsqueeze(-1))
 
+    @outside_while_busy
     def _hidden(self, signal: Signal, module: nn.Module, args: Any, output: Any) -> None:
         if self._local.parts is None:
             return

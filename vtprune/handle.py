@@ -28,6 +28,7 @@ class Handle:
 
     def __init__(self, model: nn.Module, session: Session | VitSession) -> None:
         self._model, self._session = model, session
+        self._enter()
 
     @property
     def stages(self) -> list[Stage]:
@@ -45,7 +46,7 @@ class Handle:
     @property
     def active(self) -> bool:
         """True until removed."""
-        return self._model.__dict__.get(_KEY) is self
+        return self._session.root.__dict__.get(_KEY) is self
 
     def remove(self) -> None:
         """Leave the model as it was before `patch`; safe to call twice.
@@ -55,7 +56,10 @@ class Handle:
         """
         self._session.remove()
         if self.active:
-            del self._model.__dict__[_KEY]
+            del self._session.root.__dict__[_KEY]
+
+    def _enter(self) -> None:
+        self._session.root.__dict__[_KEY] = self
 
     def __enter__(self) -> Handle:
         return self
@@ -81,6 +85,10 @@ def patch(
     Also of a plain vision transformer of timm, open_clip or transformers, inside its blocks: then `keep` counts the
     patches that leave the last block, and a stage is at ("vit", k), in the middle of block k, or a slice of them.
 
+    The model may stand in a wrapper: those of peft, DistributedDataParallel, `torch.compile`, a value head
+    (`pretrained_model`) or a pipeline. Then the model inside is patched, whose own calls are pruned, whoever makes
+    them. `torch.compile` breaks its graph around a prompt that is pruned, and compiles decode steps whole.
+
     method: a name from `vtprune.methods()`, a `Method`, a `Stage`, or a list of `Stage`s.
     keep: float in (0, 1] = share of a unit's visual tokens, int >= 1 = tokens per unit (more than there are keeps
         all). 1.0 computes exactly what the unpatched model computes. Required with a name or a `Method`, unless the
@@ -97,15 +105,13 @@ def patch(
     >>> first = Stage("llm", vtprune.create("divprune"), keep=0.5)
     >>> vtprune.patch(model, [first, Stage(8, vtprune.create("fastv"), keep=0.25)])
     """
-    from torch import nn
-
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; pass the loaded Hugging Face model itself")
     from .model_adapters.vits import vit_of
+    from .model_adapters.wrappers import unwrapped
 
+    model = unwrapped(model)
     vit = vit_of(model)
     stages = _stages(model, method, keep, options, vit is not None)
-    before: Handle | None = model.__dict__.get(_KEY)
+    before = next(iter(_handles(model)), None)
     if before is not None and not add:
         raise ValueError(
             f"this model is already patched ({before!r}): call handle.remove() or vtprune.unpatch(model) first, or "
@@ -116,11 +122,12 @@ def patch(
             raise ValueError("add=True is for vision-language models: pass a vision transformer all its stages at once")
         from .vit import VitSession
 
-        handle = model.__dict__[_KEY] = Handle(model, VitSession(vit, stages))
-        return handle
+        return Handle(model, VitSession(vit, stages))
     from .hooks import Session
 
     if before is not None:
+        if not isinstance(before._session, Session):
+            raise ValueError(f"a part of this model is patched alone ({before!r}): call vtprune.unpatch(model) first")
         stages = sorted([*before.stages, *stages], key=lambda s: s.where if isinstance(s.where, int) else -1)
         before.remove()
     try:
@@ -128,17 +135,21 @@ def patch(
     except BaseException:
         if before is not None:
             before._session._install()
-            model.__dict__[_KEY] = before
+            before._enter()
         raise
-    handle = model.__dict__[_KEY] = Handle(model, session)
-    return handle
+    return Handle(model, session)
 
 
 def unpatch(model: nn.Module) -> None:
-    """Remove the patch of `model`, if there is one."""
-    handle: Handle | None = model.__dict__.get(_KEY)
-    if handle is not None:
+    """Remove the patch of `model`, or of the model that it wraps, if there is one."""
+    for handle in _handles(model):
         handle.remove()
+
+
+def _handles(model: Any) -> list[Handle]:
+    """The patches in force on a model, its parts, or what it wraps."""
+    modules = getattr(model, "modules", None) or model.model.modules  # a pipeline is no module
+    return [module.__dict__[_KEY] for module in modules() if _KEY in module.__dict__]
 
 
 def _stages(
@@ -168,7 +179,7 @@ def _stages(
         raise TypeError(f"method={method!r}: pass a name ({names}), a Method, a Stage or a list of Stages")
     if keep is None and where.get("keep_total") is None and not made.adaptive:
         raise TypeError(f"{made.name}: keep is missing; use a float in (0, 1] (share) or an int >= 1 (tokens)")
-    check_keep(keep)
+    keep = check_keep(keep)
     if plain:
         if where:
             raise TypeError(f"{', '.join(where)}: for vision-language models; a vision transformer takes keep only")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import cache as kv
 from .clock import Clock, timing
 from .compact import hide, in_window, mask_for, tensor_mask
+from .compilers import announce, outside, outside_while_busy, refuse_tracers
 from .frame import LINEAR, LLM_KINDS, Frame, Last
 from .kernels import recording
 from .model_adapters.generic import MODALITIES, Adapter, Features
@@ -108,6 +109,7 @@ class Observer:
         base = self.session.adapter.base
         return partial(getattr(type(base), self.__name__), base)
 
+    @outside
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         local = self.session.local
         if local.observing:  # video features may be computed through the image path
@@ -159,6 +161,11 @@ class Session:
         except BaseException:
             self.remove()
             raise
+
+    @property
+    def root(self) -> nn.Module:
+        """The module that is patched, whatever it was found in."""
+        return self.adapter.base
 
     @property
     def first_layer(self) -> int:
@@ -308,6 +315,10 @@ class Session:
 
     # -- installing and removing ------------------------------------------------------------------------------------
 
+    def busy(self) -> bool:
+        """True while this thread prunes a prompt."""
+        return self.local.frame is not None
+
     def _install(self) -> None:
         a = self.adapter
         before = a.base.register_forward_pre_hook
@@ -318,11 +329,20 @@ class Session:
         for i in range(self.first_hook, len(a.layers)):
             hook = partial(self._layer_pre, i)
             self._undo.append(a.layers[i].register_forward_pre_hook(hook, with_kwargs=True).remove)
+        self._announced: set[nn.Module] = set()
+        self._announce(a.base, a.text, *a.layers[self.first_hook :])
         if self.first_layer < self.deep:
             a.text.__dict__[DEEPSTACK] = self._add_features
             self._undo.append(partial(_uncover, a.text, DEEPSTACK))
         self._tap_layers()
         self._observe_towers()
+
+    def _announce(self, *modules: nn.Module) -> None:
+        """Let compilers know of the hooks on these modules; once each."""
+        for module in modules:
+            if module not in self._announced:
+                self._announced.add(module)
+                self._undo.append(announce(module, self.busy))
 
     def _tap_layers(self) -> None:
         from .tap import attach, attach_change
@@ -363,11 +383,13 @@ class Session:
                     attention = attention_of(self.adapter.layers[layer])
                     hook = attention.register_forward_pre_hook(partial(self._rope_sink, layer), with_kwargs=True)
                     self._undo.append(hook.remove)
+                    self._announce(attention)
                     continue
                 if need.kind == "transition":
                     self._watch_transitions(stage, layer)
                     continue
                 attention, own = attention_of(self.adapter.layers[layer]), need.offset == 0
+                self._announce(attention)
                 if "decode" in stage.method.phases:
                     if need != ROW:
                         raise ValueError(f"{stage.method.name} reads {need} at decode, where there is only {ROW}")
@@ -378,10 +400,12 @@ class Session:
                     if self._first_watch(need.kind, i, own):
                         attention = attention_of(self.adapter.layers[i])
                         self._undo.append(attach(attention, partial(self._row_sink, need.kind, i, own), before=own))
+                        self._announce(attention)
         for layer in self.looked_at:
             self._undo.append(attach(attention_of(self.adapter.layers[layer]), self._stop, before=True))
         for i, layer in enumerate(self.adapter.layers if self.reweighing or self.of_heads else ()):
             self._undo.append(attach_change(attention_of(layer), partial(self._change, i)))
+            self._announce(attention_of(layer))
 
     def _first_watch(self, kind: str, layer: int, own: bool = False) -> bool:
         """True the first time: several stages may read one quantity, which is computed once."""
@@ -414,6 +438,7 @@ class Session:
             return
         for module in (attention_of(self.adapter.layers[layer]), mlp_of(self.adapter.layers[layer])):
             self._undo.append(module.register_forward_hook(partial(self._transition, layer), with_kwargs=True).remove)
+            self._announce(module)
 
     @property
     def looked_at(self) -> set[int]:
@@ -460,24 +485,36 @@ class Session:
         call = self.adapter.bind(module, args, kwargs)
         ids = call.get("input_ids")
         tokens = ids if ids is not None else call.get("inputs_embeds")
+        if self.busy():  # compiled code left by an exception before `_base_post` could run
+            self._base_post(module, args, None)
         if tokens is not None and tokens.shape[1] > 1:  # decode steps leave here: nothing to prune
             self._refuse(call)
-            code = self.adapter.visual_code(call) if self.adapter.features_given(call) else None
-            if code is not None:
-                encoded = call.get("mm_encoder_outputs")
-                encoded = encoded if isinstance(encoded, dict) else {}
-                # Pixels are encoded during this very call; encoded features must be recognised, not taken for the last.
-                self.local.features = {m: self.seen.find(v) for m, v in encoded.items() if v is not None}
-                frame = self.local.frame = Frame(self.adapter, self.stages, code, notes=list(self.notes))
-                frame.foresee(call)
+            if self.adapter.features_given(call):
+                self._begin(call, tokens)
         if self.adapter.masks_in_base:
             call = self._past_mask_2d(call, call.get(kv.NAME))
         return None if call is kwargs else ((), call)
 
+    @outside
+    def _begin(self, call: dict[str, Any], tokens: Tensor) -> None:
+        """Start to prune this prompt, if it names its tokens."""
+        refuse_tracers(tokens)
+        code = self.adapter.visual_code(call)
+        if code is None:
+            return
+        encoded = call.get("mm_encoder_outputs")
+        encoded = encoded if isinstance(encoded, dict) else {}
+        # Pixels are encoded during this very call; encoded features must be recognised, not taken for the last.
+        self.local.features = {m: self.seen.find(v) for m, v in encoded.items() if v is not None}
+        frame = self.local.frame = Frame(self.adapter, self.stages, code, notes=list(self.notes))
+        frame.foresee(call)
+
+    @outside_while_busy
     def _base_post(self, module: nn.Module, args: Any, output: Any) -> None:
         self.local.frame, self.local.step, self.local.placed = None, None, ()
         kv.leave()
 
+    @outside_while_busy
     def _text_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = self.adapter.bind(module, args, kwargs)
         cache = call.get(kv.NAME)
@@ -502,6 +539,7 @@ class Session:
                 frame.read_embeds(call["inputs_embeds"])
         return None if call is kwargs else ((), call)
 
+    @outside_while_busy
     def _text_post(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         frame, step = self.local.frame, self.local.step
         if step is not None:
@@ -537,6 +575,7 @@ class Session:
             last.recalled.update(step.kept())
         return _with_hidden(output, output[0][:, -1:]) if step.back else output
 
+    @outside_while_busy
     def _layer_pre(self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         frame = self.local.frame if self.local.frame is not None and self.local.frame.opened else None
         step = self.local.step
@@ -583,6 +622,7 @@ class Session:
         text = self.adapter.text
         return getattr(type(text), DEEPSTACK)(text, hidden, where, features)
 
+    @outside_while_busy
     def _row_sink(
         self,
         kind: str,
@@ -603,6 +643,7 @@ class Session:
         if self.local.step is not None:
             self.local.step.read_row(layer, module, *product)
 
+    @outside_while_busy
     def _change(
         self,
         i: int,
@@ -626,6 +667,7 @@ class Session:
                 frame.read_heads(out)
         return out
 
+    @outside_while_busy
     def _transition(self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         frame = self.local.frame
         before = args[0] if args else kwargs["hidden_states"]
@@ -651,10 +693,12 @@ class Session:
             self.local.ahead = False
         raise UnsupportedModel(f"{type(layer).__name__} ran without an attention product that could be looked at")
 
+    @outside_while_busy
     def _stop(self, *_: Any) -> None:
         if self.local.ahead:
             raise _Looked
 
+    @outside_while_busy
     def _rope_sink(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         frame, rope = self.local.frame, kwargs.get("position_embeddings")
         if frame is None or not frame.opened or (args[0] if args else kwargs["hidden_states"]).shape[1] == 1:

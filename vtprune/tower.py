@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .clock import timed
 from .compact import Compaction
+from .compilers import announce, outside_while_busy
 from .frame import UnitResult
 from .kernels import Verdict, deferring, full_precision, to_device
 from .model_adapters.tower_tokens import TowerTokens, blocks_of, tokens_of
@@ -224,9 +225,14 @@ class TowerStages:
             undo.append(self.blocks[k].register_forward_hook(post, prepend=True).remove)
             attention = partial(self._attention_pre, k)
             undo.append(self.attention[k].register_forward_pre_hook(attention, with_kwargs=True).remove)
+            undo += [announce(module, self.busy) for module in (self.blocks[k], self.attention[k])]
         for layer, kind in sorted(self.needs):
             undo.append(attach(self.attention[layer], partial(self._sink, layer, kind)))
         return undo
+
+    def busy(self) -> bool:
+        """True during a features call of this thread."""
+        return self._local.run is not None
 
     def start(self, call: Call) -> None:
         """Begin a features call, in this thread. Raises UnsupportedCall under gradient checkpointing."""
@@ -271,6 +277,7 @@ class TowerStages:
 
     # -- hooks ------------------------------------------------------------------------------------------------------
 
+    @outside_while_busy
     def _block_pre(self, k: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         run = self._local.run
         if run is None:
@@ -290,6 +297,7 @@ class TowerStages:
         rest = {name: v for name, v in kwargs.items() if name != "hidden_states"}
         return (x[0] if hidden.dim() == 2 else x, *args[1:]), rest
 
+    @outside_while_busy
     def _block_post(self, k: int, module: nn.Module, args: Any, output: Any) -> Any:
         run = self._local.run
         if run is None:
@@ -305,6 +313,7 @@ class TowerStages:
         x = x[0] if out.dim() == 2 else x
         return (x, *output[1:]) if isinstance(output, tuple) else x
 
+    @outside_while_busy
     def _attention_pre(self, k: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Everything else that has the length of the tower's sequence is an argument of the attention module."""
         run = self._local.run
@@ -327,6 +336,7 @@ class TowerStages:
         hidden = call.pop("hidden_states")
         return (hidden,), call
 
+    @outside_while_busy
     def _sink(
         self,
         layer: int,

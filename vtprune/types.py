@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -295,8 +296,10 @@ class Stage:
                 f"method={self.method!r} is not a vtprune Method: pass vtprune.create('divprune') or an instance of a "
                 "class registered with @vtprune.register"
             )
-        check_keep(self.keep)
-        check_keep(self.keep_total, "keep_total")
+        object.__setattr__(self, "keep", check_keep(self.keep))
+        object.__setattr__(self, "keep_total", check_keep(self.keep_total, "keep_total"))
+        if isinstance(self.where, Integral) and not isinstance(self.where, bool):
+            object.__setattr__(self, "where", int(self.where))
         if self.keep is not None and self.keep_total is not None:
             raise TypeError(f"keep={self.keep} and keep_total={self.keep_total}: give one of them")
         for name, valid in (("per", get_args(Per)), ("newlines", get_args(Newlines))):
@@ -362,18 +365,22 @@ def check_answers(stage: Stage, views: Sequence[Visual], answers: Sequence[Assig
         check((torch.cat(steps) > 0).all(), error)
 
 
-def check_keep(keep: object, name: str = "keep") -> None:
-    """Raise unless keep is None, a float in (0, 1] or an int >= 1."""
+def check_keep(keep: object, name: str = "keep") -> float | int | None:
+    """keep as a Python number, also from NumPy's; raises unless it is None, a float in (0, 1] or an int >= 1."""
     ways = "use a float in (0, 1] (share of the visual tokens) or an int >= 1 (tokens per unit)"
     if keep is None:
-        return
-    if isinstance(keep, bool) or not isinstance(keep, int | float):
-        raise TypeError(f"{name}={keep!r} is a {type(keep).__name__}: {ways}")
-    if isinstance(keep, int):
+        return None
+    if isinstance(keep, bool) or not isinstance(keep, Real):
+        item = "; call its .item()" if hasattr(keep, "item") and getattr(keep, "ndim", None) == 0 else ""
+        raise TypeError(f"{name}={keep!r} is a {type(keep).__name__}: {ways}{item}")
+    if isinstance(keep, Integral):
         if keep < 1:
             raise ValueError(f"{name}={keep} keeps nothing: {ways}")
-    elif not (math.isfinite(keep) and 0.0 < keep <= 1.0):
+        return int(keep)
+    share = float(keep)
+    if not (math.isfinite(share) and 0.0 < share <= 1.0):
         raise ValueError(f"{name}={keep} is outside the valid range: {ways}")
+    return share
 
 
 def budget(keep: float | int, n: int, rounding: Rounding = "nearest") -> int:
@@ -382,9 +389,9 @@ def budget(keep: float | int, n: int, rounding: Rounding = "nearest") -> int:
     >>> budget(0.5, 7), budget(0.5, 7, "down")
     (4, 3)
     """
-    if isinstance(keep, int):
-        return max(1, min(keep, n))
-    return max(1, min(int(keep * n) if rounding == "down" else round(keep * n), n))
+    if isinstance(keep, Integral):
+        return max(1, min(int(keep), n))
+    return max(1, min(int(float(keep) * n) if rounding == "down" else round(float(keep) * n), n))
 
 
 def spread(total: int, sizes: Sequence[int]) -> Iterator[int]:

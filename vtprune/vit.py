@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .kernels import attention_received, attention_rows, full_precision, recorded
 from .model_adapters.vits import (
@@ -164,6 +164,11 @@ class VitSession:
         except BaseException:
             self.remove()
             raise
+
+    @property
+    def root(self) -> nn.Module:
+        """The module that is patched, whatever it was found in."""
+        return self.vit.root
 
     def _reducer(self, stage: Stage) -> Reducer:
         return stage.method if isinstance(stage.method, Reducer) else EachImage(stage.method)

@@ -53,7 +53,7 @@ class SpAtten(Method):
     def __post_init__(self) -> None:
         check_layers(self.name, self.layers)
         check_shares(self.name, self.ratios, len(self.layers or PUBLISHED))
-        check_keep(self.heads, "heads")
+        object.__setattr__(self, "heads", check_keep(self.heads, "heads"))
         if self.layers and self.layers[0] < 1:
             raise ValueError(f"layers={self.layers}: {self.name} reads the layers before, so use >= 1")
         if self.values is not None and not (isinstance(self.values, float) and 0.0 < self.values <= 1.0):
