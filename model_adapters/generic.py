@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +60,10 @@ REFUSED = {
 }
 # These build 4-D masks from the padding mask before they call the text model.
 MASKS_IN_BASE = ("gemma3", "paligemma")
+# These write the frames of a video with the id of images.
+FRAMES_ARE_IMAGES = ("glm4v", "glm46v")
+# These name the types of tokens (1 where an image is) otherwise.
+IMAGE_TYPES = {"gemma3": "token_type_ids"}
 
 
 @dataclass
@@ -177,29 +181,60 @@ class Adapter:
             raise UnsupportedCall(f"{type(module).__name__} got {len(args)} positional arguments; pass them by name")
         return {**dict(zip(names, args)), **kwargs}
 
-    def visual_code(self, call: dict[str, Any]) -> Tensor | None:
-        """[B, L] int8 on the device: 1 text, 2 image, 3 video; None if the call names no tokens."""
-        ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
-        if ids is None and embeds is None:
-            return None
-        like = ids if ids is not None else embeds[..., 0]  # type: ignore[index]
-        code = torch.ones_like(like, dtype=torch.int8)
-        for modality, token in self.token_ids.items():
-            if ids is not None:
-                hit = ids == token
-            else:
-                table = self.base.get_input_embeddings()  # type: ignore[operator]
-                hit = (embeds == table(torch.full((), token, device=code.device))).all(-1)
-            code = code.masked_fill(hit, 2 + MODALITIES.index(modality))
-        return code
+    def given(self, call: dict[str, Any]) -> list[str]:
+        """Modalities whose pixels or encoded features this call carries; placeholder ids of the others are text."""
+        encoded = call.get("mm_encoder_outputs")
+        if isinstance(encoded, Mapping):
+            found = {m for m in MODALITIES if encoded.get(m) is not None}
+        else:  # Idefics3 and SmolVLM once took the features of images alone
+            found = set() if encoded is None else {"image"}
+        for name, value in call.items():
+            if name.startswith("pixel_values") and value is not None:
+                found.add("video" if name == "pixel_values_videos" else "image")
+        return [m for m in MODALITIES if m in found and m in self.token_ids]
 
     def features_given(self, call: dict[str, Any]) -> bool:
         """True if this call carries pixels or encoded features (and not merely placeholder ids)."""
-        encoded = call.get("mm_encoder_outputs")
-        if isinstance(encoded, dict):
-            encoded = any(v is not None for v in encoded.values())
-        pixels = any(k.startswith("pixel_values") and v is not None for k, v in call.items())
-        return pixels or (encoded is not None and encoded is not False)
+        return bool(self.given(call))
+
+    def visual_code(self, call: dict[str, Any]) -> Tensor | None:
+        """[B, L] int8 on the device: 1 text, 2 image, 3 video; None if the call names no tokens or none is visual.
+
+        Features that the caller merged into `inputs_embeds` are told by `mm_token_type_ids`.
+        """
+        ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+        like = ids if ids is not None else None if embeds is None else embeds[..., 0]
+        given = self.given(call)
+        if like is None or not given:
+            return None if ids is not None or embeds is None else self._merged_code(call)
+        code = torch.ones_like(like, dtype=torch.int8)
+        for modality in given:
+            token = self.token_ids[modality]
+            if ids is not None:
+                token = self.token_ids["image"] if self.model_type in FRAMES_ARE_IMAGES else token
+                hit = ids == token
+            else:
+                table = self.base.get_input_embeddings()  # type: ignore[operator]
+                hit = (embeds == table(torch.full((), token, device=code.device))).all(-1)  # type: ignore[union-attr]
+            code = code.masked_fill(hit, 2 + MODALITIES.index(modality))
+        return code
+
+    def types_of(self, call: dict[str, Any]) -> Tensor | None:
+        """[B, L] token types that came with `inputs_embeds`: 0 text, 1 image, 2 video; None if none did."""
+        types = call.get("mm_token_type_ids", call.get(IMAGE_TYPES.get(self.model_type, "")))
+        length = call["inputs_embeds"].shape[1]
+        # Those of earlier turns may come along.
+        return types[:, -length:] if torch.is_tensor(types) and types.shape[-1] >= length else None
+
+    def _merged_code(self, call: dict[str, Any]) -> Tensor | None:
+        types = self.types_of(call)
+        if types is None:
+            return None
+        code = torch.ones_like(call["inputs_embeds"][..., 0], dtype=torch.int8)
+        for modality in self.token_ids:
+            mark = MODALITIES.index(modality)
+            code = code.masked_fill(types.to(code.device) == 1 + mark, 2 + mark)
+        return code if bool((code > 1).any()) else None
 
     def observe(
         self, modality: str, call: dict[str, Any], output: Any, signals: list[dict[Signal, Tensor]]

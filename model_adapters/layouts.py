@@ -28,7 +28,7 @@ def spans_of(
         return [_frames(n, frames) for n in sizes]
     image_sizes = call.get("image_sizes")
     if hasattr(base, "pack_image_features") and image_sizes is not None:
-        return [_mosaic(base, n, s) for n, s in zip(sizes, _sizes(image_sizes))]
+        return [_mosaic(base, n, s, call) for n, s in zip(sizes, _sizes(image_sizes))]
     if model_type == "mistral3" and image_sizes is not None:
         cell = base.config.vision_config.patch_size * base.config.spatial_merge_size
         return [_checked((1, h // cell, w // cell), n) for (h, w), n in zip(_sizes(image_sizes), sizes)]
@@ -73,7 +73,7 @@ def _frames(n: int, frames: int) -> tuple[Span, ...]:
     return ()
 
 
-def _mosaic(base: Any, n: int, size: tuple[int, int]) -> tuple[Span, ...]:
+def _mosaic(base: Any, n: int, size: tuple[int, int], call: dict[str, Any]) -> tuple[Span, ...]:
     """Any-resolution images: the overview, then a mosaic whose rows end with a newline token.
 
     The model's own packing tells what falls where: it packs the number of each crop, and -1 for newlines.
@@ -82,11 +82,26 @@ def _mosaic(base: Any, n: int, size: tuple[int, int]) -> tuple[Span, ...]:
     side = vision.image_size // vision.patch_size
     if n == side * side + 1:  # overview and one newline
         return (Span(0, (1, side, side)),)
+    packed, start = _packed(base, size, call.get("vision_aspect_ratio")), side * side
+    marks = (packed == -1).nonzero().flatten().tolist()
+    if packed.shape[0] != n or not marks:
+        return _square(n)
+    width, overview = marks[0] - start, Span(0, (1, side, side))
+    if not width:  # the unpadding of a very tall image may leave the newlines alone: they stand in no raster
+        return (overview,)
+    mosaic = packed[start:].view(-1, width + 1)[:, :width]
+    return (overview, Span(start, (1, len(mosaic), width), newline=True, tiles=_tiles(mosaic)))
+
+
+def _packed(base: Any, size: tuple[int, int], aspect_ratio: str | None) -> torch.Tensor:
+    """[n] float32: which crop each token of an image is of, as the model's own code packs it; -1 for newlines."""
+    side = base.config.vision_config.image_size // base.config.vision_config.patch_size
     crops = torch.arange(_tile_count(base, size) + 1, dtype=torch.float32)
     packing = {
         "vision_feature_select_strategy": "default",
         "image_newline": -torch.ones(1),
-        "vision_aspect_ratio": getattr(base.config, "vision_aspect_ratio", None),  # a limit above which mosaics shrink
+        # A limit above which mosaics shrink.
+        "vision_aspect_ratio": aspect_ratio or getattr(base.config, "vision_aspect_ratio", None),
     }
     known = inspect.signature(base.pack_image_features).parameters
     flat, _ = base.pack_image_features(
@@ -94,13 +109,7 @@ def _mosaic(base: Any, n: int, size: tuple[int, int]) -> tuple[Span, ...]:
         torch.tensor([size]),
         **{name: value for name, value in packing.items() if name in known},
     )
-    packed, start = flat[0][:, 0], side * side
-    marks = (packed == -1).nonzero().flatten().tolist()
-    if packed.shape[0] != n or not marks:
-        return _square(n)
-    width = marks[0] - start
-    mosaic = packed[start:].view(-1, width + 1)[:, :width]
-    return (Span(0, (1, side, side)), Span(start, (1, len(mosaic), width), newline=True, tiles=_tiles(mosaic)))
+    return flat[0][:, 0]
 
 
 def _tiles(mosaic: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | tuple[()]:

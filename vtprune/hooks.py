@@ -462,7 +462,7 @@ class Session:
         tokens = ids if ids is not None else call.get("inputs_embeds")
         if tokens is not None and tokens.shape[1] > 1:  # decode steps leave here: nothing to prune
             self._refuse(call)
-            code = self.adapter.visual_code(call) if self.adapter.features_given(call) else None
+            code = self.adapter.visual_code(call)
             if code is not None:
                 encoded = call.get("mm_encoder_outputs")
                 encoded = encoded if isinstance(encoded, dict) else {}

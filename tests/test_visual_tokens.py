@@ -1,0 +1,131 @@
+"""Which tokens of a call are visual, of which image or clip, and with which grid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import families
+import pytest
+import reference
+import torch
+from families import BOS, END, FAMILIES, FIRST_TEXT, IMAGE, START, VEND, VIDEO, VSTART, Piece
+from torch import Tensor
+
+import vtprune
+from vtprune import Stage, UnsupportedCall
+
+patch: Any = vtprune.patch
+ANYRES = ("llava_next", "llava_onevision", "llava_next_video")
+# From 300 x 1 to 1 x 300, all ratios between, squares and odd sizes.
+SIZES = [(h, w) for h in (1, 2, 3, 5, 8, 13, 24, 32, 47, 100, 300) for w in (1, 2, 3, 4, 7, 15, 23, 32, 60, 120, 300)]
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def dense(model: Any, batch: dict[str, Any]) -> Tensor:
+    return model(**batch).logits
+
+
+def with_words(batch: dict[str, Any], ids: list[int], front: bool = False) -> dict[str, Any]:
+    """The call with more ids, all of them text to its `mm_token_type_ids`."""
+    more = torch.tensor([ids]).expand(len(batch["input_ids"]), -1)
+    parts = [more, batch["input_ids"]] if front else [batch["input_ids"], more]
+    new = {**batch, "input_ids": torch.cat(parts, 1)}
+    new["attention_mask"] = torch.ones_like(new["input_ids"])
+    if "mm_token_type_ids" in batch:
+        types, zeros = batch["mm_token_type_ids"], torch.zeros_like(more)
+        new["mm_token_type_ids"] = torch.cat([zeros, types] if front else [types, zeros], 1)
+    return new
+
+
+# -- ids of a modality that has no features in the call -----------------------------------------------------------
+
+BOTH = ["llava_onevision", "llava_next_video", "video_llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+
+
+@pytest.mark.parametrize("place", ["ends with it", "words behind", "words before"])
+@pytest.mark.parametrize("video", [False, True])
+@pytest.mark.parametrize("family", BOTH)
+def test_ids_without_features_are_text(family: str, video: bool, place: str) -> None:
+    """Only what has features is pruned; the other modality's ids stay, as the stock model reads them."""
+    name = family + "-video" * video
+    model, other = families.model(family), IMAGE if video else VIDEO
+    words = [other] * 6 + ([] if place == "ends with it" else [FIRST_TEXT + 3, FIRST_TEXT + 9])
+    batch = with_words(families.inputs(name), words, front=place == "words before")
+    whole = dense(model, batch)
+    with patch(model, "divprune", keep=1.0):
+        assert torch.equal(dense(model, batch), whole)
+    stages, log = reference.spy([Stage("llm", vtprune.create("divprune"), keep=0.5)])
+    with patch(model, stages) as handle:
+        model(**batch)
+    shown = [unit for call in log for unit in call.units]
+    count = int((batch["input_ids"] == (VIDEO if video else IMAGE)).sum())
+    assert [(unit.modality, unit.n) for unit in handle.last.units] == [("video" if video else "image", count)]
+    assert [unit.n for unit in shown] == [count]
+    stays = torch.isin(handle.last.index[0], (batch["input_ids"][0] == other).nonzero()[:, 0])
+    assert int(stays.sum()) == 6
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl"])
+def test_embeddings_without_features_are_text(family: str) -> None:
+    """The same where the caller embeds the words: pixels are there for images alone."""
+    model = families.model(family)
+    batch = with_words(families.inputs(family), [VIDEO] * 4 + [FIRST_TEXT])
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    call = {k: v for k, v in batch.items() if k != "input_ids"} | {"inputs_embeds": embeds}
+    with patch(model, "divprune", keep=0.5) as handle:
+        model(**call)
+    assert [unit.modality for unit in handle.last.units] == ["image"]
+    assert handle.last.units[0].n == int((batch["input_ids"] == IMAGE).sum())
+
+
+# -- any-resolution images of all shapes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ANYRES)
+def test_rasters_of_all_shapes_are_those_of_the_model(family: str) -> None:
+    """Spans against the model's own features: a newline is where they equal `image_newline`, all else is raster."""
+    model, seen = families.model(family), set()
+    for size in SIZES:
+        piece = FAMILIES[family].visual(size, torch.Generator().manual_seed(0), False)
+        features = model.model.get_image_features(**piece.tensors).pooler_output[0]
+        newlines = (features == model.model.image_newline).all(-1).nonzero()[:, 0].tolist()
+        side = model.config.vision_config.image_size // 4
+        batch = families.build(family, [[Piece([BOS]), piece, families.text(3, 4)]])
+        with patch(model, "uniform", keep=0.5) as handle:
+            model(**batch)
+        unit = handle.last.units[0]
+        assert (unit.n, len(unit.idx)) == (len(features), max(1, round(0.5 * len(features))))
+        rows = [newlines[0] - side * side, *torch.tensor(newlines).diff().sub(1).tolist()] if newlines else []
+        assert len(set(rows)) <= 1
+        overview, *mosaics = unit.spans
+        assert (overview.start, overview.grid, overview.newline) == (0, (1, side, side), False)
+        if rows and rows[0]:
+            (mosaic,) = mosaics
+            assert (mosaic.start, mosaic.grid, mosaic.newline) == (side * side, (1, len(rows), rows[0]), True)
+        else:
+            assert mosaics == []
+        seen.add((bool(rows), bool(rows and rows[0])))
+    assert seen >= {(True, True), (True, False)}, "no mosaic, or none without columns, was tried"
+
+
+@pytest.mark.parametrize("options", [{}, {"per": "crop"}, {"newlines": "drop"}], ids=str)
+@pytest.mark.parametrize("family", ANYRES)
+def test_every_method_prunes_a_tall_image(family: str, options: dict[str, Any]) -> None:
+    """A mosaic of no columns leaves its newlines alone; every method keeps what it is asked to."""
+    model = families.model(family)
+    piece = FAMILIES[family].visual((300, 1), torch.Generator().manual_seed(0), False)
+    batch = families.build(family, [[Piece([BOS]), piece, families.text(3, 4)]])
+    whole = dense(model, batch)
+    for cls in vtprune.methods():
+        with patch(model, cls.name, keep=1.0, **options):
+            assert torch.equal(dense(model, batch), whole), cls.name
+        with patch(model, cls.name, keep=0.5, **options) as handle:
+            model(**batch)
+        for unit in handle.last.units:
+            assert 0 < len(unit.idx) <= unit.n, cls.name
