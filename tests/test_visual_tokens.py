@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,11 +12,11 @@ import families
 import pytest
 import reference
 import torch
-from families import BOS, END, FAMILIES, FIRST_TEXT, IMAGE, START, VEND, VIDEO, VSTART, Piece
+from families import BOS, FAMILIES, FIRST_TEXT, IMAGE, VIDEO, Piece
 from torch import Tensor
 
 import vtprune
-from vtprune import Stage, UnsupportedCall
+from vtprune import Stage
 
 patch: Any = vtprune.patch
 ANYRES = ("llava_next", "llava_onevision", "llava_next_video")
@@ -129,3 +132,122 @@ def test_every_method_prunes_a_tall_image(family: str, options: dict[str, Any]) 
             model(**batch)
         for unit in handle.last.units:
             assert 0 < len(unit.idx) <= unit.n, cls.name
+
+
+# -- attributes that stand on an instance -------------------------------------------------------------------------
+
+
+def feature_call(model: Any, name: str) -> tuple[str, dict[str, Tensor]]:
+    """The function that encodes a family's images or videos, by name, and its arguments."""
+    modality = "video" if FAMILIES[name].video else "image"
+    wanted = ("pixel_", "image_sizes", "batch_num", f"{modality}_grid")
+    batch = {k: v for k, v in families.inputs(name).items() if k.startswith(wanted)}
+    return f"get_{modality}_features", {k.removesuffix("_images"): v for k, v in batch.items()}
+
+
+def tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    value = value.to_tuple() if hasattr(value, "to_tuple") else value
+    return [t for part in value for t in tensors(part)] if isinstance(value, tuple | list) else []
+
+
+@pytest.mark.parametrize("family", families.NAMES)
+def test_features_come_in_the_form_that_was_asked_for(family: str) -> None:
+    model = families.model(family)
+    name, given = feature_call(model, family)
+    owners = [owner for owner in (model, model.model) if hasattr(owner, name)]
+    for options in ({"return_dict": False}, {"return_dict": True}, {}):
+        stock = [getattr(owner, name)(**given, **options) for owner in owners]
+        for keep in (1.0, 0.5):
+            with patch(model, "divprune", keep=keep):
+                ours = [getattr(owner, name)(**given, **options) for owner in owners]
+            for a, b in zip(ours, stock, strict=True):
+                assert type(a) is type(b)
+                assert all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(b), strict=True))
+                assert tensors(a)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl-video"])
+def test_the_users_own_encoder_function_is_called_and_comes_back(family: str) -> None:
+    model, batch = families.fresh(family), families.inputs(family)
+    name, _ = feature_call(model, family)
+    stock, calls = getattr(model.model, name), []
+
+    @functools.wraps(stock)
+    def mine(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return stock(*args, **kwargs)
+
+    setattr(model.model, name, mine)
+    model(**batch)  # M-RoPE leaves its offset on the model
+    before = dict(model.model.__dict__)
+    calls.clear()
+    with patch(model, "divprune", keep=0.5) as handle:
+        model(**batch)
+        assert handle.last.units
+        assert len(calls) == 1
+        reduced = getattr(model.model, name)
+    assert model.model.__dict__.keys() == before.keys()
+    assert model.model.__dict__[name] is mine
+    model(**batch)
+    assert len(calls) == 2
+    _, given = feature_call(model, family)
+    reduced(**given)  # whoever kept the function beyond the patch is passed on
+    assert len(calls) == 3
+
+
+def test_what_was_set_while_patched_stays() -> None:
+    model = families.fresh("llava")
+    handle = patch(model, "divprune", keep=0.5)
+    mine = functools.partial(type(model.model).get_image_features, model.model)
+    model.model.get_image_features = mine
+    handle.remove()
+    assert model.model.__dict__["get_image_features"] is mine
+
+
+def test_the_users_own_deepstack_step_is_called_and_comes_back() -> None:
+    model, batch, calls = families.fresh("qwen3_vl"), families.inputs("qwen3_vl"), []
+    text = model.model.language_model
+    stock = text._deepstack_process
+
+    def mine(*args: Any) -> Any:
+        calls.append(1)
+        return stock(*args)
+
+    text._deepstack_process = mine
+    with patch(model, Stage(1, vtprune.create("random"), keep=0.5)):
+        model(**batch)
+    assert len(calls) == 2
+    assert text.__dict__["_deepstack_process"] is mine
+
+
+def test_names_of_attention_functions_go_with_the_last_tap() -> None:
+    """transformers' table of attention functions is as before, also if it knew one by our name; copies live on."""
+    from transformers import AttentionInterface
+
+    table = AttentionInterface._global_mapping
+    gc.collect()  # copies that other tests left
+    before, batch = dict(table), families.inputs("llava")
+    model, other = families.fresh("llava"), families.fresh("llava")
+    first, second = patch(model, "fastv", keep=0.5), patch(other, "fastv", keep=0.5)
+    first.remove()
+    other(**batch)
+    twin = copy.deepcopy(other)
+    second.remove()
+    assert "sdpa+vtprune" in table
+    pruned = twin(**batch).logits
+    vtprune.unpatch(twin)
+    assert dict(table) == before
+    assert not torch.equal(pruned, twin(**batch).logits)
+
+    def theirs(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError
+
+    try:
+        AttentionInterface.register("sdpa+vtprune", theirs)
+        with patch(model, "fastv", keep=0.5):
+            model(**batch)
+        assert table["sdpa+vtprune"] is theirs
+    finally:
+        del table["sdpa+vtprune"]

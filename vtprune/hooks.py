@@ -6,6 +6,7 @@ Order in one forward pass: base-pre (is there something to prune?) -> the vision
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from . import cache as kv
 from .clock import Clock, timing
 from .compact import hide, in_window, mask_for, tensor_mask
+from .covering import cover, standing
 from .frame import LINEAR, LLM_KINDS, Frame, Last
 from .kernels import recording
 from .model_adapters.generic import MODALITIES, Adapter, Features
@@ -63,21 +65,23 @@ class Seen:
 
     def add(self, output: Any, features: Features) -> None:
         """Remember the features of one encoder output."""
-        for key in (output, _first_tensor(output)):
-            if key is not None:
-                self._known[key] = features
+        for key in _keys(output):
+            self._known[key] = features
 
     def find(self, output: Any) -> Features | None:
         """Features of an encoder output (or of what generate() made of it), or None if another model encoded it."""
-        tensor = _first_tensor(output)
-        found = self._known.get(output)
-        return found if found is not None or tensor is None else self._known.get(tensor)
+        return next((self._known[key] for key in _keys(output) if key in self._known), None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Seen:
         return Seen()
 
     def __reduce__(self) -> Any:
         return Seen, ()
+
+
+def _keys(output: Any) -> list[Any]:
+    """The output and its first tensor, as far as they can be referred to weakly: a tuple cannot."""
+    return [key for key in (output, _first_tensor(output)) if key is not None and not isinstance(key, tuple | list)]
 
 
 def _first_tensor(output: Any) -> Tensor | None:
@@ -90,28 +94,27 @@ def _first_tensor(output: Any) -> Tensor | None:
 class Observer:
     """Stands in for `base.get_image_features` on the instance and notes sizes, grids and signals of what it returns.
 
-    tower: `TowerSignals` of stages before the LLM, inside: `TowerStages`; None where there is nothing to do.
+    original: what stood there. tower: `TowerSignals` of stages before the LLM, inside: `TowerStages`; None where there
+    is nothing to do.
     """
 
-    def __init__(self, session: Session, modality: str, tower: Any, inside: Any) -> None:
-        self.session, self.modality, self.tower, self.inside = session, modality, tower, inside
+    def __init__(self, session: Session, modality: str, original: Callable[..., Any], tower: Any, inside: Any) -> None:
+        self.session, self.modality, self.original, self.tower, self.inside = session, modality, original, tower, inside
         self.__name__ = f"get_{modality}_features"
+        self.retired = False
 
     @property
     def __signature__(self) -> Any:  # generate() reads the parameters to decide what to pass
-        import inspect
+        return inspect.signature(self.original)
 
-        return inspect.signature(self._original)
-
-    @property
-    def _original(self) -> Callable[..., Any]:
-        base = self.session.adapter.base
-        return partial(getattr(type(base), self.__name__), base)
+    def retire(self) -> None:
+        """Only pass calls on: somebody may have kept the function beyond the patch."""
+        self.retired = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         local = self.session.local
-        if local.observing:  # video features may be computed through the image path
-            return self._original(*args, **kwargs)
+        if self.retired or local.observing:  # video features may be computed through the image path
+            return self.original(*args, **kwargs)
         local.observing = True
         try:
             call = self.__signature__.bind(*args, **kwargs).arguments
@@ -122,7 +125,7 @@ class Observer:
                 self.inside.start(call)
             clocks: list[Clock] = []
             with recording() as kernels, timing(clocks):
-                output = self._original(*args, **kwargs)
+                output, as_tuple = self._encode(call, args, kwargs)
                 signals = self.tower.finish(call, output) if self.tower else []
                 run = self.inside.finish(output) if self.inside else None
             if run and run.kept:
@@ -131,11 +134,22 @@ class Observer:
             found.tower, found.kernels, found.clocks = run, kernels, clocks
             local.features[self.modality] = found
             self.session.seen.add(output, found)
+            output = output.to_tuple() if as_tuple else output
         finally:
             local.observing = False
             if self.inside:
                 self.inside.stop()
         return output
+
+    def _encode(self, call: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool]:
+        """The features by name, and whether the caller gets them as a tuple, which tells no names."""
+        wants = kwargs.get("return_dict")
+        if wants is None:
+            wants = getattr(self.session.adapter.base.config, "return_dict", True)
+        if wants:
+            return self.original(*args, **kwargs), False
+        output = self.original(*args, **{**kwargs, "return_dict": True})
+        return output, hasattr(output, "to_tuple")
 
 
 class _Looked(Exception):
@@ -319,8 +333,8 @@ class Session:
             hook = partial(self._layer_pre, i)
             self._undo.append(a.layers[i].register_forward_pre_hook(hook, with_kwargs=True).remove)
         if self.first_layer < self.deep:
-            a.text.__dict__[DEEPSTACK] = self._add_features
-            self._undo.append(partial(_uncover, a.text, DEEPSTACK))
+            self._add = standing(a.text, DEEPSTACK)
+            self._undo.append(cover(a.text, DEEPSTACK, self._add_features))
         self._tap_layers()
         self._observe_towers()
 
@@ -446,8 +460,8 @@ class Session:
                     )
                 if tower:
                     tower.restore = stages.restore
-            base.__dict__[name] = Observer(self, modality, tower, stages)
-            self._undo.append(partial(_uncover, base, name))
+            observer = Observer(self, modality, standing(base, name), tower, stages)
+            self._undo += [cover(base, name, observer), observer.retire]
 
     def remove(self) -> None:
         """Undo everything; safe to call twice."""
@@ -580,8 +594,7 @@ class Session:
         """The text model's own step on what its layers run on by now: hidden [B, n, D], where [B, L], [S, D]."""
         if self.local.frame is not None:
             where, features = self.local.frame.cut_features(where, features)
-        text = self.adapter.text
-        return getattr(type(text), DEEPSTACK)(text, hidden, where, features)
+        return self._add(hidden, where, features)
 
     def _row_sink(
         self,
@@ -816,11 +829,6 @@ def _with_hidden(output: Any, hidden: Tensor) -> Any:
         return (hidden, *output[1:])
     output.last_hidden_state = hidden
     return output
-
-
-def _uncover(module: nn.Module, name: str) -> None:
-    """Let the class's own method show again."""
-    module.__dict__.pop(name, None)
 
 
 def _layers_of(need: Signal, where: int) -> range:

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .covering import cover, standing
 from .kernels import attention_received, attention_rows
-from .model_adapters.vits import Attention, Given, Vit, cover, watch, weighted_pooling
+from .model_adapters.vits import Attention, Given, Vit, watch, weighted_pooling
 from .reduction import Reducer, Reduction, Tokens, keep_rows
 from .tower import places
 from .types import Method, Stage, UnsupportedCall, UnsupportedModel, Visual, budget
@@ -163,7 +164,8 @@ class VitSession:
         if any(method.pools for method in self.reducers):
             self._undo += weighted_pooling(self.vit, self._sizes)
         if callable(getattr(type(self.vit.root), "forward_intermediates", None)):
-            self._undo.append(cover(self.vit.root, "forward_intermediates", self._intermediates))
+            plain = standing(self.vit.root, "forward_intermediates")
+            self._undo.append(cover(self.vit.root, "forward_intermediates", partial(self._intermediates, plain)))
 
     def remove(self) -> None:
         """Undo everything; safe to call twice."""
@@ -289,11 +291,11 @@ class VitSession:
 
     # -- all rows -----------------------------------------------------------------------------------------------------
 
-    def _intermediates(self, *args: Any, **kwargs: Any) -> Any:
-        """The class's forward_intermediates, whose maps need all rows: dropped tokens keep their last state."""
-        root, self.local.dense = self.vit.root, True
+    def _intermediates(self, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The plain forward_intermediates, whose maps need all rows: dropped tokens keep their last state."""
+        self.local.dense = True
         try:
-            return type(root).forward_intermediates(root, *args, **kwargs)
+            return plain(*args, **kwargs)
         finally:
             self.local.dense, self.local.run = False, None
 
