@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vtprune.cache import renamed
 from vtprune.types import Signal, Span, UnsupportedCall, UnsupportedModel
 
-from .layouts import spans_of
+from .layouts import is_told, sizes_told, spans_of
 
 MODALITIES = ("image", "video")
 # By model_type. "tested": in our conformance suite; "same shape": read in transformers' source, same call shape.
@@ -96,7 +96,8 @@ class Features:
     """One observed `get_{image,video}_features` call: sizes, spans and signals of every entry it returned.
 
     tower: what stages inside the tower did (`vtprune.tower.TowerRun`), if there were any. kernels, clocks: which
-    kernels ran meanwhile, and how long the signals took.
+    kernels ran meanwhile, and how long the signals took. elsewhere: the call brought the features, or has them merged
+    into its embeddings, so there are no signals, and what is known of them is what the call says.
     """
 
     sizes: list[int]
@@ -105,6 +106,7 @@ class Features:
     tower: Any = None
     kernels: dict[str, Any] = field(default_factory=dict)
     clocks: list[Any] = field(default_factory=list)
+    elsewhere: bool = False
 
 
 class Adapter:
@@ -241,7 +243,7 @@ class Adapter:
     ) -> Features:
         """What a feature call returned, entry by entry (an image, a tile or a video each)."""
         pooled = getattr(output, "pooler_output", output)
-        sizes = [int(entry.reshape(-1, entry.shape[-1]).shape[0]) for entry in pooled]
+        sizes = _sizes_of(pooled)
         pixels = call.get("pixel_values_videos", call.get("pixel_values"))
         if modality == "video" and torch.is_tensor(pixels) and pixels.dim() == 5:
             frames = len(sizes) // pixels.shape[0]  # one entry per frame: join them to videos
@@ -250,6 +252,22 @@ class Adapter:
             signals = [{k: torch.cat([p[k] for p in part]) for k in part[0]} for part in parts]
         spans = spans_of(self.base, self.model_type, modality, call, sizes)
         return Features(sizes, spans, signals or [{} for _ in sizes])
+
+    def brought(self, modality: str, call: dict[str, Any], output: Any) -> Features | None:
+        """What can be told of features that `call` brings, or (output None) has merged into its embeddings.
+
+        None where their sizes or grids are unknown: then every run of tokens is a unit.
+        """
+        if not is_told(self.base, self.model_type, modality, call):
+            return None
+        if output is None:
+            sizes = sizes_told(self.base, self.model_type, modality, call)
+        else:
+            sizes = _sizes_of(getattr(output, "pooler_output", output))
+        if not sizes:
+            return None
+        spans = spans_of(self.base, self.model_type, modality, call, sizes)
+        return Features(sizes, spans, [{} for _ in sizes], elsewhere=True)
 
     def units(self, code: Tensor, features: dict[str, Features | None]) -> list[Unit]:
         """Images and videos of the batch, row by row. code: [B, L] int8 on the host (0 = padding)."""
@@ -267,6 +285,10 @@ class Adapter:
         if features is None:
             return [Unit(b, modality, [run]) for b, runs in enumerate(rows) for run in runs]
         total = sum(length for runs in rows for _, length in runs)
+        if features.elsewhere:
+            features = _of_this_call(features, total, len(rows))
+            if features is None:
+                return self._assign(modality, rows, None)
         if self.model_type == "llava_onevision" and modality == "video" and total % sum(features.sizes):
             features = _with_newline(features)  # older transformers (seen: 5.17) append it after encoding
         captured = sum(features.sizes)
@@ -293,6 +315,21 @@ class Adapter:
         if self.model_type in ("smolvlm", "idefics3"):
             return _splitruns_of(units)
         return _joinruns_of(units) if self.model_type == "internvl" and modality == "image" else units
+
+
+def _sizes_of(pooled: Any) -> list[int]:
+    """Tokens of each entry of pooled features."""
+    return [int(entry.reshape(-1, entry.shape[-1]).shape[0]) for entry in pooled]
+
+
+def _of_this_call(features: Features, total: int, rows: int) -> Features | None:
+    """Those of so many tokens that stand in this call: grids may be those of earlier turns too, or of other rows."""
+    if sum(features.sizes) and total % sum(features.sizes) == 0 and rows % (total // sum(features.sizes)) == 0:
+        return features
+    for first in range(1, len(features.sizes)):
+        if sum(features.sizes[first:]) == total:
+            return Features(features.sizes[first:], features.spans[first:], features.signals[first:], elsewhere=True)
+    return None
 
 
 def _with_newline(features: Features) -> Features:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,13 +13,18 @@ import families
 import pytest
 import reference
 import torch
+import transformers
 from families import BOS, FAMILIES, FIRST_TEXT, IMAGE, VIDEO, Piece
 from torch import Tensor
 
 import vtprune
-from vtprune import Stage
+from vtprune import Stage, UnsupportedCall
+from vtprune.cache import NAME as CACHE
 
 patch: Any = vtprune.patch
+TAKES_FEATURES = (
+    "mm_encoder_outputs" in inspect.signature(transformers.LlavaForConditionalGeneration.forward).parameters
+)
 ANYRES = ("llava_next", "llava_onevision", "llava_next_video")
 # From 300 x 1 to 1 x 300, all ratios between, squares and odd sizes.
 SIZES = [(h, w) for h in (1, 2, 3, 5, 8, 13, 24, 32, 47, 100, 300) for w in (1, 2, 3, 4, 7, 15, 23, 32, 60, 120, 300)]
@@ -31,6 +37,8 @@ def no_gradients() -> Iterator[None]:
 
 
 def dense(model: Any, batch: dict[str, Any]) -> Tensor:
+    if hasattr(model.model, "rope_deltas"):
+        model.model.rope_deltas = None  # M-RoPE leaves it there, and takes it for embeddings that come without ids
     return model(**batch).logits
 
 
@@ -197,15 +205,6 @@ def test_the_users_own_encoder_function_is_called_and_comes_back(family: str) ->
     assert len(calls) == 3
 
 
-def test_what_was_set_while_patched_stays() -> None:
-    model = families.fresh("llava")
-    handle = patch(model, "divprune", keep=0.5)
-    mine = functools.partial(type(model.model).get_image_features, model.model)
-    model.model.get_image_features = mine
-    handle.remove()
-    assert model.model.__dict__["get_image_features"] is mine
-
-
 def test_the_users_own_deepstack_step_is_called_and_comes_back() -> None:
     model, batch, calls = families.fresh("qwen3_vl"), families.inputs("qwen3_vl"), []
     text = model.model.language_model
@@ -251,3 +250,142 @@ def test_names_of_attention_functions_go_with_the_last_tap() -> None:
         assert table["sdpa+vtprune"] is theirs
     finally:
         del table["sdpa+vtprune"]
+
+
+# -- features that were encoded elsewhere -------------------------------------------------------------------------
+
+GRIDDED = ["qwen2_vl", "qwen2_5_vl-video", "qwen3_vl", "qwen3_vl-video", "glm4v", "llava_next", "llava_onevision",
+           "llava_onevision-video", "llava_next_video", "llava_next_video-video", "mistral3", "llava", "internvl",
+           "smolvlm", "gemma3"]  # fmt: skip
+
+
+def encoded_elsewhere(name: str, rows: tuple[int, ...]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The model, a call with pixels, and the same with features that the stock model encoded."""
+    model, batch = families.model(name), dict(families.inputs(name, rows=rows))
+    modality = "video" if FAMILIES[name].video else "image"
+    encode = getattr(model.model, f"get_{modality}_features")
+    wanted = ("pixel_", "image_sizes", "batch_num", f"{modality}_grid")
+    output = encode(**{k: v for k, v in batch.items() if k.startswith(wanted)}, return_dict=True)
+    rest = {k: v for k, v in batch.items() if not k.startswith("pixel_")}
+    return model, batch, {**rest, "mm_encoder_outputs": {modality: output}}
+
+
+def picks(handle: Any) -> list[Any]:
+    return [(u.row, u.modality, u.n, u.grid, u.spans, u.idx.tolist()) for u in handle.last.units]
+
+
+@pytest.mark.skipif(not TAKES_FEATURES, reason="this transformers takes no encoded features")
+@pytest.mark.parametrize("family", GRIDDED)
+def test_features_encoded_elsewhere_bring_the_grids_of_the_call(family: str) -> None:
+    """The picks of the ordinary call, of rules about frames and rasters, with no false note; in generate and beams."""
+    rows = (1, 1) if FAMILIES[family].video or family == "llava_onevision" else (2, 1)
+    model, batch, brought = encoded_elsewhere(family, rows)
+    for method in ("evs", "uniform", "average_pool"):
+        with patch(model, method, keep=0.4) as handle:
+            model(**batch)
+            right, notes = picks(handle), handle.last.notes
+            model(**{**brought, "mm_encoder_outputs": dict(brought["mm_encoder_outputs"])})
+            assert picks(handle) == right
+            assert handle.last.notes == notes
+            answers = model.generate(**batch, max_new_tokens=3, do_sample=False)
+            again = {**brought, "mm_encoder_outputs": dict(brought["mm_encoder_outputs"])}
+            assert torch.equal(model.generate(**again, max_new_tokens=3, do_sample=False), answers)
+            assert picks(handle) == right
+    with patch(model, "cls_topk", keep=0.4), pytest.raises(UnsupportedCall, match="came pre-encoded"):
+        model(**brought)
+
+
+@pytest.mark.skipif(not TAKES_FEATURES, reason="this transformers takes no encoded features")
+@pytest.mark.parametrize("family", ["qwen2_5_vl-video", "llava_next"])
+def test_beams_on_features_encoded_elsewhere(family: str) -> None:
+    model, batch, brought = encoded_elsewhere(family, (1, 1))
+    options = {"max_new_tokens": 3, "num_beams": 2, "do_sample": False}
+    with patch(model, "evs", keep=0.4) as handle:
+        right = model.generate(**batch, **options)
+        shown = picks(handle)
+        assert torch.equal(model.generate(**brought, **options), right)
+        assert picks(handle) == shown
+
+
+def merged(name: str, rows: tuple[int, ...]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The model, a call with pixels, and the same with the features in `inputs_embeds` and token types beside."""
+    model, batch = families.model(name), dict(families.inputs(name, rows=rows))
+    text, seen = model.get_decoder(), []
+    hook = text.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    model(**batch)
+    hook.remove()
+    ids, types = batch["input_ids"], (batch["input_ids"] == IMAGE).long() + 2 * (batch["input_ids"] == VIDEO).long()
+    call = {k: v for k, v in batch.items() if not k.startswith(("pixel_", "input_ids", "batch_num"))}
+    call |= {"inputs_embeds": seen[0]["inputs_embeds"], "mm_token_type_ids": types}
+    if seen[0].get("position_ids") is not None:
+        call["position_ids"] = seen[0]["position_ids"]
+    assert ids.shape == types.shape
+    return model, batch, call
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl-video", "glm4v", "llava_next", "mistral3"])
+def test_features_merged_by_the_caller_are_pruned_by_their_types(family: str) -> None:
+    """Types tell where they stand and grids how: the picks and the logits are those of the ordinary call."""
+    model, batch, call = merged(family, (2, 1))
+    whole = dense(model, call)
+    with patch(model, "evs", keep=1.0):
+        assert torch.equal(dense(model, call), whole)
+    for method in ("evs", "uniform", "fastv"):
+        with patch(model, method, keep=0.4) as handle:
+            right = dense(model, batch)
+            shown = picks(handle)
+            torch.testing.assert_close(dense(model, call), right, rtol=0, atol=1e-5)
+            assert picks(handle) == shown
+            if FAMILIES[family].mrope:  # generate of the others takes no types
+                model.generate(**call, max_new_tokens=2, do_sample=False)
+                assert picks(handle) == shown
+
+
+def test_merged_features_without_grids_are_noted() -> None:
+    model, _, call = merged("llava", (1,))
+    with patch(model, "divprune", keep=0.4) as handle:
+        model(**call)
+    assert [(unit.n, len(unit.idx)) for unit in handle.last.units] == [(25, 10)]
+    assert any("grids are unknown" in note for note in handle.last.notes)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl-video", "llava_next"])
+def test_merged_features_that_nothing_places_are_refused(family: str) -> None:
+    """Grids say that something is visual, but neither types nor placeholders say where."""
+    model, _, call = merged(family, (1,))
+    del call["mm_token_type_ids"]
+    whole = dense(model, call)
+    with patch(model, "evs", keep=1.0):
+        assert torch.equal(dense(model, call), whole)
+    with patch(model, "evs", keep=0.4), pytest.raises(UnsupportedCall, match="mm_token_type_ids"):
+        model(**call)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_words_as_embeddings_are_words(family: str) -> None:
+    """Nothing is pruned and a note says what would have been needed; token types of words alone need no note."""
+    model = families.model(family)
+    ids = torch.tensor([[BOS, 40, 41, 42, 43, 44]])
+    call = {"inputs_embeds": model.get_input_embeddings()(ids), "attention_mask": torch.ones_like(ids)}
+    whole = dense(model, call)
+    said = model.generate(**call, max_new_tokens=3, do_sample=False)
+    with patch(model, "divprune", keep=0.4) as handle:
+        assert torch.equal(dense(model, call), whole)
+        assert handle.last.units == []
+        assert handle.last.index.tolist() == [[0, 1, 2, 3, 4, 5]]
+        assert any("inputs_embeds" in note for note in handle.last.notes)
+        assert torch.equal(model.generate(**call, max_new_tokens=3, do_sample=False), said)
+    with patch(model, "divprune", keep=0.4) as handle:
+        assert torch.equal(dense(model, {**call, "mm_token_type_ids": torch.zeros_like(ids)}), whole)
+        assert handle.last is None
+
+
+def test_a_later_turn_as_embeddings() -> None:
+    """A turn of words behind a pruned prompt: as with their ids."""
+    model, batch = families.model("llava"), families.inputs("llava")
+    ids = torch.tensor([[40, 41, 42]])
+    with patch(model, "divprune", keep=0.4):
+        first, second = (model(**batch, use_cache=True) for _ in range(2))
+        right = model(input_ids=ids, **{CACHE: first[CACHE]}).logits
+        embeds = model.get_input_embeddings()(ids)
+        assert torch.equal(model(inputs_embeds=embeds, **{CACHE: second[CACHE]}).logits, right)

@@ -22,17 +22,15 @@ def standing(module: nn.Module, name: str) -> Callable[..., Any]:
 def cover(module: nn.Module, name: str, function: Callable[..., Any]) -> Callable[[], None]:
     """Let a function stand before `module.name` on the instance; returns the undo.
 
-    The undo puts back what the instance held, and leaves alone what somebody else has put there in the meantime.
+    The undo puts back what the instance held, whatever stands there by then.
     """
     found = (module.__dict__[name],) if name in module.__dict__ else ()
     module.__dict__[name] = function
-    return partial(_uncover, module, name, function, found)
+    return partial(_uncover, module, name, found)
 
 
-def _uncover(module: nn.Module, name: str, function: Callable[..., Any], found: tuple[Any, ...]) -> None:
-    if module.__dict__.get(name) is not function:
-        return
+def _uncover(module: nn.Module, name: str, found: tuple[Any, ...]) -> None:
     if found:
         module.__dict__[name] = found[0]
     else:
-        del module.__dict__[name]
+        module.__dict__.pop(name, None)

@@ -34,6 +34,7 @@ ROWS = 64  # softmax rows held at a time
 SHARPNESS, STEPS = 10, 5  # of the PageRank in AIM (https://arxiv.org/abs/2412.03248)
 LINEAR = "linear_attention"  # the kind of layer whose memory is a state and no keys
 WORDLESS = "no text stands behind the image of a row: its last token is asked in place of that text"
+GRIDLESS = "features were encoded elsewhere: image grids are unknown, every run of tokens is a unit"
 # Signals of the decoder's attention.
 LLM_KINDS = (
     "last_row", "last_visual", "last_value", "value_norm", "from_text", "to_text", "transition",
@@ -105,6 +106,13 @@ class Last:
     tower_lengths: dict[str, list[int]] = field(default_factory=dict)
     recalled: dict[int, list[Tensor]] = field(default_factory=dict)
     heads: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def untouched(cls, embeds: Tensor, depth: int, note: str) -> Last:
+        """Of a call of embeddings [B, L, D] in which nothing was visual, as far as could be told."""
+        batch, length = embeds.shape[:2]
+        index = torch.arange(length, device=embeds.device).expand(batch, -1)
+        return cls(index, None, index, [], [length] * depth, [note], [], {})
 
     @property
     def seconds(self) -> float:
@@ -179,9 +187,11 @@ class Frame:
         self.real_past = host[:, length:].to(self.code.device) != 0 if host.shape[1] > length else None
         self.keep = (self.code != 0).to(embeds.device)
         self.units = self.adapter.units(self.host, features)
-        if any(features.get(m) is None for m in self.modalities()):
+        brought = [m for m in self.modalities() if (known := features.get(m)) is None or known.elsewhere]
+        if brought:
             self._check_runs()
-            self.notes.append("features were encoded elsewhere: image grids are unknown, every run of tokens is a unit")
+            if any(u.modality in brought and not u.spans for u in self.units):
+                self.notes.append(GRIDLESS)
         self.alive = [begin(u, i, embeds.device) for i, u in enumerate(self.units)]
         for modality, found in features.items():
             if found is None:

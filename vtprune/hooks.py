@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -33,6 +33,14 @@ SO_FAR = ("received_so_far", "head_output")
 DEEPSTACK = "_deepstack_process"
 
 
+# Arguments that tell the grids of images and videos.
+TOLD = ("image_grid_thw", "video_grid_thw", "image_sizes", "vision_aspect_ratio")
+MERGED = (
+    "inputs_embeds came without pixel values, encoded features or mm_token_type_ids: if features are merged into them, "
+    "nothing tells where, and nothing was pruned"
+)
+
+
 class Local(threading.local):
     """Per-thread state of one patched model; a copy or an unpickled one starts empty."""
 
@@ -43,6 +51,7 @@ class Local(threading.local):
         self.last: Last | None = None
         self.step: Step | None = None  # a decode step at which stages act
         self.ahead = False  # a layer is being looked at before it runs
+        self.told: dict[str, Any] = {}  # what `generate` was told of grids, which it keeps from the model
         self.placed: tuple[Any, ...] = ()  # the last position ids that were lowered, and what came of them
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Local:
@@ -150,6 +159,42 @@ class Observer:
             return self.original(*args, **kwargs), False
         output = self.original(*args, **{**kwargs, "return_dict": True})
         return output, hasattr(output, "to_tuple")
+
+
+class Generator:
+    """Stands in for `model.generate` on the instance: it hands the model features, but not the grids it was given."""
+
+    def __init__(self, session: Session, original: Callable[..., Any]) -> None:
+        self.session, self.original = session, original
+        self.__name__, self.__doc__ = "generate", type(session.adapter.model).generate.__doc__
+        self.retired = False
+
+    @property
+    def __signature__(self) -> Any:
+        return inspect.signature(self.original)
+
+    def retire(self) -> None:
+        """Only pass calls on."""
+        self.retired = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        session = self.session
+        if self.retired:
+            return self.original(*args, **kwargs)
+        told = {
+            k: v for k, v in kwargs.items() if k.endswith(("_grid_thw", "_sizes", "_aspect_ratio")) and v is not None
+        }
+        encoded = kwargs.get("mm_encoder_outputs")
+        for modality, output in encoded.items() if isinstance(encoded, Mapping) else ():
+            # Beams repeat the entries later on, so they are counted now.
+            known = None if output is None else session._known(modality, told, output)
+            if known is not None:
+                session.seen.add(output, known)
+        before, session.local.told = session.local.told, told
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            session.local.told = before
 
 
 class _Looked(Exception):
@@ -462,6 +507,9 @@ class Session:
                     tower.restore = stages.restore
             observer = Observer(self, modality, standing(base, name), tower, stages)
             self._undo += [cover(base, name, observer), observer.retire]
+        if hasattr(type(self.adapter.model), "generate"):
+            generator = Generator(self, standing(self.adapter.model, "generate"))
+            self._undo += [cover(self.adapter.model, "generate", generator), generator.retire]
 
     def remove(self) -> None:
         """Undo everything; safe to call twice."""
@@ -478,15 +526,41 @@ class Session:
             self._refuse(call)
             code = self.adapter.visual_code(call)
             if code is not None:
-                encoded = call.get("mm_encoder_outputs")
-                encoded = encoded if isinstance(encoded, dict) else {}
-                # Pixels are encoded during this very call; encoded features must be recognised, not taken for the last.
-                self.local.features = {m: self.seen.find(v) for m, v in encoded.items() if v is not None}
+                self.local.features = self._brought(call)
                 frame = self.local.frame = Frame(self.adapter, self.stages, code, notes=list(self.notes))
                 frame.foresee(call)
+            elif ids is None and tokens is not None:
+                self._unplaced(call)
         if self.adapter.masks_in_base:
             call = self._past_mask_2d(call, call.get(kv.NAME))
         return None if call is kwargs else ((), call)
+
+    def _unplaced(self, call: dict[str, Any]) -> None:
+        """A prompt as embeddings without features, of which nothing tells where features were merged into them."""
+        if self.adapter.types_of(call) is not None:
+            return
+        told = {**self.local.told, **{k: v for k, v in call.items() if v is not None}}
+        named = [k for k in TOLD if k.endswith(("_thw", "_sizes")) and k in told]
+        if named and any(not stage.keeps_all for stage in self.stages):
+            raise UnsupportedCall(
+                f"this call has {', '.join(named)} and inputs_embeds without placeholders or pixel values, so features "
+                "seem to be merged already, and nothing tells where: pass mm_token_type_ids (0 text, 1 image, 2 "
+                "video), or input_ids with mm_encoder_outputs"
+            )
+        self.local.last = self.latest = Last.untouched(call["inputs_embeds"], len(self.adapter.layers), MERGED)
+
+    def _brought(self, call: dict[str, Any]) -> dict[str, Features | None]:
+        """What is known of features that were there before this call; pixels are encoded in the course of it."""
+        encoded, adapter = call.get("mm_encoder_outputs"), self.adapter
+        told = {**self.local.told, **{k: v for k, v in call.items() if v is not None}}
+        if not adapter.given(call):
+            return {m: adapter.brought(m, told, None) for m in adapter.token_ids}
+        found = encoded.items() if isinstance(encoded, Mapping) else ()
+        return {m: self._known(m, told, v) for m, v in found if v is not None}  # recognised, not taken for the last
+
+    def _known(self, modality: str, told: dict[str, Any], output: Any) -> Features | None:
+        found = self.seen.find(output)
+        return self.adapter.brought(modality, told, output) if found is None else found
 
     def _base_post(self, module: nn.Module, args: Any, output: Any) -> None:
         self.local.frame, self.local.step, self.local.placed = None, None, ()
@@ -710,7 +784,8 @@ class Session:
                 "before the LLM, or model.gradient_checkpointing_disable()"
             )
         wanted = self.tower_needs
-        missing = [m for m in frame.modalities() if self.local.features.get(m) is None]
+        features = self.local.features
+        missing = [m for m in frame.modalities() if (known := features.get(m)) is None or known.elsewhere]
         inside = [s for s in self.stages if isinstance(s.where, tuple)]
         if inside and missing:
             raise UnsupportedCall(

@@ -309,6 +309,12 @@ class Stage:
         return (self.positions or self.method.positions) == "compact"
 
     @property
+    def keeps_all(self) -> bool:
+        """True if the share of tokens to keep is 1.0."""
+        keep = self.keep if self.keep_total is None else self.keep_total
+        return isinstance(keep, float) and keep == 1.0
+
+    @property
     def policy(self) -> str:
         """How budgets are dealt out, in words: "per crop, newlines dropped, positions kept"."""
         share = ", one total a row" if self.keep_total is not None else ""
