@@ -7,6 +7,7 @@ import functools
 import gc
 import inspect
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import families
@@ -14,12 +15,14 @@ import pytest
 import reference
 import torch
 import transformers
-from families import BOS, FAMILIES, FIRST_TEXT, IMAGE, VIDEO, Piece
+from families import BOS, END, FAMILIES, FIRST_TEXT, IMAGE, START, VEND, VIDEO, VSTART, Piece
 from torch import Tensor
 
 import vtprune
 from vtprune import Stage, UnsupportedCall
 from vtprune.cache import NAME as CACHE
+from vtprune.framing import clips_seen
+from vtprune.model_adapters.generic import Unit
 
 patch: Any = vtprune.patch
 TAKES_FEATURES = (
@@ -389,3 +392,200 @@ def test_a_later_turn_as_embeddings() -> None:
         right = model(input_ids=ids, **{CACHE: first[CACHE]}).logits
         embeds = model.get_input_embeddings()(ids)
         assert torch.equal(model(inputs_embeds=embeds, **{CACHE: second[CACHE]}).logits, right)
+
+
+# -- frames as images, and the clips they make --------------------------------------------------------------------
+
+FRAMES = ["internvl-frames", "smolvlm-frames"]
+
+
+def clip(family: str, frames: int, seed: int) -> Piece:
+    return FAMILIES[family].visual(frames, torch.Generator().manual_seed(seed), False)
+
+
+def row_of(clips: list[Piece], words: bool = True) -> list[Piece]:
+    return [Piece([BOS]), families.text(1, 3), *[p for c in clips for p in (c, families.text(2, 3 * words))],
+            families.text(4, 2)]  # fmt: skip
+
+
+def answers_of(handle: Any, stage: int | str = "llm") -> list[tuple[int, list[int]]]:
+    return [(u.n, u.idx.tolist()) for u in handle.last.units if u.where == stage]
+
+
+@pytest.mark.parametrize("words", [True, False])
+@pytest.mark.parametrize("method", ["evs", "dycoke", "vidcom2", "aim", "holitom"])
+@pytest.mark.parametrize("family", FRAMES)
+def test_two_clips_of_a_row_are_treated_by_themselves(family: str, method: str, words: bool) -> None:
+    """Each clip gets the answer it gets alone: words stand between them, or the labels of the frames start anew."""
+    model, pieces = families.model(family), [clip(family, 3, 5), clip(family, 4, 6), clip(family, 3, 7)]
+    with patch(model, method, keep=0.4, per="sample") as handle:
+        alone = []
+        for piece in pieces:
+            model(**families.build(family, [row_of([piece])]))
+            alone += answers_of(handle)
+        assert [n for n, _ in alone] == [27, 36, 27]
+        for rows in ([[0, 1, 2]], [[0, 1], [2]], [[1], [2, 0]], [[2, 2, 2]]):
+            batch = families.build(family, [row_of([pieces[i] for i in row], words) for row in rows])
+            model(**batch)
+            assert answers_of(handle) == [alone[i] for row in rows for i in row]
+            ids = batch["input_ids"]
+            embeds = {**batch, "inputs_embeds": model.get_input_embeddings()(ids), "input_ids": None}
+            model(**embeds)
+            assert answers_of(handle) == [alone[i] for row in rows for i in row]
+
+
+@pytest.mark.parametrize("family", FRAMES)
+def test_clips_that_the_user_counts(family: str) -> None:
+    """Any method, any division, over rows, and the copies of a row that beams make."""
+    model, pieces = families.model(family), [clip(family, 4, 5), clip(family, 3, 6)]
+    batch = families.build(family, [row_of([piece]) for piece in pieces])
+    for method in ("evs", "divprune", "fastv"):
+        stages, log = reference.spy([replace(s, keep=0.4, per="sample", clips=(1, 3, 2, 1)) for s in
+                                     vtprune.create(method).stages(0.4, families.depth(model))])  # fmt: skip
+        with patch(model, stages) as handle:
+            model(**batch)
+            assert [(u.row, u.n, len(u.idx)) for u in handle.last.units] == [
+                (0, 9, 4),
+                (0, 27, 11),
+                (1, 18, 7),
+                (1, 9, 4),
+            ]
+            model.generate(**batch, max_new_tokens=2, num_beams=2, do_sample=False)
+            shown = [(u.row, u.n) for u in handle.last.units]
+            assert shown == [(r, n) for r, sizes in enumerate([(9, 27)] * 2 + [(18, 9)] * 2) for n in sizes]
+        for unit, answer in zip(log[0].units, log[0].answers, strict=True):
+            assert torch.equal(answer.idx, vtprune.create(method)(unit).idx)
+
+
+@pytest.mark.parametrize("clips", [(3, 3), (5, 2), (7,), (4, 3, 3)])
+def test_clips_that_do_not_fit_are_refused(clips: tuple[int, ...]) -> None:
+    family = "internvl-frames"
+    batch = families.build(family, [row_of([clip(family, 4, 5)]), row_of([clip(family, 3, 6)])])
+    wrong = pytest.raises(UnsupportedCall, match=r"the rows of this call hold \[4, 3\] images")
+    with patch(families.model(family), "evs", keep=0.4, per="sample", clips=clips), wrong:
+        families.model(family)(**batch)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"clips": (3, 3)}, ValueError, "use per='sample'"),
+        ({"clips": (), "per": "sample"}, ValueError, "at least one frame"),
+        ({"clips": (3, 0), "per": "sample"}, ValueError, "at least one frame"),
+        ({"clips": 3, "per": "sample"}, TypeError, "number of frames of each clip"),
+        ({"clips": (1.5,), "per": "sample"}, TypeError, "number of frames of each clip"),
+    ],
+)
+def test_clips_that_make_no_sense_are_refused(options: dict[str, Any], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        patch(families.model("internvl"), "evs", keep=0.4, **options)
+
+
+def test_a_sample_of_other_methods_is_the_whole_row() -> None:
+    family = "internvl-frames"
+    model, batch = families.model(family), families.build(family, [row_of([clip(family, 3, 5), clip(family, 3, 6)])])
+    with patch(model, "divprune", keep=0.5, per="sample") as handle:
+        model(**batch)
+    assert [unit.n for unit in handle.last.units] == [54]
+
+
+def test_two_videos_of_a_sample_are_two_clips() -> None:
+    """Real videos of one size do not become one clip of twice the frames either."""
+    family = "qwen2_5_vl-video"
+    model, pieces = families.model(family), [clip(family, (3, 4, 6), seed) for seed in (0, 1)]  # type: ignore[arg-type]
+    with patch(model, "evs", keep=0.4, per="sample") as handle:
+        alone = []
+        for piece in pieces:
+            model(**families.build(family, [row_of([piece])]))
+            alone += answers_of(handle)
+        model(**families.build(family, [row_of(pieces)]))
+        assert answers_of(handle) == alone
+
+
+@pytest.mark.parametrize("options", [{}, {"clips": (5,)}], ids=str)
+def test_the_second_stage_of_holitom_sees_the_clip(options: dict[str, Any]) -> None:
+    family = "internvl-frames"
+    with patch(families.model(family), "holitom", keep=0.4, per="sample", **options) as handle:
+        families.model(family)(**families.build(family, [row_of([clip(family, 5, 5)])]))
+    assert [(u.where, u.n, len(u.idx)) for u in handle.last.units] == [("llm", 45, 18), (3, 18, 9)]
+
+
+REAL = {
+    # Words of real processors' prompts, each digit one of them: (before the first frame, between frames).
+    "InternVL": ("<|im_start|> user \n Frame {} : _ <img>", "</img> \n Frame {} : _ <img>"),
+    "SmolVLM": ("User : You _ see _ 12 _ frames \n Frame _ from _ 0 0 : {} : <fake> <global>",
+                "<fake> \n Frame _ from _ 0 0 : {} : <fake> <global>"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("between", ["", "and _ now _ this _ one", "\n"])
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("counts", [(2,), (12,), (120,), (12, 9), (3, 3), (30, 2), (2, 30, 11), (9, 11, 110)])
+@pytest.mark.parametrize("kind", REAL)
+def test_frames_of_real_prompts(kind: str, counts: tuple[int, ...], first: int, between: str) -> None:
+    """Labels of one to three digits, a second clip right behind the first or behind words."""
+    lead, separator = REAL[kind]
+    table: dict[str, int] = {}
+    words: list[int] = []
+    units: list[Unit] = []
+
+    def say(text: str) -> None:
+        words.extend(table.setdefault(word, len(table)) for word in text.split(" "))
+
+    for number, count in enumerate(counts):
+        for frame in range(first, first + count):
+            label = " ".join(str(frame))
+            if frame == first and number:
+                say((separator if not between else f"</img> {between} {lead}").format(label))
+            else:
+                say((lead if frame == first else separator).format(label))
+            units.append(Unit(0, "image", [(len(words), 4)]))
+            words.extend([-1] * 4)
+    wanted = [number for number, count in enumerate(counts) for _ in range(count)]
+    assert clips_seen(units, [words]) == wanted
+
+
+def test_frames_that_share_a_label_or_have_none_are_one_clip() -> None:
+    """Two frames within a second have one timestamp; frames side by side have no label at all."""
+    units = [Unit(0, "image", [(5 + 9 * i, 4)]) for i in range(6)]
+    for labels in ([0, 0, 1, 1, 2, 2], [7] * 6):
+        words = [i for label in labels for i in (90, 91, 92, label, 93, -1, -1, -1, -1)]
+        assert clips_seen(units, [words]) == [0] * 6
+    units = [Unit(0, "image", [(5 + 4 * i, 4)]) for i in range(6)]
+    assert clips_seen(units, [[90] * 5 + [-1] * 24]) == [0] * 6
+
+
+# -- videos that are written with the id of images ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"per": "sample"}], ids=str)
+def test_a_video_of_glm_is_one_video(options: dict[str, Any]) -> None:
+    """Its frames carry the image id; grid and features are the video's. The rule of evs is computed by hand."""
+    model, generator = families.model("glm4v"), torch.Generator().manual_seed(0)
+    frames, height, width = 5, 4, 6
+    each = height * width // 4
+    shown = [i for t in range(frames) for i in (START, *[IMAGE] * each, END, FIRST_TEXT + t)]
+    ids = torch.tensor([[BOS, 30, 31, VSTART, *shown, VEND, 40, 41, 42]])
+    batch: dict[str, Any] = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": 2 * (ids == IMAGE).long(),
+        "pixel_values_videos": torch.randn(frames * height * width, 3 * 2 * 4 * 4, generator=generator),
+        "video_grid_thw": torch.tensor([[frames, height, width]]),
+    }
+    features = model.model.get_video_features(batch["pixel_values_videos"], batch["video_grid_thw"]).pooler_output
+    x = torch.cat(list(features)).view(frames, each, -1)
+    change = 1 - torch.cosine_similarity(x[1:], x[:-1], dim=-1)
+    scores = torch.cat([torch.full((each,), 9.0), change.flatten()])
+    right = sorted(scores.sort(descending=True, stable=True).indices[:12].tolist())
+    whole = dense(model, batch)
+    with patch(model, "evs", keep=1.0, **options):
+        assert torch.equal(dense(model, batch), whole)
+    with patch(model, "evs", keep=0.4, **options) as handle:
+        model(**batch)
+        (unit,) = handle.last.units
+        assert (unit.modality, unit.n, unit.grid) == ("video", 30, (5, 2, 3))
+        assert unit.idx.tolist() == right
+        assert not any("grids are unknown" in note for note in handle.last.notes)
+        model.generate(**batch, max_new_tokens=3, do_sample=False)
+        assert handle.last.units[0].idx.tolist() == right

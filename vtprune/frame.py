@@ -12,6 +12,7 @@ from torch import Tensor
 from . import cache as kv
 from .clock import Clock, capturing
 from .compact import Compaction, mask_for, tensor_mask
+from .framing import clips_seen, clips_told
 from .kernels import (
     Arriving,
     Verdict,
@@ -143,6 +144,7 @@ class Frame:
     valids: list[Tensor | None] = field(default_factory=list)
     shift: Tensor | None = None
     lags: list[Tensor | None] = field(default_factory=list)
+    clips: dict[tuple[int, ...] | None, list[int]] = field(default_factory=dict)
     state: dict[int, dict[str, Any]] = field(default_factory=dict)
     rows: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     relevance: list[Tensor] = field(default_factory=list)
@@ -172,6 +174,10 @@ class Frame:
             self.code = self.code * real[:, -length:]
         past = () if real is None else (real[:, :-length].to(self.code),)
         self._arriving = Arriving(torch.cat([self.code, *past], dim=1))
+        if self.by_clip:
+            ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+            # Equal words have equal embeddings.
+            self._words_arriving = Arriving(ids if ids is not None else embeds.double().sum(-1))  # type: ignore
 
     def open(self, call: dict[str, Any], features: dict[str, Features | None]) -> None:
         """Make the units. Their indices are made on the device, so nothing here waits for it."""
@@ -283,7 +289,7 @@ class Frame:
             self._shrink(a, idx)
 
     def _run(self, number: int, stage: Stage) -> None:
-        self.alive, units = groups(self.alive, stage)
+        self.alive, units = groups(self.alive, stage, self._clips(stage))
         todo, views = [], []
         for group, budget in zip(units, self._budgets(stage, units)):
             if budget is None or budget < sum(a.m for a in group):
@@ -301,6 +307,22 @@ class Frame:
             for a in self.alive:
                 if a.separator and (a.row, a.image) in touched:
                     self._shrink(a, a.positions[:0])
+
+    def _clips(self, stage: Stage) -> list[int] | None:
+        """The clip of every image, for a stage that sees samples: as the user counts them, or as frames are told."""
+        if stage.per != "sample" or not self.units or not (stage.clips or self.by_clip):
+            return None
+        if stage.clips not in self.clips:
+            if stage.clips:
+                self.clips[stage.clips] = clips_told(self.units, len(self.host), stage.clips)
+            else:
+                self.clips[None] = clips_seen(self.units, self._words_arriving.read().tolist())
+        return self.clips[stage.clips]
+
+    @property
+    def by_clip(self) -> bool:
+        """True if a stage compares the frames of a sample: then what stages see of a sample are its clips."""
+        return any(s.per == "sample" and s.method.video for s in self.stages)
 
     def _ask(self, stage: Stage, views: list[Visual]) -> list[Assignment]:
         """What the method answers, checked."""

@@ -94,14 +94,19 @@ def arange_of(ranges: Sequence[tuple[int, int]], device: torch.device) -> Tensor
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=device)
 
 
-def groups(alive: list[Alive], stage: Stage) -> tuple[list[Alive], list[list[Alive]]]:
-    """What is alive, divided as finely as the stage needs, and the units of the stage: lists of its members."""
+def groups(
+    alive: list[Alive], stage: Stage, clips: Sequence[int] | None = None
+) -> tuple[list[Alive], list[list[Alive]]]:
+    """What is alive, divided as finely as the stage needs, and the units of the stage: lists of its members.
+
+    clips: for each image of the batch the number of its clip, where a sample is divided into clips.
+    """
     alive = [part for a in alive for part in divide(a, stage)]
     seen = [a for a in alive if not (a.separator and (stage.newlines != "compete" or stage.per in ("crop", "frame")))]
     if stage.per == "image":
         keys: list[tuple[int, ...]] = [(a.row, a.image) for a in seen]
     elif stage.per == "sample":
-        keys = [(a.row,) for a in seen]
+        keys = [(a.row, clips[a.image] if clips else 0) for a in seen]
     else:
         keys = [(a.row, a.image, number) for number, a in enumerate(seen)]
     members: dict[tuple[int, ...], list[Alive]] = {}
