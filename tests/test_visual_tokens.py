@@ -589,3 +589,36 @@ def test_a_video_of_glm_is_one_video(options: dict[str, Any]) -> None:
         assert not any("grids are unknown" in note for note in handle.last.notes)
         model.generate(**batch, max_new_tokens=3, do_sample=False)
         assert handle.last.units[0].idx.tolist() == right
+
+
+# -- what the handle shows ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl-video", "internvl", "smolvlm"])
+@pytest.mark.parametrize("method", ["divprune", "fastv", "hiprune", "topk_cls", "tome"])
+def test_units_that_keep_all_are_shown(family: str, method: str) -> None:
+    """keep=1.0 shows every unit with all its tokens, without asking the method and without changing a bit."""
+    model, batch = families.model(family), families.inputs(family, rows=(2, 1))
+    if method == "topk_cls" and family != "llava":
+        pytest.skip("no CLS token")
+    whole = dense(model, batch)
+    with patch(model, method, keep=1.0) as handle:
+        assert torch.equal(dense(model, batch), whole)
+        units = handle.last.units
+    assert units
+    per_row = [sorted(p for u in units if u.row == row for p in u.positions.tolist()) for row in range(2)]
+    assert per_row == [sorted(p for unit in row for p in unit) for row in batch.units]
+    for unit in units:
+        assert unit.idx.tolist() == unit.assignment.idx.tolist() == list(range(unit.n))
+
+
+def test_units_that_keep_all_stand_beside_those_that_do_not() -> None:
+    """Six tokens a unit: the mosaic is cut, a smaller image of the same call is shown whole."""
+    family = "mistral3"
+    model, batch = families.model(family), families.inputs(family, rows=(2,))
+    sizes = [len(unit) for unit in batch.units[0]]
+    stages, log = reference.spy([Stage("llm", vtprune.create("divprune"), keep=min(sizes))])
+    with patch(model, stages) as handle:
+        model(**batch)
+    assert [(u.n, len(u.idx)) for u in handle.last.units] == [(n, min(sizes)) for n in sizes]
+    assert [unit.n for unit in log[0].units] == [max(sizes)]

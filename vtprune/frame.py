@@ -49,7 +49,7 @@ CUT_BEFORE = ("attention_mask", "position_ids", "inputs_embeds", "deepstack_visu
 
 @dataclass(frozen=True)
 class UnitResult:
-    """What one stage did to one unit.
+    """What one stage did to one unit, also where it kept all of it and the method was not asked.
 
     positions: [K] int64, kept positions in the row as fed. idx: [K] the same counted inside the unit's n tokens as
     the stage found them. order: [K] pick order, or None. scores: [n] or None. spans, grid: rasters of the unit.
@@ -265,16 +265,20 @@ class Frame:
 
     def _drop_unseen(self) -> None:
         """Drop what stages in the vision tower dropped: the encoder's output repeats kept tokens in its place."""
-        if not any(KEPT in unit.signals for unit in self.units):
+        tower = [s for s in self.stages if isinstance(s.where, tuple)]
+        if not tower:
             return
-        for stage in (s for s in self.stages if not isinstance(s.where, tuple) and s.method.of == "tokens"):
+        later = [s for s in self.stages if not isinstance(s.where, tuple) and s.method.of == "tokens"]
+        for stage in later if any(KEPT in unit.signals for unit in self.units) else ():
             self.alive, _ = groups(self.alive, stage)
         # Newlines (-1) never were in the tower: they stay to compete, or go with the first token that goes.
-        tower = [s for s in self.stages if isinstance(s.where, tuple)]
-        no_newlines, place = any(s.newlines == "drop" for s in tower), self.tower_units[-1].where
+        no_newlines = any(s.newlines == "drop" for s in tower)
+        place = self.tower_units[-1].where if self.tower_units else tower[-1].where
         for a in self.alive:
             kept = a.unit.signals.get(KEPT)
             if kept is None or not bool((kept == 0).any()):
+                if not later and not a.separator:
+                    self._take_all(tower[-1], [a], place)
                 continue
             stays = kept == 1 if no_newlines else kept != 0
             stays = stays if a.n == a.unit.n else stays[a.origin.cpu()]
@@ -290,20 +294,21 @@ class Frame:
 
     def _run(self, number: int, stage: Stage) -> None:
         self.alive, units = groups(self.alive, stage, self._clips(stage))
-        todo, views = [], []
-        for group, budget in zip(units, self._budgets(stage, units)):
-            if budget is None or budget < sum(a.m for a in group):
-                todo.append(group)
-                views.append(self._visual(number, stage, group, budget))
-        if not todo:
-            return
-        for group, view, answer in zip(todo, views, self._ask(stage, views)):
+        budgets = self._budgets(stage, units)
+        todo = [i for i, group in enumerate(units) if (k := budgets[i]) is None or k < sum(a.m for a in group)]
+        views = [self._visual(number, stage, units[i], budgets[i]) for i in todo]
+        asked = dict(zip(todo, zip(views, self._ask(stage, views) if views else ())))
+        for i, group in enumerate(units):
+            if i not in asked:
+                self._take_all(stage, group)
+                continue
+            view, answer = asked[i]
             self._take(stage, group, view, answer)
             note = view.state.get("note")
             if note and note not in self.notes:
                 self.notes.append(note)
         if stage.newlines == "drop":
-            touched = {(a.row, a.image) for group in todo for a in group}
+            touched = {(a.row, a.image) for i in todo for a in units[i]}
             for a in self.alive:
                 if a.separator and (a.row, a.image) in touched:
                     self._shrink(a, a.positions[:0])
@@ -452,6 +457,19 @@ class Frame:
         for a, start in zip(group, list(accumulate((a.m for a in group), initial=0))):
             # How many tokens each member keeps is known to the device alone.
             self._shrink(a, chosen[(chosen >= start) & (chosen < start + a.m)] - start)
+
+    def _take_all(self, stage: Stage, group: list[Alive], where: Where | None = None) -> None:
+        """Note a unit that keeps all it has, of which the method is not asked."""
+        first, one = group[0], group[0] if len(group) == 1 else None
+        positions = _tokens(group)[0]
+        idx = torch.arange(len(positions), device=positions.device)
+        self.results.append(
+            UnitResult(
+                first.row, first.image, first.part, first.unit.modality, stage.method.name,
+                stage.where if where is None else where, len(idx), positions, idx, None, None,
+                one.spans if one else _joined_spans(group), one.grid if one else None, Assignment(idx),
+            )
+        )  # fmt: skip
 
     def _shrink(self, a: Alive, idx: Tensor) -> None:
         """Cut one member of a unit down to its tokens idx [K]."""
