@@ -622,3 +622,43 @@ def test_units_that_keep_all_stand_beside_those_that_do_not() -> None:
         model(**batch)
     assert [(u.n, len(u.idx)) for u in handle.last.units] == [(n, min(sizes)) for n in sizes]
     assert [unit.n for unit in log[0].units] == [max(sizes)]
+
+
+def test_frames_that_a_budget_leaves_empty_are_noted() -> None:
+    """The note counts what the picks say, frame by frame; none where every frame keeps something."""
+    family = "qwen2_5_vl-video"
+    model, batch = families.model(family), families.build(family, [row_of([clip(family, (6, 4, 6), 0)])])  # type: ignore[arg-type]
+    for keep, per in ((0.15, "image"), (0.15, "frame"), (1.0, "image")):
+        with patch(model, "evs", keep=keep, per=per) as handle:
+            model(**batch)
+            counts = torch.zeros(6, dtype=torch.long)
+            for frame, unit in enumerate(handle.last.units):
+                counts += torch.bincount(unit.idx // 6 if per == "image" else frame + 0 * unit.idx, minlength=6)
+            said = [note for note in handle.last.notes if "keep no token" in note]
+        empty = int((counts == 0).sum())
+        assert (empty > 0) == (keep < 1 and per == "image")
+        shown = ", ".join(map(str, counts.tolist()))
+        note = (
+            f"{empty} of 6 frames keep no token (in row 0: {shown}): raise the budget, or share it out with per='frame'"
+        )
+        assert said == [note] * bool(empty)
+
+
+def test_crops_and_images_that_a_budget_leaves_empty_are_noted() -> None:
+    model, batch = families.model("llava_next"), families.inputs("llava_next", seed=2)
+    with patch(model, "divprune", keep=1) as handle:
+        model(**batch)
+        crops = len(handle.last.units[0].kept_by_crop)
+        assert any(note.startswith(f"{crops - 1} of {crops} crops keep no token") for note in handle.last.notes)
+    family = "internvl-frames"
+    with patch(families.model(family), "divprune", keep=1, per="sample") as handle:
+        families.model(family)(**families.inputs(family))
+        assert any(note.startswith("2 of 3 images keep no token") for note in handle.last.notes)
+
+
+def test_tokens_that_are_meant_to_go_need_no_note() -> None:
+    """ToDRE drops all visual tokens deep inside the LLM."""
+    model = families.model("qwen2_5_vl-video")
+    with patch(model, "todre", keep=0.9) as handle:
+        model(**families.inputs("qwen2_5_vl-video"))
+        assert not any("keep no token" in note for note in handle.last.notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -25,11 +26,11 @@ from .kernels import (
     to_device,
 )
 from .kernels.dispatch import Backend
-from .model_adapters.generic import MODALITIES, Adapter, Features, runs_of
+from .model_adapters.generic import MODALITIES, Adapter, Features, Unit, runs_of
 from .recall import Recall, pick
 from .tap import MASKED, bias_of
 from .types import KEPT, Assignment, Signal, Span, Stage, UnsupportedCall, Visual, Where, check_answers
-from .units import Alive, arange_of, begin, groups, kept_by_crop
+from .units import Alive, arange_of, begin, emptied, groups, kept_by_crop
 
 ROWS = 64  # softmax rows held at a time
 SHARPNESS, STEPS = 10, 5  # of the PageRank in AIM (https://arxiv.org/abs/2412.03248)
@@ -83,12 +84,13 @@ class Last:
 
     index: [B, n] int64 positions in the rows as fed, after all stages. valid: [B, n] bool or None (no padding).
     src: [B, L] int64, the slot that answers for each position fed. units: one `UnitResult` per unit and stage.
-    lengths: tokens each decoder layer ran on. notes: fallbacks that were used. policies: how each stage dealt out its
-    budget. kernels: which implementation of each kernel ran, "reference" or "triton".
+    lengths: tokens each decoder layer ran on. said: fallbacks that were used, see `notes`. policies: how each stage
+    dealt out its budget. kernels: which implementation of each kernel ran, "reference" or "triton".
     tower_units, tower_lengths: if stages stand inside the vision tower, what each did to each crop (or packed image):
         `row` is the row of the tower's batch, `image` the crop's number, `positions` are its tokens; and by modality
         the rows each block ran on, of its longest crop (of all images where the tower packs them). `units` then starts
         with what all of them together left of each image.
+    visual, together: the images and videos of the call without their signals, and which of them shared a budget.
     heads: of stages that choose among heads, by layer: for each row [K] int64 the query heads that speak behind it.
     recalled: of stages that act at decode, by layer: for each row the positions as fed [K] of the visual tokens that
         the last decode step saw there; empty before the first step that chose.
@@ -99,7 +101,7 @@ class Last:
     src: Tensor
     units: list[UnitResult]
     lengths: list[int]
-    notes: list[str]
+    said: list[str]
     policies: list[str]
     kernels: dict[str, Backend]
     clocks: list[Clock] = field(default_factory=list, repr=False)
@@ -107,6 +109,13 @@ class Last:
     tower_lengths: dict[str, list[int]] = field(default_factory=dict)
     recalled: dict[int, list[Tensor]] = field(default_factory=dict)
     heads: dict[int, list[Tensor]] = field(default_factory=dict)
+    visual: list[Unit] = field(default_factory=list, repr=False)
+    together: list[int] = field(default_factory=list, repr=False)
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """Fallbacks that were used, and how many frames or crops a budget left empty; on a GPU this waits for it."""
+        return [*self.said, *(emptied(self.visual, self.together, self.index, self.valid) if self.visual else ())]
 
     @classmethod
     def untouched(cls, embeds: Tensor, depth: int, note: str) -> Last:
@@ -930,7 +939,15 @@ class Frame:
         return Last(
             c.index, c.valid, c.src, self.results, self.lengths, self.notes, policies, self.kernels, self.clocks,
             self.tower_units, self.tower_lengths, heads=self.speaking,
+            visual=[] if self.compaction is None else [replace(u, signals={}) for u in self.units],
+            together=self._together(),
         )  # fmt: skip
+
+    def _together(self) -> list[int]:
+        """For every unit the number of the clip or row with which it shared a budget; empty if it had its own."""
+        shared = [s for s in self.stages if s.per == "sample" and s.method.of == "tokens"]
+        numbers = next((found for s in shared if (found := self._clips(s))), None)
+        return numbers or ([u.row for u in self.units] if shared else [])
 
 
 @dataclass(frozen=True)
