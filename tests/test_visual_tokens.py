@@ -6,8 +6,10 @@ import copy
 import functools
 import gc
 import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import families
@@ -662,3 +664,16 @@ def test_tokens_that_are_meant_to_go_need_no_note() -> None:
     with patch(model, "todre", keep=0.9) as handle:
         model(**families.inputs("qwen2_5_vl-video"))
         assert not any("keep no token" in note for note in handle.last.notes)
+
+
+def test_the_table_of_families_names_what_is_tested() -> None:
+    from vtprune.model_adapters.generic import TESTED
+
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    rows = re.findall(r"^\| .* \(`(\w+)`\) \|(.*)\|(.*)\|(.*)\|$", readme, re.M)
+    assert [row[0] for row in rows] == TESTED
+    names = {family: [text.strip() == "tested" for text in texts] for family, *texts in rows}
+    for family, (images, videos, frames) in names.items():
+        assert images == (family in families.NAMES)
+        assert videos == (f"{family}-video" in families.NAMES)
+        assert frames == (f"{family}-frames" in families.NAMES)
