@@ -45,8 +45,8 @@ class Exam:
     """Questions made ready for one model: prompts rendered, images processed, image features kept where they fit.
 
     The features do not depend on what is pruned behind them. They are computed once and handed to `generate` as
-    `mm_encoder_outputs`, unless a stage stands before the LLM (or the model cannot take them): such features carry no
-    signal and no grid, and a rule about rows or frames would see one long run of tokens.
+    `mm_encoder_outputs`, with the grids beside them, unless a stage acts inside the tower or reads a signal from it (or
+    the model cannot take them).
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Exam:
                 out = encode(**{k: v for k, v in inputs.items() if k in takes}, return_dict=True)
             slim = {k: v for k, v in out.items() if k in ("pooler_output", "deepstack_features")}
             self._features.append(type(out)(**slim))
-        # Sizes and grids stay: M-RoPE counts positions from them.
+        # Sizes and grids stay: M-RoPE counts positions from them, and rules about rows and frames read them.
         rest = {k: v for k, v in inputs.items() if not (k in takes and k.startswith("pixel_values"))}
         return {**rest, "mm_encoder_outputs": {modality: self._features[i]}}
 
@@ -180,10 +180,9 @@ class Plan:
 
     @property
     def needs_tower(self) -> bool:
-        """Whether the pass must run the vision tower: a stage before the LLM may read a signal from it, and the grid
-        that features made elsewhere do not carry."""
+        """Whether the pass must run the vision tower: a stage acts inside it, or reads a signal from it."""
         stages = self.method.stages(self.keep, depth=0) if self.method else []
-        return any(not isinstance(s.where, int) for s in stages)
+        return any(isinstance(s.where, tuple) or (s.where == "llm" and s.method.needs) for s in stages)
 
     def applied(self, model: Any) -> AbstractContextManager[Any]:
         """The model, patched inside a `with` block."""

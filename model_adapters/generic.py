@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vtprune.cache import renamed
 from vtprune.types import Signal, Span, UnsupportedCall, UnsupportedModel
 
-from .layouts import spans_of
+from .layouts import is_told, sizes_told, spans_of
 from .vits import WORKING
 
 MODALITIES = ("image", "video")
@@ -61,6 +61,10 @@ REFUSED = {
 }
 # These build 4-D masks from the padding mask before they call the text model.
 MASKS_IN_BASE = ("gemma3", "paligemma")
+# These write the frames of a video with the id of images.
+FRAMES_ARE_IMAGES = ("glm4v", "glm46v")
+# These name the types of tokens (1 where an image is) otherwise.
+IMAGE_TYPES = {"gemma3": "token_type_ids"}
 
 
 @dataclass
@@ -93,7 +97,8 @@ class Features:
     """One observed `get_{image,video}_features` call: sizes, spans and signals of every entry it returned.
 
     tower: what stages inside the tower did (`vtprune.tower.TowerRun`), if there were any. kernels, clocks: which
-    kernels ran meanwhile, and how long the signals took.
+    kernels ran meanwhile, and how long the signals took. elsewhere: the call brought the features, or has them merged
+    into its embeddings, so there are no signals, and what is known of them is what the call says.
     """
 
     sizes: list[int]
@@ -102,6 +107,7 @@ class Features:
     tower: Any = None
     kernels: dict[str, Any] = field(default_factory=dict)
     clocks: list[Any] = field(default_factory=list)
+    elsewhere: bool = False
 
 
 class Adapter:
@@ -179,36 +185,67 @@ class Adapter:
             raise UnsupportedCall(f"{type(module).__name__} got {len(args)} positional arguments; pass them by name")
         return {**dict(zip(names, args)), **kwargs}
 
-    def visual_code(self, call: dict[str, Any]) -> Tensor | None:
-        """[B, L] int8 on the device: 1 text, 2 image, 3 video; None if the call names no tokens."""
-        ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
-        if ids is None and embeds is None:
-            return None
-        like = ids if ids is not None else embeds[..., 0]  # type: ignore[index]
-        code = torch.ones_like(like, dtype=torch.int8)
-        for modality, token in self.token_ids.items():
-            if ids is not None:
-                hit = ids == token
-            else:
-                table = self.base.get_input_embeddings()  # type: ignore[operator]
-                hit = (embeds == table(torch.full((), token, device=code.device))).all(-1)
-            code = code.masked_fill(hit, 2 + MODALITIES.index(modality))
-        return code
+    def given(self, call: dict[str, Any]) -> list[str]:
+        """Modalities whose pixels or encoded features this call carries; placeholder ids of the others are text."""
+        encoded = call.get("mm_encoder_outputs")
+        if isinstance(encoded, Mapping):
+            found = {m for m in MODALITIES if encoded.get(m) is not None}
+        else:  # Idefics3 and SmolVLM once took the features of images alone
+            found = set() if encoded is None else {"image"}
+        for name, value in call.items():
+            if name.startswith("pixel_values") and value is not None:
+                found.add("video" if name == "pixel_values_videos" else "image")
+        return [m for m in MODALITIES if m in found and m in self.token_ids]
 
     def features_given(self, call: dict[str, Any]) -> bool:
         """True if this call carries pixels or encoded features (and not merely placeholder ids)."""
-        encoded = call.get("mm_encoder_outputs")
-        if isinstance(encoded, dict):
-            encoded = any(v is not None for v in encoded.values())
-        pixels = any(k.startswith("pixel_values") and v is not None for k, v in call.items())
-        return pixels or (encoded is not None and encoded is not False)
+        return bool(self.given(call))
+
+    def visual_code(self, call: dict[str, Any]) -> Tensor | None:
+        """[B, L] int8 on the device: 1 text, 2 image, 3 video; None if the call names no tokens or none is visual.
+
+        Features that the caller merged into `inputs_embeds` are told by `mm_token_type_ids`.
+        """
+        ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+        like = ids if ids is not None else None if embeds is None else embeds[..., 0]
+        given = self.given(call)
+        if like is None or not given:
+            return None if ids is not None or embeds is None else self._merged_code(call)
+        code = torch.ones_like(like, dtype=torch.int8)
+        for modality in given:
+            token = self.token_ids[modality]
+            if ids is not None:
+                token = self.token_ids["image"] if self.model_type in FRAMES_ARE_IMAGES else token
+                hit = ids == token
+            else:
+                table = self.base.get_input_embeddings()  # type: ignore[operator]
+                hit = (embeds == table(torch.full((), token, device=code.device))).all(-1)  # type: ignore[union-attr]
+            code = code.masked_fill(hit, 2 + MODALITIES.index(modality))
+        return code
+
+    def types_of(self, call: dict[str, Any]) -> Tensor | None:
+        """[B, L] token types that came with `inputs_embeds`: 0 text, 1 image, 2 video; None if none did."""
+        types = call.get("mm_token_type_ids", call.get(IMAGE_TYPES.get(self.model_type, "")))
+        length = call["inputs_embeds"].shape[1]
+        # Those of earlier turns may come along.
+        return types[:, -length:] if torch.is_tensor(types) and types.shape[-1] >= length else None
+
+    def _merged_code(self, call: dict[str, Any]) -> Tensor | None:
+        types = self.types_of(call)
+        if types is None:
+            return None
+        code = torch.ones_like(call["inputs_embeds"][..., 0], dtype=torch.int8)
+        for modality in self.token_ids:
+            mark = MODALITIES.index(modality)
+            code = code.masked_fill(types.to(code.device) == 1 + mark, 2 + mark)
+        return code if bool((code > 1).any()) else None
 
     def observe(
         self, modality: str, call: dict[str, Any], output: Any, signals: list[dict[Signal, Tensor]]
     ) -> Features:
         """What a feature call returned, entry by entry (an image, a tile or a video each)."""
         pooled = getattr(output, "pooler_output", output)
-        sizes = [int(entry.reshape(-1, entry.shape[-1]).shape[0]) for entry in pooled]
+        sizes = _sizes_of(pooled)
         pixels = call.get("pixel_values_videos", call.get("pixel_values"))
         if modality == "video" and torch.is_tensor(pixels) and pixels.dim() == 5:
             frames = len(sizes) // pixels.shape[0]  # one entry per frame: join them to videos
@@ -217,6 +254,22 @@ class Adapter:
             signals = [{k: torch.cat([p[k] for p in part]) for k in part[0]} for part in parts]
         spans = spans_of(self.base, self.model_type, modality, call, sizes)
         return Features(sizes, spans, signals or [{} for _ in sizes])
+
+    def brought(self, modality: str, call: dict[str, Any], output: Any) -> Features | None:
+        """What can be told of features that `call` brings, or (output None) has merged into its embeddings.
+
+        None where their sizes or grids are unknown: then every run of tokens is a unit.
+        """
+        if not is_told(self.base, self.model_type, modality, call):
+            return None
+        if output is None:
+            sizes = sizes_told(self.base, self.model_type, modality, call)
+        else:
+            sizes = _sizes_of(getattr(output, "pooler_output", output))
+        if not sizes:
+            return None
+        spans = spans_of(self.base, self.model_type, modality, call, sizes)
+        return Features(sizes, spans, [{} for _ in sizes], elsewhere=True)
 
     def units(self, code: Tensor, features: dict[str, Features | None]) -> list[Unit]:
         """Images and videos of the batch, row by row. code: [B, L] int8 on the host (0 = padding)."""
@@ -234,6 +287,10 @@ class Adapter:
         if features is None:
             return [Unit(b, modality, [run]) for b, runs in enumerate(rows) for run in runs]
         total = sum(length for runs in rows for _, length in runs)
+        if features.elsewhere:
+            features = _of_this_call(features, total, len(rows))
+            if features is None:
+                return self._assign(modality, rows, None)
         if self.model_type == "llava_onevision" and modality == "video" and total % sum(features.sizes):
             features = _with_newline(features)  # older transformers (seen: 5.17) append it after encoding
         captured = sum(features.sizes)
@@ -260,6 +317,21 @@ class Adapter:
         if self.model_type in ("smolvlm", "idefics3"):
             return _splitruns_of(units)
         return _joinruns_of(units) if self.model_type == "internvl" and modality == "image" else units
+
+
+def _sizes_of(pooled: Any) -> list[int]:
+    """Tokens of each entry of pooled features."""
+    return [int(entry.reshape(-1, entry.shape[-1]).shape[0]) for entry in pooled]
+
+
+def _of_this_call(features: Features, total: int, rows: int) -> Features | None:
+    """Those of so many tokens that stand in this call: grids may be those of earlier turns too, or of other rows."""
+    if sum(features.sizes) and total % sum(features.sizes) == 0 and rows % (total // sum(features.sizes)) == 0:
+        return features
+    for first in range(1, len(features.sizes)):
+        if sum(features.sizes[first:]) == total:
+            return Features(features.sizes[first:], features.spans[first:], features.signals[first:], elsewhere=True)
+    return None
 
 
 def _with_newline(features: Features) -> Features:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtprune.covering import cover, standing
 from vtprune.types import UnsupportedCall, UnsupportedModel
 
 Given = dict[str, Any]
@@ -435,16 +436,6 @@ def _noted(note: Callable[[int, str, Tensor], None], k: int, name: str, module: 
     note(k, name, output)
 
 
-def cover(module: nn.Module, name: str, function: Callable[..., Any]) -> Callable[[], None]:
-    """Let a function stand before the method that the module's class has; returns the undo."""
-    module.__dict__[name] = function
-    return partial(_uncover, module, name)
-
-
-def _uncover(module: nn.Module, name: str) -> None:
-    module.__dict__.pop(name, None)
-
-
 # -- padding ----------------------------------------------------------------------------------------------------------
 
 
@@ -522,7 +513,7 @@ def weighted_pooling(vit: Vit, sizes: Sizes) -> list[Callable[[], None]]:
         )
     for name, ours in (("pool", _timm_pool), ("_global_pool", _clip_pool)):
         if callable(getattr(type(root), name, None)):
-            undo.append(cover(root, name, partial(ours, root, sizes)))
+            undo.append(cover(root, name, partial(ours, root, standing(root, name), sizes)))
     head: Any = getattr(root, "head", None)
     if isinstance(getattr(head, "attention", None), nn.MultiheadAttention):  # SigLIP
         hook = partial(_padded, sizes)
@@ -580,22 +571,22 @@ def weigh_rows(x: Tensor, size: Tensor, first: int) -> Tensor:
     return torch.cat([x[:, :first], x[:, first:] * factor[..., None]], 1)
 
 
-def _timm_pool(root: Any, sizes: Sizes, x: Tensor, pool_type: str | None = None) -> Tensor:
-    plain, size = type(root).pool, sizes()
+def _timm_pool(root: Any, plain: Any, sizes: Sizes, x: Tensor, pool_type: str | None = None) -> Tensor:
+    size = sizes()
     kind = root.global_pool if pool_type is None else pool_type
     if size is None or root.attn_pool is not None or kind not in ("avg", "avgmax"):
-        return plain(root, x, pool_type)
+        return plain(x, pool_type)
     first = 0 if getattr(root, "pool_include_prefix", False) else root.num_prefix_tokens
-    mean = plain(root, weigh_rows(x, size, first), "avg")
-    return mean if kind == "avg" else 0.5 * (plain(root, x, "max") + mean)
+    mean = plain(weigh_rows(x, size, first), "avg")
+    return mean if kind == "avg" else 0.5 * (plain(x, "max") + mean)
 
 
-def _clip_pool(root: Any, sizes: Sizes, x: Tensor) -> Any:
+def _clip_pool(root: Any, plain: Any, sizes: Sizes, x: Tensor) -> Any:
     size = sizes()
-    pooled, tokens = type(root)._global_pool(root, x)
+    pooled, tokens = plain(x)
     if size is None or root.pool_type != "avg":
         return pooled, tokens
-    return type(root)._global_pool(root, weigh_rows(x, size, 1))[0], tokens
+    return plain(weigh_rows(x, size, 1))[0], tokens
 
 
 # transformers: classifiers that take the mean of the tower's rows, and the first row that counts.

@@ -166,8 +166,9 @@ def test_plans_read_options_and_fail_before_any_work() -> None:
         ("random", keep, seed) for keep in (0.5, 16) for seed in (0, 1, 2)
     ]
     assert len(made) == 6 + 2 + 2
-    assert {p.label: p.needs_tower for p in made}["uniform"]  # it reads the grid, which kept features do not carry
+    assert not {p.label: p.needs_tower for p in made}["uniform"]  # the grid comes along with kept features
     assert plans(["todre"], [0.5])[-1].needs_tower
+    assert plans(["flowcut"], [0.5])[-1].needs_tower  # it acts inside the tower
     assert not plans(["fastv"], [0.5])[-1].needs_tower  # its signal comes from the LLM
     with pytest.raises(ValueError, match=r"unknown method 'divprun'.*did you mean 'divprune'"):
         plans(["divprun"], [0.5])

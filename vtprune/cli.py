@@ -570,19 +570,23 @@ def _load(name: str | None, device: str | None, dtype: str | None, video: bool =
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    processor = _from_hub(AutoProcessor, name)
+    if video and getattr(processor, "video_processor", None) is None:
+        raise ValueError(
+            f"--model {name} takes no videos (its {type(processor).__name__} has no video processor): name one that "
+            "does, such as a Qwen2.5-VL or a LLaVA-OneVision, or leave out --video"
+        )
+    loaded = _from_hub(AutoModelForImageTextToText, name, dtype=kind)
+    return loaded.eval().to(torch.device(where)), processor
+
+
+def _from_hub(cls: Any, name: str, **options: Any) -> Any:
+    """`cls.from_pretrained`, whose every failure is one sentence that names the model."""
     try:
         # Unset, this option makes transformers ask on the terminal whether to run the repository's code.
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
-        takes_videos = getattr(processor, "video_processor", None) is not None
-        if video and not takes_videos:
-            raise ValueError(
-                f"it takes no videos (its {type(processor).__name__} has no video processor): name a model that does, "
-                "such as a Qwen2.5-VL or a LLaVA-OneVision, or leave out --video"
-            )
-        loaded = AutoModelForImageTextToText.from_pretrained(name, dtype=kind, trust_remote_code=False)
+        return cls.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:  # files of all kinds, read by many libraries with errors of their own
         raise ValueError(f"--model {name}: {_why(error)}") from error
-    return loaded.eval().to(torch.device(where)), processor
 
 
 def _why(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from . import cache as kv
 from .clock import Clock, capturing
 from .compact import Compaction, mask_for, tensor_mask
+from .framing import clips_seen, clips_told
 from .kernels import (
     Arriving,
     Verdict,
@@ -29,12 +31,13 @@ from .model_adapters.generic import MODALITIES, Adapter, Features, Unit, runs_of
 from .recall import Recall, pick
 from .tap import MASKED, bias_of
 from .types import KEPT, Assignment, Signal, Span, Stage, UnsupportedCall, Visual, Where, check_answers
-from .units import Alive, arange_of, begin, groups, kept_by_crop
+from .units import Alive, arange_of, begin, emptied, groups, kept_by_crop
 
 ROWS = 64  # softmax rows held at a time
 SHARPNESS, STEPS = 10, 5  # of the PageRank in AIM (https://arxiv.org/abs/2412.03248)
 LINEAR = "linear_attention"  # the kind of layer whose memory is a state and no keys
 WORDLESS = "no text stands behind the image of a row: its last token is asked in place of that text"
+GRIDLESS = "features were encoded elsewhere: image grids are unknown, every run of tokens is a unit"
 # Signals of the decoder's attention.
 LLM_KINDS = (
     "last_row", "last_visual", "last_value", "value_norm", "from_text", "to_text", "transition",
@@ -48,7 +51,7 @@ CUT_BEFORE = ("attention_mask", "position_ids", "inputs_embeds", "deepstack_visu
 
 @dataclass(frozen=True)
 class UnitResult:
-    """What one stage did to one unit.
+    """What one stage did to one unit, also where it kept all of it and the method was not asked.
 
     positions: [K] int64, kept positions in the row as fed. idx: [K] the same counted inside the unit's n tokens as
     the stage found them. order: [K] pick order, or None. scores: [n] or None. spans, grid: rasters of the unit.
@@ -84,8 +87,8 @@ class Last:
 
     index: [B, n] int64 positions in the rows as fed, after all stages. valid: [B, n] bool or None (no padding).
     src: [B, L] int64, the slot that answers for each position fed. units: one `UnitResult` per unit and stage.
-    lengths: tokens each decoder layer ran on. notes: fallbacks that were used. policies: how each stage dealt out its
-    budget. kernels: which implementation of each kernel ran, "reference" or "triton".
+    lengths: tokens each decoder layer ran on. said: fallbacks that were used, see `notes`. policies: how each stage
+    dealt out its budget. kernels: which implementation of each kernel ran, "reference" or "triton".
     tower_units, tower_lengths: if stages stand inside the vision tower, what each did to each crop (or packed image):
         `row` is the row of the tower's batch, `image` the crop's number, `positions` are its tokens; and by modality
         the rows each block ran on, of its longest crop (of all images where the tower packs them). `units` then starts
@@ -93,7 +96,8 @@ class Last:
     heads: of stages that choose among heads, by layer: for each row [K] int64 the query heads that speak behind it.
     recalled: of stages that act at decode, by layer: for each row the positions as fed [K] of the visual tokens that
         the last decode step saw there; empty before the first step that chose.
-    images: every image and video of the rows as fed, cut or not: where its tokens stand, and their rasters.
+    images, together: every image and video of the rows as fed, cut or not: where its tokens stand, and their rasters;
+        and which of them shared a budget.
     """
 
     index: Tensor
@@ -101,7 +105,7 @@ class Last:
     src: Tensor
     units: list[UnitResult]
     lengths: list[int]
-    notes: list[str]
+    said: list[str]
     policies: list[str]
     kernels: dict[str, Backend]
     clocks: list[Clock] = field(default_factory=list, repr=False)
@@ -109,7 +113,20 @@ class Last:
     tower_lengths: dict[str, list[int]] = field(default_factory=dict)
     recalled: dict[int, list[Tensor]] = field(default_factory=dict)
     heads: dict[int, list[Tensor]] = field(default_factory=dict)
-    images: list[Unit] = field(default_factory=list)
+    images: list[Unit] = field(default_factory=list, repr=False)
+    together: list[int] = field(default_factory=list, repr=False)
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """Fallbacks that were used, and how many frames or crops a budget left empty; on a GPU this waits for it."""
+        return [*self.said, *(emptied(self.images, self.together, self.index, self.valid))]
+
+    @classmethod
+    def untouched(cls, embeds: Tensor, depth: int, note: str) -> Last:
+        """Of a call of embeddings [B, L, D] in which nothing was visual, as far as could be told."""
+        batch, length = embeds.shape[:2]
+        index = torch.arange(length, device=embeds.device).expand(batch, -1)
+        return cls(index, None, index, [], [length] * depth, [note], [], {})
 
     @property
     def seconds(self) -> float:
@@ -140,6 +157,7 @@ class Frame:
     valids: list[Tensor | None] = field(default_factory=list)
     shift: Tensor | None = None
     lags: list[Tensor | None] = field(default_factory=list)
+    clips: dict[tuple[int, ...] | None, list[int]] = field(default_factory=dict)
     state: dict[int, dict[str, Any]] = field(default_factory=dict)
     rows: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     relevance: list[Tensor] = field(default_factory=list)
@@ -169,6 +187,10 @@ class Frame:
             self.code = self.code * real[:, -length:]
         past = () if real is None else (real[:, :-length].to(self.code),)
         self._arriving = Arriving(torch.cat([self.code, *past], dim=1))
+        if self.by_clip:
+            ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+            # Equal words have equal embeddings.
+            self._words_arriving = Arriving(ids if ids is not None else embeds.double().sum(-1))  # type: ignore
 
     def open(self, call: dict[str, Any], features: dict[str, Features | None]) -> None:
         """Make the units. Their indices are made on the device, so nothing here waits for it."""
@@ -184,9 +206,11 @@ class Frame:
         self.real_past = host[:, length:].to(self.code.device) != 0 if host.shape[1] > length else None
         self.keep = (self.code != 0).to(embeds.device)
         self.units = self.adapter.units(self.host, features)
-        if any(features.get(m) is None for m in self.modalities()):
+        brought = [m for m in self.modalities() if (known := features.get(m)) is None or known.elsewhere]
+        if brought:
             self._check_runs()
-            self.notes.append("features were encoded elsewhere: image grids are unknown, every run of tokens is a unit")
+            if any(u.modality in brought and not u.spans for u in self.units):
+                self.notes.append(GRIDLESS)
         self.alive = [begin(u, i, embeds.device) for i, u in enumerate(self.units)]
         for modality, found in features.items():
             if found is None:
@@ -254,16 +278,20 @@ class Frame:
 
     def _drop_unseen(self) -> None:
         """Drop what stages in the vision tower dropped: the encoder's output repeats kept tokens in its place."""
-        if not any(KEPT in unit.signals for unit in self.units):
+        tower = [s for s in self.stages if isinstance(s.where, tuple)]
+        if not tower:
             return
-        for stage in (s for s in self.stages if not isinstance(s.where, tuple) and s.method.of == "tokens"):
+        later = [s for s in self.stages if not isinstance(s.where, tuple) and s.method.of == "tokens"]
+        for stage in later if any(KEPT in unit.signals for unit in self.units) else ():
             self.alive, _ = groups(self.alive, stage)
         # Newlines (-1) never were in the tower: they stay to compete, or go with the first token that goes.
-        tower = [s for s in self.stages if isinstance(s.where, tuple)]
-        no_newlines, place = any(s.newlines == "drop" for s in tower), self.tower_units[-1].where
+        no_newlines = any(s.newlines == "drop" for s in tower)
+        place = self.tower_units[-1].where if self.tower_units else tower[-1].where
         for a in self.alive:
             kept = a.unit.signals.get(KEPT)
             if kept is None or not bool((kept == 0).any()):
+                if not later and not a.separator:
+                    self._take_all(tower[-1], [a], place)
                 continue
             stays = kept == 1 if no_newlines else kept != 0
             stays = stays if a.n == a.unit.n else stays[a.origin.cpu()]
@@ -279,24 +307,41 @@ class Frame:
             self._shrink(a, idx)
 
     def _run(self, number: int, stage: Stage) -> None:
-        self.alive, units = groups(self.alive, stage)
-        todo, views = [], []
-        for group, budget in zip(units, self._budgets(stage, units)):
-            if budget is None or budget < sum(a.m for a in group):
-                todo.append(group)
-                views.append(self._visual(number, stage, group, budget))
-        if not todo:
-            return
-        for group, view, answer in zip(todo, views, self._ask(stage, views)):
+        self.alive, units = groups(self.alive, stage, self._clips(stage))
+        budgets = self._budgets(stage, units)
+        todo = [i for i, group in enumerate(units) if (k := budgets[i]) is None or k < sum(a.m for a in group)]
+        views = [self._visual(number, stage, units[i], budgets[i]) for i in todo]
+        asked = dict(zip(todo, zip(views, self._ask(stage, views) if views else ())))
+        for i, group in enumerate(units):
+            if i not in asked:
+                self._take_all(stage, group)
+                continue
+            view, answer = asked[i]
             self._take(stage, group, view, answer)
             note = view.state.get("note")
             if note and note not in self.notes:
                 self.notes.append(note)
         if stage.newlines == "drop":
-            touched = {(a.row, a.image) for group in todo for a in group}
+            touched = {(a.row, a.image) for i in todo for a in units[i]}
             for a in self.alive:
                 if a.separator and (a.row, a.image) in touched:
                     self._shrink(a, a.positions[:0])
+
+    def _clips(self, stage: Stage) -> list[int] | None:
+        """The clip of every image, for a stage that sees samples: as the user counts them, or as frames are told."""
+        if stage.per != "sample" or not self.units or not (stage.clips or self.by_clip):
+            return None
+        if stage.clips not in self.clips:
+            if stage.clips:
+                self.clips[stage.clips] = clips_told(self.units, len(self.host), stage.clips)
+            else:
+                self.clips[None] = clips_seen(self.units, self._words_arriving.read().tolist())
+        return self.clips[stage.clips]
+
+    @property
+    def by_clip(self) -> bool:
+        """True if a stage compares the frames of a sample: then what stages see of a sample are its clips."""
+        return any(s.per == "sample" and s.method.video for s in self.stages)
 
     def _ask(self, stage: Stage, views: list[Visual]) -> list[Assignment]:
         """What the method answers, checked."""
@@ -426,6 +471,19 @@ class Frame:
         for a, start in zip(group, list(accumulate((a.m for a in group), initial=0))):
             # How many tokens each member keeps is known to the device alone.
             self._shrink(a, chosen[(chosen >= start) & (chosen < start + a.m)] - start)
+
+    def _take_all(self, stage: Stage, group: list[Alive], where: Where | None = None) -> None:
+        """Note a unit that keeps all it has, of which the method is not asked."""
+        first, one = group[0], group[0] if len(group) == 1 else None
+        positions = _tokens(group)[0]
+        idx = torch.arange(len(positions), device=positions.device)
+        self.results.append(
+            UnitResult(
+                first.row, first.image, first.part, first.unit.modality, stage.method.name,
+                stage.where if where is None else where, len(idx), positions, idx, None, None,
+                one.spans if one else _joined_spans(group), one.grid if one else None, Assignment(idx),
+            )
+        )  # fmt: skip
 
     def _shrink(self, a: Alive, idx: Tensor) -> None:
         """Cut one member of a unit down to its tokens idx [K]."""
@@ -887,7 +945,14 @@ class Frame:
             c.index, c.valid, c.src, self.results, self.lengths, self.notes, policies, self.kernels, self.clocks,
             self.tower_units, self.tower_lengths, heads=self.speaking,
             images=[replace(unit, signals={}) for unit in self.units],
+            together=self._together(),
         )  # fmt: skip
+
+    def _together(self) -> list[int]:
+        """For every unit the number of the clip or row with which it shared a budget; empty if it had its own."""
+        shared = [s for s in self.stages if s.per == "sample" and s.method.of == "tokens"]
+        numbers = next((found for s in shared if (found := self._clips(s))), None)
+        return numbers or ([u.row for u in self.units] if shared else [])
 
 
 @dataclass(frozen=True)

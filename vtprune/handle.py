@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .vit import VitSession
 
 _KEY = "_vtprune"
-_STAGE_OPTIONS = ("keep_total", "per", "newlines", "positions")
+_STAGE_OPTIONS = ("keep_total", "per", "newlines", "positions", "clips")
 
 
 class Handle:
@@ -95,8 +95,8 @@ def patch(
         method decides by itself (`Method.adaptive`) or `keep_total` is given.
     add: add the stages to those of an earlier patch of this model, instead of refusing to patch twice.
     options: of the method (with a name), and those of its stages: `keep_total` in place of keep (one total for all
-        units of a row), `per` = "image" | "crop" | "frame" | "sample", `newlines` = "compete" | "keep" | "drop",
-        `positions` = "keep" | "compact"; see `Stage`.
+        units of a row), `per` = "image" | "crop" | "frame" | "sample", `clips` = frames of each clip where a sample is
+        several, `newlines` = "compete" | "keep" | "drop", `positions` = "keep" | "compact"; see `Stage`.
 
     Returns a `Handle`; `handle.remove()` or leaving a `with` block undoes everything.
     Raises UnsupportedModel for a model that cannot be pruned exactly, ValueError or TypeError for bad options.
@@ -188,6 +188,13 @@ def _stages(
 
     from .model_adapters.generic import Adapter
 
-    # Options are those of the method's own rule; the other parts of a schedule have their own policy.
+    # Options are those of the method's own rule; the other parts of a schedule have their own policy, but they see the
+    # same clips.
     stages = made.stages(keep, len(Adapter(model).layers))
-    return [dataclasses.replace(stage, **where) if isinstance(stage.method, type(made)) else stage for stage in stages]
+    clips = {k: where[k] for k in ("per", "clips") if k in where} if where.get("per") == "sample" else {}
+    return [
+        dataclasses.replace(
+            s, **where if isinstance(s.method, type(made)) else clips if isinstance(s.where, int) else {}
+        )
+        for s in stages
+    ]

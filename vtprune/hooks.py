@@ -6,8 +6,9 @@ Order in one forward pass: base-pre (is there something to prune?) -> the vision
 
 from __future__ import annotations
 
+import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from . import cache as kv
 from .clock import Clock, timing
 from .compact import hide, in_window, mask_for, tensor_mask
 from .compilers import announce, outside, outside_while_busy, refuse_tracers
+from .covering import cover, standing
 from .frame import LINEAR, LLM_KINDS, Frame, Last
 from .kernels import recording
 from .model_adapters.generic import MODALITIES, Adapter, Features
@@ -32,6 +34,14 @@ SO_FAR = ("received_so_far", "head_output")
 DEEPSTACK = "_deepstack_process"
 
 
+# Arguments that tell the grids of images and videos.
+TOLD = ("image_grid_thw", "video_grid_thw", "image_sizes", "vision_aspect_ratio")
+MERGED = (
+    "inputs_embeds came without pixel values, encoded features or mm_token_type_ids: if features are merged into them, "
+    "nothing tells where, and nothing was pruned"
+)
+
+
 class Local(threading.local):
     """Per-thread state of one patched model; a copy or an unpickled one starts empty."""
 
@@ -42,6 +52,7 @@ class Local(threading.local):
         self.last: Last | None = None
         self.step: Step | None = None  # a decode step at which stages act
         self.ahead = False  # a layer is being looked at before it runs
+        self.told: dict[str, Any] = {}  # what `generate` was told of grids, which it keeps from the model
         self.placed: tuple[Any, ...] = ()  # the last position ids that were lowered, and what came of them
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Local:
@@ -64,21 +75,23 @@ class Seen:
 
     def add(self, output: Any, features: Features) -> None:
         """Remember the features of one encoder output."""
-        for key in (output, _first_tensor(output)):
-            if key is not None:
-                self._known[key] = features
+        for key in _keys(output):
+            self._known[key] = features
 
     def find(self, output: Any) -> Features | None:
         """Features of an encoder output (or of what generate() made of it), or None if another model encoded it."""
-        tensor = _first_tensor(output)
-        found = self._known.get(output)
-        return found if found is not None or tensor is None else self._known.get(tensor)
+        return next((self._known[key] for key in _keys(output) if key in self._known), None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Seen:
         return Seen()
 
     def __reduce__(self) -> Any:
         return Seen, ()
+
+
+def _keys(output: Any) -> list[Any]:
+    """The output and its first tensor, as far as they can be referred to weakly: a tuple cannot."""
+    return [key for key in (output, _first_tensor(output)) if key is not None and not isinstance(key, tuple | list)]
 
 
 def _first_tensor(output: Any) -> Tensor | None:
@@ -91,29 +104,28 @@ def _first_tensor(output: Any) -> Tensor | None:
 class Observer:
     """Stands in for `base.get_image_features` on the instance and notes sizes, grids and signals of what it returns.
 
-    tower: `TowerSignals` of stages before the LLM, inside: `TowerStages`; None where there is nothing to do.
+    original: what stood there. tower: `TowerSignals` of stages before the LLM, inside: `TowerStages`; None where there
+    is nothing to do.
     """
 
-    def __init__(self, session: Session, modality: str, tower: Any, inside: Any) -> None:
-        self.session, self.modality, self.tower, self.inside = session, modality, tower, inside
+    def __init__(self, session: Session, modality: str, original: Callable[..., Any], tower: Any, inside: Any) -> None:
+        self.session, self.modality, self.original, self.tower, self.inside = session, modality, original, tower, inside
         self.__name__ = f"get_{modality}_features"
+        self.retired = False
 
     @property
     def __signature__(self) -> Any:  # generate() reads the parameters to decide what to pass
-        import inspect
+        return inspect.signature(self.original)
 
-        return inspect.signature(self._original)
-
-    @property
-    def _original(self) -> Callable[..., Any]:
-        base = self.session.adapter.base
-        return partial(getattr(type(base), self.__name__), base)
+    def retire(self) -> None:
+        """Only pass calls on: somebody may have kept the function beyond the patch."""
+        self.retired = True
 
     @outside
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         local = self.session.local
-        if local.observing:  # video features may be computed through the image path
-            return self._original(*args, **kwargs)
+        if self.retired or local.observing:  # video features may be computed through the image path
+            return self.original(*args, **kwargs)
         local.observing = True
         try:
             call = self.__signature__.bind(*args, **kwargs).arguments
@@ -124,7 +136,7 @@ class Observer:
                 self.inside.start(call)
             clocks: list[Clock] = []
             with recording() as kernels, timing(clocks):
-                output = self._original(*args, **kwargs)
+                output, as_tuple = self._encode(call, args, kwargs)
                 signals = self.tower.finish(call, output) if self.tower else []
                 run = self.inside.finish(output) if self.inside else None
             if run and run.kept:
@@ -133,11 +145,58 @@ class Observer:
             found.tower, found.kernels, found.clocks = run, kernels, clocks
             local.features[self.modality] = found
             self.session.seen.add(output, found)
+            output = output.to_tuple() if as_tuple else output
         finally:
             local.observing = False
             if self.inside:
                 self.inside.stop()
         return output
+
+    def _encode(self, call: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool]:
+        """The features by name, and whether the caller gets them as a tuple, which tells no names."""
+        wants = kwargs.get("return_dict")
+        if wants is None:
+            wants = getattr(self.session.adapter.base.config, "return_dict", True)
+        if wants:
+            return self.original(*args, **kwargs), False
+        output = self.original(*args, **{**kwargs, "return_dict": True})
+        return output, hasattr(output, "to_tuple")
+
+
+class Generator:
+    """Stands in for `model.generate` on the instance: it hands the model features, but not the grids it was given."""
+
+    def __init__(self, session: Session, original: Callable[..., Any]) -> None:
+        self.session, self.original = session, original
+        self.__name__, self.__doc__ = "generate", type(session.adapter.model).generate.__doc__
+        self.retired = False
+
+    @property
+    def __signature__(self) -> Any:
+        return inspect.signature(self.original)
+
+    def retire(self) -> None:
+        """Only pass calls on."""
+        self.retired = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        session = self.session
+        if self.retired:
+            return self.original(*args, **kwargs)
+        told = {
+            k: v for k, v in kwargs.items() if k.endswith(("_grid_thw", "_sizes", "_aspect_ratio")) and v is not None
+        }
+        encoded = kwargs.get("mm_encoder_outputs")
+        for modality, output in encoded.items() if isinstance(encoded, Mapping) else ():
+            # Beams repeat the entries later on, so they are counted now.
+            known = None if output is None else session._known(modality, told, output)
+            if known is not None:
+                session.seen.add(output, known)
+        before, session.local.told = session.local.told, told
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            session.local.told = before
 
 
 class _Looked(Exception):
@@ -332,8 +391,8 @@ class Session:
         self._announced: set[nn.Module] = set()
         self._announce(a.base, a.text, *a.layers[self.first_hook :])
         if self.first_layer < self.deep:
-            a.text.__dict__[DEEPSTACK] = self._add_features
-            self._undo.append(partial(_uncover, a.text, DEEPSTACK))
+            self._add = standing(a.text, DEEPSTACK)
+            self._undo.append(cover(a.text, DEEPSTACK, self._add_features))
         self._tap_layers()
         self._observe_towers()
 
@@ -471,8 +530,11 @@ class Session:
                     )
                 if tower:
                     tower.restore = stages.restore
-            base.__dict__[name] = Observer(self, modality, tower, stages)
-            self._undo.append(partial(_uncover, base, name))
+            observer = Observer(self, modality, standing(base, name), tower, stages)
+            self._undo += [cover(base, name, observer), observer.retire]
+        if hasattr(type(self.adapter.model), "generate"):
+            generator = Generator(self, standing(self.adapter.model, "generate"))
+            self._undo += [cover(self.adapter.model, "generate", generator), generator.retire]
 
     def remove(self) -> None:
         """Undo everything; safe to call twice."""
@@ -489,7 +551,7 @@ class Session:
             self._base_post(module, args, None)
         if tokens is not None and tokens.shape[1] > 1:  # decode steps leave here: nothing to prune
             self._refuse(call)
-            if self.adapter.features_given(call):
+            if ids is None or self.adapter.given(call):
                 self._begin(call, tokens)
         if self.adapter.masks_in_base:
             call = self._past_mask_2d(call, call.get(kv.NAME))
@@ -497,17 +559,42 @@ class Session:
 
     @outside
     def _begin(self, call: dict[str, Any], tokens: Tensor) -> None:
-        """Start to prune this prompt, if it names its tokens."""
-        refuse_tracers(tokens)
+        """Start to prune this prompt, if it has visual tokens and says where."""
         code = self.adapter.visual_code(call)
-        if code is None:
+        if code is not None:
+            refuse_tracers(tokens)
+            self.local.features = self._brought(call)
+            frame = self.local.frame = Frame(self.adapter, self.stages, code, notes=list(self.notes))
+            frame.foresee(call)
+        elif call.get("input_ids") is None:
+            self._unplaced(call)
+
+    def _unplaced(self, call: dict[str, Any]) -> None:
+        """A prompt as embeddings without features, of which nothing tells where features were merged into them."""
+        if self.adapter.types_of(call) is not None:
             return
-        encoded = call.get("mm_encoder_outputs")
-        encoded = encoded if isinstance(encoded, dict) else {}
-        # Pixels are encoded during this very call; encoded features must be recognised, not taken for the last.
-        self.local.features = {m: self.seen.find(v) for m, v in encoded.items() if v is not None}
-        frame = self.local.frame = Frame(self.adapter, self.stages, code, notes=list(self.notes))
-        frame.foresee(call)
+        told = {**self.local.told, **{k: v for k, v in call.items() if v is not None}}
+        named = [k for k in TOLD if k.endswith(("_thw", "_sizes")) and k in told]
+        if named and any(not stage.keeps_all for stage in self.stages):
+            raise UnsupportedCall(
+                f"this call has {', '.join(named)} and inputs_embeds without placeholders or pixel values, so features "
+                "seem to be merged already, and nothing tells where: pass mm_token_type_ids (0 text, 1 image, 2 "
+                "video), or input_ids with mm_encoder_outputs"
+            )
+        self.local.last = self.latest = Last.untouched(call["inputs_embeds"], len(self.adapter.layers), MERGED)
+
+    def _brought(self, call: dict[str, Any]) -> dict[str, Features | None]:
+        """What is known of features that were there before this call; pixels are encoded in the course of it."""
+        encoded, adapter = call.get("mm_encoder_outputs"), self.adapter
+        told = {**self.local.told, **{k: v for k, v in call.items() if v is not None}}
+        if not adapter.given(call):
+            return {m: adapter.brought(m, told, None) for m in adapter.token_ids}
+        found = encoded.items() if isinstance(encoded, Mapping) else ()
+        return {m: self._known(m, told, v) for m, v in found if v is not None}  # recognised, not taken for the last
+
+    def _known(self, modality: str, told: dict[str, Any], output: Any) -> Features | None:
+        found = self.seen.find(output)
+        return self.adapter.brought(modality, told, output) if found is None else found
 
     @outside_while_busy
     def _base_post(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -619,8 +706,7 @@ class Session:
         """The text model's own step on what its layers run on by now: hidden [B, n, D], where [B, L], [S, D]."""
         if self.local.frame is not None:
             where, features = self.local.frame.cut_features(where, features)
-        text = self.adapter.text
-        return getattr(type(text), DEEPSTACK)(text, hidden, where, features)
+        return self._add(hidden, where, features)
 
     @outside_while_busy
     def _row_sink(
@@ -741,7 +827,8 @@ class Session:
                 "before the LLM, or model.gradient_checkpointing_disable()"
             )
         wanted = self.tower_needs
-        missing = [m for m in frame.modalities() if self.local.features.get(m) is None]
+        features = self.local.features
+        missing = [m for m in frame.modalities() if (known := features.get(m)) is None or known.elsewhere]
         inside = [s for s in self.stages if isinstance(s.where, tuple)]
         if inside and missing:
             raise UnsupportedCall(
@@ -860,11 +947,6 @@ def _with_hidden(output: Any, hidden: Tensor) -> Any:
         return (hidden, *output[1:])
     output.last_hidden_state = hidden
     return output
-
-
-def _uncover(module: nn.Module, name: str) -> None:
-    """Let the class's own method show again."""
-    module.__dict__.pop(name, None)
 
 
 def _layers_of(need: Signal, where: int) -> range:

@@ -8,6 +8,8 @@ other module, no mask and no kernel changes: outputs are bit-identical, no full 
 from __future__ import annotations
 
 import copy
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, cast
@@ -72,14 +74,18 @@ def _detach(module: nn.Module, tap: Tap, entry: list[Any]) -> None:
     tap.changes = tuple(e for e in tap.changes if e is not entry)
     if not tap.entries and not tap.changes and module.config is tap.config:
         module.config = tap.original
+        tap.release()
+
+
+_lock = threading.RLock()  # a finalizer may run while the lock is held
+_registered: dict[str, set[int]] = {}  # by name: the taps that are about
+_before: dict[str, tuple[Any, ...]] = {}  # by name: what transformers knew under it
 
 
 class Tap:
     """The state of one tapped module. Lives on the copied config: dropping the copy drops everything."""
 
     def __init__(self, module: nn.Module) -> None:
-        from transformers import AttentionInterface
-
         names = interface_of(module)
         if names is None:
             raise UnsupportedModel(
@@ -97,12 +103,52 @@ class Tap:
         self.entries: tuple[list[Any], ...] = ()
         self.changes: tuple[list[Any], ...] = ()
         # transformers recognises flash attention by name, so the tap's name contains that of its base.
-        name = f"{base}+vtprune"
-        AttentionInterface.register(name, tapped_attention)
+        self.name = f"{base}+vtprune"
+        self.register()
         self.config = copied = copy.copy(config)
         # The dict form leaves sub-configs alone: they are shared with the original.
-        copied._attn_implementation = {"": name}
+        copied._attn_implementation = {"": self.name}
         copied.vtprune_tap = self
+
+    def register(self) -> None:
+        """Name `tapped_attention` to transformers for as long as a tap of that name is about."""
+        from transformers import AttentionInterface
+
+        key = id(self)
+        with _lock:
+            taps = _registered.setdefault(self.name, set())
+            names = AttentionInterface._global_mapping
+            if not taps:
+                _before[self.name] = (names[self.name],) if self.name in names else ()
+                AttentionInterface.register(self.name, tapped_attention)
+            taps.add(key)
+        self.release = weakref.finalize(self, _release, self.name, key)
+        self.release.atexit = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "release"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copied tap, and one unpickled in another process, needs the name as long as it lives itself."""
+        self.__dict__.update(state)
+        self.register()
+
+
+def _release(name: str, key: int) -> None:
+    """A tap is gone; the last one of its name takes the name with it, or brings back what had it before."""
+    from transformers import AttentionInterface
+
+    with _lock:
+        taps = _registered[name]
+        taps.discard(key)
+        if taps:
+            return
+        names = AttentionInterface._global_mapping
+        before = _before.pop(name)
+        if names.get(name) is tapped_attention:
+            del names[name]
+            if before:
+                names[name] = before[0]
 
 
 class _Untapped:

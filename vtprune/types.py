@@ -275,7 +275,14 @@ class Stage:
     keep_total: the same for all units of a row together, shared out in proportion to their size, each at least one.
     per: what one unit is: "image" (an image or a whole video; SmolVLM and Idefics3: a tile, because text stands between
         tiles), "crop" (overview and tiles of an any-resolution image), "frame", or "sample" (all visual tokens of a
-        row). None = the method's default.
+        row; for methods that compare frames each clip of the row, see `clips`). None = the method's default.
+    clips: with per="sample", how many images each clip has, in order over the rows of the batch, where a family writes
+        the frames of a video as images (InternVL, SmolVLM): the unit is then a clip, for any method; a video, or an
+        image that is no frame, counts 1. None: methods that compare frames (`Method.video`) tell clips by what stands
+        between images of one size. They are one clip as long as it is the processor's separator, of which no more than
+        its label changes ("Frame2: ", a timestamp); other words begin a new clip, and so does a label that comes again
+        ("Frame1" behind "Frame8"). Two clips of one frame each, or without labels and words between, cannot be told
+        apart: say clips=(1, 1). To all other methods a sample is the whole row.
     newlines: tokens outside every raster, such as the ends of a mosaic's rows. "compete" makes them tokens like any
         other (per="image" and "sample"; a tile of per="crop" brings those at its right edge), "keep" keeps them beside
         the budget, "drop" drops them with the first token that goes. None = the method's default.
@@ -289,6 +296,7 @@ class Stage:
     per: Per = None  # type: ignore[assignment]
     newlines: Newlines = None  # type: ignore[assignment]
     positions: Positions | None = None
+    clips: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method):
@@ -307,6 +315,8 @@ class Stage:
                 object.__setattr__(self, name, getattr(self.method, name))
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose {' or '.join(map(repr, valid))}")
+        if self.clips is not None:
+            object.__setattr__(self, "clips", check_clips(self.clips, self.per))
         if self.positions not in (None, *get_args(Positions)):
             raise ValueError(f"positions={self.positions!r}: choose 'keep' or 'compact'")
 
@@ -316,11 +326,20 @@ class Stage:
         return (self.positions or self.method.positions) == "compact"
 
     @property
+    def keeps_all(self) -> bool:
+        """True if the share of tokens to keep is 1.0."""
+        keep = self.keep if self.keep_total is None else self.keep_total
+        return isinstance(keep, float) and keep == 1.0
+
+    @property
     def policy(self) -> str:
         """How budgets are dealt out, in words: "per crop, newlines dropped, positions kept"."""
         share = ", one total a row" if self.keep_total is not None else ""
         newlines = {"compete": "compete", "keep": "kept", "drop": "dropped"}[self.newlines]
-        return f"per {self.per}{share}, newlines {newlines}, positions {'renumbered' if self.compact else 'kept'}"
+        clips = "" if self.clips is None else f" in clips of {', '.join(map(str, self.clips))}"
+        return (
+            f"per {self.per}{clips}{share}, newlines {newlines}, positions {'renumbered' if self.compact else 'kept'}"
+        )
 
     def budgets(self, sizes: Sequence[int]) -> list[int | None]:
         """Tokens to keep of the units of one row, which have sizes[i] tokens unpruned: 1..sizes[i] each.
@@ -363,6 +382,17 @@ def check_answers(stage: Stage, views: Sequence[Visual], answers: Sequence[Assig
 
     if steps:
         check((torch.cat(steps) > 0).all(), error)
+
+
+def check_clips(clips: Any, per: Per) -> tuple[int, ...]:
+    """The numbers of frames as a tuple; raises unless they are ints >= 1 and units are samples."""
+    if isinstance(clips, str) or not isinstance(clips, Sequence) or not all(type(n) is int for n in clips):
+        raise TypeError(f"clips={clips!r}: give the number of frames of each clip, such as clips=(8, 8)")
+    if not clips or min(clips) < 1:
+        raise ValueError(f"clips={clips!r}: a clip has at least one frame, such as clips=(8, 8)")
+    if per != "sample":
+        raise ValueError(f"clips={clips!r} divides samples, but the units are per={per!r}: use per='sample'")
+    return tuple(clips)
 
 
 def check_keep(keep: object, name: str = "keep") -> float | int | None:

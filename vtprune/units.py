@@ -94,14 +94,19 @@ def arange_of(ranges: Sequence[tuple[int, int]], device: torch.device) -> Tensor
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=device)
 
 
-def groups(alive: list[Alive], stage: Stage) -> tuple[list[Alive], list[list[Alive]]]:
-    """What is alive, divided as finely as the stage needs, and the units of the stage: lists of its members."""
+def groups(
+    alive: list[Alive], stage: Stage, clips: Sequence[int] | None = None
+) -> tuple[list[Alive], list[list[Alive]]]:
+    """What is alive, divided as finely as the stage needs, and the units of the stage: lists of its members.
+
+    clips: for each image of the batch the number of its clip, where a sample is divided into clips.
+    """
     alive = [part for a in alive for part in divide(a, stage)]
     seen = [a for a in alive if not (a.separator and (stage.newlines != "compete" or stage.per in ("crop", "frame")))]
     if stage.per == "image":
         keys: list[tuple[int, ...]] = [(a.row, a.image) for a in seen]
     elif stage.per == "sample":
-        keys = [(a.row,) for a in seen]
+        keys = [(a.row, clips[a.image] if clips else 0) for a in seen]
     else:
         keys = [(a.row, a.image, number) for number, a in enumerate(seen)]
     members: dict[tuple[int, ...], list[Alive]] = {}
@@ -188,3 +193,37 @@ def kept_by_crop(spans: tuple[Span, ...], n: int, idx: Tensor) -> list[int]:
     """How many of the kept tokens idx [K] of an image of n tokens lie in each of its crops."""
     parts = parts_of(spans, n, "crop", "drop", False)
     return [int(torch.isin(idx.cpu(), part.tokens).sum()) for part in parts if not part.separator]
+
+
+def emptied(units: Sequence[Unit], together: Sequence[int], index: Tensor, valid: Tensor | None) -> list[str]:
+    """A note for each kind of piece (frames of a video or clip, crops of an image) of which some keep no token.
+
+    together: the number of the clip or sample of every unit, where units of one number shared a budget; else empty.
+    index, valid: what is left of the rows, as in `Last`. Units of which nothing is left were meant to go. Waits for
+    the device.
+    """
+    index, left = index.cpu(), []
+    for row, line in enumerate(index):
+        left.append(set((line if valid is None else line[valid[row].cpu()]).tolist()))
+    pieces: dict[tuple[str, int, int], list[int]] = {}
+    for number, unit in enumerate(units):
+        kept, video = left[unit.row], unit.modality == "video"
+        at = arange_of(unit.ranges, torch.device("cpu"))
+        parts = [at[p.tokens] for p in parts_of(unit.spans, unit.n, "frame" if video else "crop", "drop", video)
+                 if not p.separator]  # fmt: skip
+        counts = [sum(i in kept for i in part.tolist()) for part in parts]
+        pieces["frames" if video else "crops", unit.row, number] = counts
+        if together:
+            pieces.setdefault(("images", unit.row, -1 - together[number]), []).append(sum(counts))
+    notes = []
+    for kind, share in (("frames", "per='frame'"), ("crops", "per='crop'"), ("images", "per='image'")):
+        found = [(row, c) for (k, row, _), c in pieces.items() if k == kind and sum(c) and not all(c)]
+        if found:
+            row, counts = found[0]
+            total, empty = sum(len(c) for _, c in found), sum(c.count(0) for _, c in found)
+            first = ", ".join(map(str, counts[:16])) + ", ..." * (len(counts) > 16)
+            notes.append(
+                f"{empty} of {total} {kind} keep no token (in row {row}: {first}): raise the budget, or share it out "
+                f"with {share}"
+            )
+    return notes

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .covering import cover, standing
 from .kernels import attention_received, attention_rows, full_precision, recorded
 from .model_adapters.vits import (
     ROPE,
@@ -24,7 +25,6 @@ from .model_adapters.vits import (
     Given,
     Part,
     Vit,
-    cover,
     cut_masks,
     masked_mean,
     real_tokens,
@@ -209,7 +209,8 @@ class VitSession:
             self._undo += masked_mean(self.vit, lambda: None, self._valid)
         self._undo += cut_masks(self.vit, self._valid)
         if callable(getattr(type(self.vit.root), "forward_intermediates", None)):
-            self._undo.append(cover(self.vit.root, "forward_intermediates", self._intermediates))
+            plain = standing(self.vit.root, "forward_intermediates")
+            self._undo.append(cover(self.vit.root, "forward_intermediates", partial(self._intermediates, plain)))
 
     def remove(self) -> None:
         """Undo everything; safe to call twice."""
@@ -401,11 +402,11 @@ class VitSession:
 
     # -- all rows -----------------------------------------------------------------------------------------------------
 
-    def _intermediates(self, *args: Any, **kwargs: Any) -> Any:
-        """The class's forward_intermediates, whose maps need all rows: dropped tokens keep their last state."""
-        root, self.local.dense = self.vit.root, True
+    def _intermediates(self, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The plain forward_intermediates, whose maps need all rows: dropped tokens keep their last state."""
+        self.local.dense = True
         try:
-            return type(root).forward_intermediates(root, *args, **kwargs)
+            return plain(*args, **kwargs)
         finally:
             run, self.local.dense, self.local.run = self.local.run, False, None
             if run is not None and len(run.last.lengths) < self.depth:  # it stops at the last block that was asked for

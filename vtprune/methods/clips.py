@@ -17,7 +17,7 @@ from .text import note
 
 ONE_FRAME = (
     "{}: an image has no other frame to be compared with; where the frames of a video are passed as images, "
-    "per='sample' makes them one video"
+    "per='sample' makes them one video (and clips=... says which belong together)"
 )
 
 
