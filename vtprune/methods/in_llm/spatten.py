@@ -32,8 +32,8 @@ class SpAtten(Method):
     `keep` is what the last stage leaves; earlier stages drop 1/7, 2/7 and 4/7 of what it drops. Without keep: shares
     0.9, 0.8, 0.6 and 0.3, the authors' workload (they prune while generating, this while the prompt is read). A count
     is tripled, multiplied by 8/3 and doubled there. In a `Stage` of your own without keep half of the tokens it sees.
-    Counts are rounded (the workload lists 921 of 1024 tokens for 0.9), position ids are kept. Heads and values below
-    are made zero: that shows what accuracy they cost; the gain is one of hardware.
+    Counts are rounded, position ids are kept. Heads and values below are made zero: that shows what accuracy they cost;
+    the gain is one of hardware.
 
     layers: decoder layers >= 1 whose input is pruned, ascending; None: 2, 3, 5 and 11 of 24, in proportion.
     ratios: shares that stay at each of `layers`, none above the one before, in place of `keep`.
