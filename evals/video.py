@@ -163,7 +163,8 @@ class _Source:
             import av
         except ImportError as error:
             raise ImportError("reading a video file needs PyAV: pip install 'vtprune[video]'") from error
-        self.av, self.name, self._short, self._content = av, name, short, content
+        self.av: Any = av
+        self.name, self._short, self._content = name, short, content
         self.rates: list[float] = []
         self._first = 0  # packet at which decoding begins
         self._key: int | None = None  # the time of its picture

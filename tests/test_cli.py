@@ -113,6 +113,7 @@ def test_a_model_of_pictures_is_not_asked_about_videos(command: list[str], tmp_p
     for package in ("torchvision", "av"):
         pytest.importorskip(package, reason="a clip is encoded and decoded")
     from test_video import encode
+
     from vtprune.evals import tiny
 
     tiny.load()[1].save_pretrained(tmp_path / "llava")  # no weights: they are not looked for

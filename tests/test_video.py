@@ -9,6 +9,7 @@ import random
 import struct
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -322,6 +323,30 @@ def test_processors_compute_the_true_seconds_of_a_variable_rate(
     assert told.duration == pytest.approx(9.5 * 36 / 35, rel=1e-3)
     assert told.sampled_fps == pytest.approx(8 / told.duration, rel=1e-3)
     assert told.frames_indices[-1] < told.total_num_frames
+
+
+def test_the_grid_of_qwen2_5_vl_is_spaced_in_true_seconds(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision", reason="the stock video processor needs it")
+    from vtprune.evals import tiny_video
+
+    processor = tiny_video.load()[1]
+    video = read(film(tmp_path / "clip.mp4", "libx264", VARIABLE, size=(48, 48)), 8)
+    inputs = processor(
+        text=[tiny_video.questions(per_capability=1)[0].prompt],
+        videos=[[video.frames]],
+        video_metadata=[[video.metadata]],
+        do_sample_frames=False,
+        return_tensors="pt",
+    )
+    assert inputs["second_per_grid_ts"][0] == pytest.approx(2 * video.metadata["duration"] / 8, rel=1e-3)
+
+
+def test_several_threads_read_at_once(steady: Path) -> None:
+    level = av.logging.get_level()
+    with ThreadPoolExecutor(4) as pool:
+        for video in pool.map(lambda _: read(steady, 5), range(12)):
+            assert numbers(video) == [0, 9, 19, 29, 39]
+    assert av.logging.get_level() == level
 
 
 @pytest.mark.parametrize("rate", [24, 30, Fraction(24000, 1001), Fraction(30000, 1001), 60, 7])
