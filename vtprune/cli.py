@@ -84,7 +84,7 @@ def _installed(name: str) -> bool:
 def _install(modules: list[str]) -> str:
     names = [_PACKAGES.get(name, name) for name in modules]
     verb = "is" if len(names) == 1 else "are"
-    return f"{' and '.join(names)} {verb} not installed, and this command needs it: run pip install {' '.join(names)}"
+    return f"this command needs {' and '.join(names)}, which {verb} not installed: run pip install {' '.join(names)}"
 
 
 def _exit(message: str) -> typer.Exit:
@@ -539,9 +539,16 @@ def _device(name: str | None) -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        kind = torch.device(name).type
-    except (RuntimeError, NotImplementedError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {_first_line(error)}; use cpu, or cuda where there is one") from error
+        place = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: no such device; use cpu or cuda") from error
+    kind = place.type
+    if kind not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {name}: a {kind} device runs no model here; use cpu or cuda")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: this machine has no such device; use cpu")
+    if kind == "cuda" and (place.index or 0) >= torch.cuda.device_count() > 0:
+        raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices, counted from 0")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no CUDA device that torch can see; use --device cpu")
     return name

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -320,6 +320,7 @@ class Session:
                 raise UnsupportedModel(
                     f"{name} chooses at decode among the keys that layers store, but {self.adapter.model_type} has "
                     f"layers of kind {LINEAR}, which store none: use a method that acts while the prompt is read"
+                    f"{self._way_out(stage)}"
                 )
             if "prefill" in stage.method.phases and stage.where < self.deep:
                 raise UnsupportedModel(
@@ -485,7 +486,17 @@ class Session:
         raise UnsupportedModel(
             f"{stage.method.name} at layer {stage.where} reads layer {found[0]} of {self.adapter.model_type}, whose "
             f"kind is {LINEAR}: there are no attention rows; use {f'a layer of {fit}' if fit else 'another method'}"
+            f"{self._way_out(stage)}"
         )
+
+    def _way_out(self, stage: Stage) -> str:
+        """The option of another stage's method that leaves this stage out, where it brought it."""
+        for other in (s.method for s in self.stages if s.method is not stage.method):
+            for option in (f.name for f in fields(other) if getattr(other, f.name) is True):  # type: ignore[arg-type]
+                rest = replace(other, **{option: False}).stages(None, len(self.adapter.layers))  # type: ignore[type-var]
+                if all(type(s.method) is not type(stage.method) for s in rest):
+                    return f", or leave this stage out of {other.name}: {option}=False"
+        return ""
 
     def _watch_transitions(self, stage: Stage, layer: int) -> None:
         if layer == stage.where:

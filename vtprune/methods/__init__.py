@@ -75,8 +75,15 @@ def cls_attention(v: Visual, layer: int | float | None, fallback: Fallback, name
             f"{name} needs the attention of a CLS token, and this tower has none: pass fallback='received' to rank by "
             "the attention every token receives"
         )
+    received = Signal("received", layer, without_cls=True)
+    if received not in v.signals:
+        given = ", ".join(map(str, v.signals)) or "none"
+        raise ValueError(
+            f"{name} needs the signal {cls}, or on a tower without a CLS token {received}, but the unit carries "
+            f"{given}: add one of them to Visual.signals"
+        )
     v.state["note"] = f"{name}: the tower has no CLS token, the attention every token receives is used instead"
-    return signal_of(v, Signal("received", layer, without_cls=True), name)
+    return v.signals[received].float()
 
 
 def check_cosine(name: str, value: float) -> None:

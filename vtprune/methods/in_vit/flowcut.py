@@ -89,7 +89,7 @@ class FlowCut(Method):
 
     def _score(self, v: Visual) -> tuple[Tensor, Tensor]:
         """Attention shares p [n] and cumulative scores [n], float32."""
-        if CLS in v.signals:
+        if CLS in v.signals or MEAN_QUERY not in v.signals:
             p = _share(signal_of(v, CLS, self.name))
             flow = p + _share(signal_of(v, CLS_VALUE, self.name))
         else:
