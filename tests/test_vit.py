@@ -8,8 +8,9 @@ import pickle
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 import vtprune
 from vtprune import Stage
 from vtprune.model_adapters.vits import vit_of
-from vtprune.types import UnsupportedCall, UnsupportedModel
-from vtprune.vit import VitLast
+from vtprune.reduction import Reducer, Reduction, Tokens, keep_rows
+from vtprune.types import Assignment, Method, UnsupportedCall, UnsupportedModel, Visual, VtpruneError
+from vtprune.vit import VitLast, VitSession
 
 every_model = pytest.mark.parametrize("name", vits.NAMES)
 every_method = pytest.mark.parametrize(
@@ -257,6 +259,34 @@ def test_half_precision(name: str) -> None:
         assert vits.run(model, x).dtype == torch.bfloat16
 
 
+@every_method
+@pytest.mark.parametrize("name", ["timm-deit", "timm-eva02", "open_clip", "siglip", "dinov3", "torchvision"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_autocast_rounds_no_score(name: str, method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a method is given under autocast it answers as it would without."""
+    model, x, asked = vits.model(name), vits.images(), []
+    plain = VitSession._step
+
+    def step(self: Any, run: Any, k: int, *rest: Any) -> Any:
+        answer = plain(self, run, k, *rest)
+        with torch.autocast("cpu", enabled=False):
+            asked.append((answer, plain(self, run, k, *rest), torch.is_autocast_enabled("cpu")))
+        return answer
+
+    monkeypatch.setattr(VitSession, "_step", step)
+    with vtprune.patch(model, method, keep=0.4) as handle, torch.autocast("cpu", dtype=dtype):
+        out = vits.run(model, x)
+        sizes = handle.last.size
+    assert out.isfinite().all()
+    assert asked
+    for ours, theirs, rounding in asked:
+        assert not rounding
+        assert torch.equal(ours.index, theirs.index)
+        assert torch.equal(ours.dense(60), theirs.dense(60)) if ours.matrix is None else True
+    assert sizes is None or sizes.dtype == torch.float32
+
+
 # -- outputs of all rows -----------------------------------------------------------------------------------------------
 
 
@@ -438,6 +468,91 @@ def test_hidden_states_have_the_length_they_ran_on() -> None:
         handle.last.unmerge(out.hidden_states[1], block=1)
 
 
+# -- export ------------------------------------------------------------------------------------------------------------
+
+
+class Pooled(nn.Module):
+    """A model with one tensor in and one out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return vits.run(self.model, x)
+
+
+def onnx(module: nn.Module, x: Tensor, dynamo: bool, tmp_path: Any) -> Any:
+    """The module in ONNX Runtime."""
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    path = str(tmp_path / "model.onnx")
+    if dynamo:
+        torch.onnx.export(module, (x,), dynamo=True, verbose=False).save(path)
+    else:
+        torch.onnx.export(module, (x,), path, dynamo=False, opset_version=17)
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+def recorded(way: str, module: nn.Module, x: Tensor, tmp_path: Any) -> Any:
+    if way == "export":
+        return torch.export.export(module, (x,)).module()
+    if way == "trace":
+        return torch.jit.trace(module, (x,), check_trace=False)
+    return onnx(module, x, way == "onnx", tmp_path)
+
+
+@pytest.mark.parametrize("way", ["export", "trace", "onnx", "onnx-legacy"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("timm-deit", m) for m in ("tome", "diffrate", "zero_tprune", "topk_cls", "token_transforming")]
+    + [("vit", "tome"), ("dinov3", "tome"), ("dinov2-backbone", "tome"), ("timm-gap", "diffrate")],
+)
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_exported_models_prune_as_the_eager_one(name: str, method: str, way: str, tmp_path: Any) -> None:
+    """On other images than they were exported with."""
+    model, x, other = vits.model(name), vits.images(2), vits.images(2, seed=5)
+    module = Pooled(model)
+    if name in vits.MAPPED:
+        module.forward = lambda x: vits.maps(model, x)[-1]  # type: ignore[method-assign]
+    with vtprune.patch(model, method, keep=0.4) as handle:
+        found = recorded(way, module, x, tmp_path)
+        ours = module(other)
+        torch.testing.assert_close(found(other), ours, rtol=1e-3, atol=1e-4)
+        assert type(handle.last.slots) is Tensor, "what was recorded is no result"
+    assert not torch.allclose(module(other), ours, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_exports_take_other_batch_sizes() -> None:
+    model, x, batch = vits.model("timm-deit"), vits.images(2), torch.export.Dim("batch", min=1, max=64)
+    with vtprune.patch(model, "tome", keep=0.4):
+        traced = torch.jit.trace(Pooled(model), (x,), check_trace=False)
+        exported = torch.export.export(Pooled(model), (x,), dynamic_shapes=({0: batch},)).module()
+        for count in (1, 5):
+            other = vits.images(count, seed=1)
+            torch.testing.assert_close(traced(other), vits.run(model, other), **TOLERANCE)
+            torch.testing.assert_close(exported(other), vits.run(model, other), **TOLERANCE)
+
+
+@pytest.mark.parametrize("way", ["export", "trace", "onnx-legacy"])
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_what_cannot_be_exported_is_refused(way: str, tmp_path: Any) -> None:
+    x = vits.images(2)
+    for name, method, why in (
+        ("timm-deit", "divprune", "divprune chooses image by image.*export with a method for whole batches.*tome"),
+        ("timm-deit", "random", "random chooses image by image"),
+        ("siglip2", "tome", "Siglip2VisionModel is told by a mask.*export it unpatched"),
+    ):
+        model = vits.model(name)
+        with vtprune.patch(model, method, keep=0.4), pytest.raises(UnsupportedCall, match=why):
+            recorded(way, Pooled(model), x, tmp_path)
+
+
 # -- stages, copies, threads -------------------------------------------------------------------------------------------
 
 
@@ -507,6 +622,79 @@ def test_unknown_blocks_are_refused_by_name() -> None:
         vtprune.patch(timm.models.Beit(**small), "tome", r=2)
     with pytest.raises(UnsupportedModel, match="EvaBlockPostNorm"):
         vtprune.patch(timm.models.Eva(**small, use_post_norm=True), "tome", r=2)
+
+
+def test_refusals_name_the_vision_transformers_that_work() -> None:
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    works = "vision transformers that work: .*timm.*open_clip.*torchvision.*DeiT.*SigLIP 2.*DINOv3"
+    for name, config, why in (
+        ("BeitModel", "BeitConfig", "bias for every pair of places"),
+        ("ViTMAEModel", "ViTMAEConfig", "drops patches at random"),
+        ("VitDetBackbone", "VitDetConfig", "does not know its blocks"),
+    ):
+        given = {k: v for k, v in sizes.items() if name != "VitDetBackbone" or k != "intermediate_size"}
+        model = getattr(transformers, name)(getattr(transformers, config)(image_size=56, patch_size=8, **given))
+        with pytest.raises(UnsupportedModel, match=f"{name}.*{why}.*{works}"):
+            vtprune.patch(model, "tome", keep=0.5)
+    vision = pytest.importorskip("torchvision.models")
+    with pytest.raises(UnsupportedModel, match=f"ResNet of torchvision.*{works}"):
+        vtprune.patch(vision.resnet18(), "tome", keep=0.5)
+    with pytest.raises(UnsupportedModel, match=f"Linear.*plain {works}"):
+        vtprune.patch(nn.Linear(2, 2), "tome", keep=0.5)
+
+
+def test_a_mean_without_weights_is_refused_where_it_needs_some() -> None:
+    timm = pytest.importorskip("timm")
+    sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
+    model = timm.create_model("naflexvit_base_patch16_gap", **sizes)
+    with pytest.raises(UnsupportedModel, match="NaFlexVit takes a mean that knows no weights"):
+        vtprune.patch(model, "tome", keep=0.5)
+    with vtprune.patch(model, "topk_cls", keep=0.5), torch.no_grad():
+        assert model(torch.randn(1, 3, 64, 64)).isfinite().all()
+
+
+@dataclass(frozen=True)
+class Answers(Method):
+    """Always the same answer."""
+
+    name: ClassVar[str] = "answers"
+    idx: tuple[int, ...] = ()
+
+    def __call__(self, v: Visual) -> Assignment:
+        return Assignment(torch.tensor(self.idx[: v.n]))
+
+
+@dataclass(frozen=True)
+class Reduces(Reducer):
+    """The first patches, with a weight that is no number."""
+
+    name: ClassVar[str] = "reduces"
+
+    def reduce(self, t: Tokens, left: int) -> Reduction:
+        index = keep_rows(t, torch.arange(left).expand(len(t.x), -1))
+        pair = torch.full((len(t.x), 1), t.x.shape[1] - 1)
+        return Reduction(index, pair, torch.zeros_like(pair), torch.full(pair.shape, torch.nan))
+
+
+@torch.no_grad()
+def test_bad_answers_are_errors_that_name_the_method() -> None:
+    model, x = vits.model("timm-deit"), vits.images()
+    for idx, why in (
+        ((3, 1, 2), "ascending"),
+        ((0, 1), "kept 2 tokens"),
+        ((0, 1, 49), "within"),
+        ((1, 1, 2), "distinct"),
+    ):
+        stage = Stage(("vit", 1), Answers(idx), keep=3)
+        with vtprune.patch(model, stage), pytest.raises(VtpruneError, match=f"answers .*{why}"):
+            model(x)
+    with (
+        vtprune.patch(model, Stage(("vit", 1), Reduces(), keep=3)),
+        pytest.raises(VtpruneError, match="reduces .*finite"),
+    ):
+        model(x)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import registry
 from .covering import cover, standing
 from .kernels import attention_received, attention_rows, full_precision, recorded
 from .model_adapters.vits import (
@@ -33,7 +34,7 @@ from .model_adapters.vits import (
 )
 from .reduction import Reducer, Reduction, Tokens, keep_rows, stacked
 from .tower import places
-from .types import Method, Stage, UnsupportedCall, UnsupportedModel, Visual, budget
+from .types import Method, Stage, UnsupportedCall, UnsupportedModel, Visual, VtpruneError, budget, check_answers
 
 MASKS = ("attn_mask", "attention_mask", "is_causal", "k_x", "v_x")
 READABLE = {"cls": "attention", "received": "attention", "mean_keys": "mean_keys", "keys": "keys"}
@@ -135,6 +136,7 @@ class _Local(threading.local):
     last: VitLast | None = None
     seen: dict[str, Tensor] | None = None
     dense = False
+    masked = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Local:
         return _Local()
@@ -151,6 +153,7 @@ class VitSession:
         self.depth = len(vit.blocks)
         # The arguments of a block, hidden states first.
         self.names = tuple(inspect.signature(type(vit.blocks[0]).forward).parameters)[1:]
+        self.arguments = tuple(inspect.signature(type(vit.root).forward).parameters)[1:]
         self.reducers = [self._reducer(stage) for stage in self.stages]
         self.at = [places(stage, self.depth) for stage in self.stages]
         self.weighs = any(method.weighs for method in self.reducers)
@@ -208,6 +211,7 @@ class VitSession:
         else:
             self._undo += masked_mean(self.vit, lambda: None, self._valid)
         self._undo += cut_masks(self.vit, self._valid)
+        self._undo.append(self.vit.root.register_forward_pre_hook(self._called, with_kwargs=True).remove)
         if callable(getattr(type(self.vit.root), "forward_intermediates", None)):
             plain = standing(self.vit.root, "forward_intermediates")
             self._undo.append(cover(self.vit.root, "forward_intermediates", partial(self._intermediates, plain)))
@@ -277,6 +281,11 @@ class VitSession:
         if not recorded():
             self.local.last = self.latest = run.last
 
+    def _called(self, module: Any, args: Any, kwargs: Given) -> None:
+        """Note whether the caller gave a mask; while it is recorded, transformers makes one that hides nothing."""
+        call = {**dict(zip(self.arguments, args)), **kwargs}
+        self.local.masked = call.get("attention_mask") is not None
+
     def _begin(self, x: Tensor, given: Given) -> Run:
         if self.vit.checkpointing():
             raise UnsupportedCall(
@@ -284,6 +293,11 @@ class VitSession:
                 "(set_grad_checkpointing(False) or gradient_checkpointing_disable())"
             )
         n, mask = int(x.shape[1]), given.get("attention_mask") if self.vit.parts.pads else None
+        if mask is not None and recorded():
+            raise UnsupportedCall(
+                f"{type(self.vit.root).__name__} is told by a mask how many patches an image has, and torch.export, "
+                "torch.onnx and torch.jit would record the counts of this one: export it unpatched"
+            )
         real = [n] if mask is None else real_tokens(mask, n)
         if min(real) <= self.vit.prefix:
             raise UnsupportedCall("attention_mask hides all patches of an image: leave that image out")
@@ -294,7 +308,8 @@ class VitSession:
 
     def _allowed(self, run: Run, given: Given) -> Given:
         """The block's further arguments for the tokens that are left; masks are refused."""
-        given = {name: value for name, value in given.items() if run.now is None or name != "attention_mask"}
+        if run.now is not None or (recorded() and not self.local.masked):
+            given = {name: value for name, value in given.items() if name != "attention_mask"}
         for name in MASKS:
             if given.get(name) is not None and given[name] is not False:
                 raise UnsupportedCall(f"{name} hides tokens, which a reduction would have to follow: call without it")
@@ -314,6 +329,7 @@ class VitSession:
         if method is not None:
             with torch.no_grad(), full_precision(x.device):
                 step = self._step(run, k, x, method, left, given)
+                _check(method, step, x.shape[1])
                 run.size = step.resize(run.size)
                 if any(given.get(name) is not None for name in ROPE):
                     patches = step.index[:, self.vit.prefix :] - self.vit.prefix
@@ -420,6 +436,19 @@ class VitSession:
         return torch.where((slots < 0)[..., None], run.full, out)
 
 
+def _check(method: Reducer, step: Reduction, n: int) -> None:
+    """Raise unless a method that is not of this package answers a reduction of n rows; its own are tested for that."""
+    if isinstance(method, EachImage) or type(method).__module__.startswith("vtprune."):
+        return
+    weights = step.w if step.matrix is None else step.matrix
+    inside = bool((step.index >= 0).all()) and bool((step.index < n).all())
+    if not inside or (weights is not None and not bool(weights.isfinite().all())):
+        raise VtpruneError(
+            f"{method.name or type(method).__name__} answered a Reduction with "
+            f"{'weights that are not finite' if inside else f'rows outside 0..{n - 1}'}"
+        )
+
+
 def _first(counts: list[int], prefix: int, x: Tensor) -> Tensor:
     """[B, N] bool of x [B, N, ...]: the prefix and the first counts[b] patches of every image."""
     return torch.arange(x.shape[1], device=x.device) < torch.tensor(counts, device=x.device)[:, None] + prefix
@@ -451,11 +480,24 @@ class EachImage(Reducer):
         return tuple(dict.fromkeys(READABLE[need.kind] for need in self.method.needs))
 
     def reduce(self, t: Tokens, left: int) -> Reduction:
+        if recorded():
+            raise UnsupportedCall(
+                f"{self.method.name} chooses image by image, on the host, which torch.export, torch.onnx and torch.jit "
+                f"cannot record: export with a method for whole batches ({', '.join(_recordable())}), or unpatch first"
+            )
         units = []
         for b in range(t.x.shape[0]):
             signals = {need: _of_image(t, READABLE[need.kind], b) for need in self.method.needs}
             units.append(Visual(t.x[b, t.prefix :], left, signals=signals, block=(t.block[0], t.block[0])))
         answers = self.method.batch(units)
+        stage = Stage(("vit", t.block[0]), self.method)
+        check_answers(stage, units, answers)
+        counts = {answer.idx.shape[0] for answer in answers}
+        if len(counts) > 1:
+            raise UnsupportedModel(
+                f"{stage.method.name} kept {min(counts)} to {max(counts)} of {t.n} tokens in the images of one batch: a "
+                "plain vision transformer needs the same count in all of them; pass one image at a time"
+            )
         index = keep_rows(t, torch.stack([answer.idx for answer in answers]))
         if not any(answer.merges for answer in answers):
             return Reduction(index)
@@ -465,6 +507,10 @@ class EachImage(Reducer):
         matrix[:, : t.prefix, : t.prefix] = torch.eye(t.prefix, device=t.x.device)
         matrix[:, t.prefix :, t.prefix :] = rows
         return Reduction(index, matrix=matrix)
+
+
+def _recordable() -> list[str]:
+    return [method.name for method in registry.methods() if issubclass(method, Reducer)]
 
 
 def _of_image(t: Tokens, what: Any, b: int) -> Tensor:
