@@ -281,7 +281,7 @@ RECORDERS = {
     "torch.export": exported,
     "torch.jit.trace": traced,
     "torch.fx": recorded,
-    "a function transform": mapped,
+    "torch.vmap": mapped,
     "fake or meta": fake,
 }
 
@@ -299,6 +299,37 @@ def test_recordings_are_refused(what: str, method: str) -> None:
         assert handle.last is None
         model(**batch)
         assert handle.last is not None, "the next call is pruned"
+
+
+def test_a_captured_call_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU only the question whether one is recording can be answered for it."""
+    model, batch = families.fresh("llava"), families.inputs("llava")
+    with vtprune.patch(model, "divprune", keep=KEEP):
+        monkeypatch.setattr("vtprune.compilers.capturing", lambda device: True)
+        with pytest.raises(UnsupportedCall, match="a CUDA graph"):
+            logits(model, batch)
+
+
+@pytest.mark.parametrize("method", ["divprune", "fastv"])
+def test_function_transforms(method: str) -> None:
+    """torch.func.grad of the weights equals backward; vmap over several weights would need picks for each."""
+    from torch.func import functional_call, grad, vmap
+
+    model, batch = families.fresh("llava"), families.inputs("llava", rows=(1,))
+    batch = dict(batch, labels=batch["input_ids"].clamp(min=families.FIRST_TEXT))
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(given: dict[str, Tensor]) -> Tensor:
+        return functional_call(model, given, (), batch).loss
+
+    with vtprune.patch(model, method, keep=KEEP):
+        model(**batch).loss.backward()
+        found = grad(loss)(weights)
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                close(found[name], p.grad)
+        with pytest.raises(UnsupportedCall, match="vmap"):
+            vmap(loss)({name: torch.stack([p, p]) for name, p in weights.items()})
 
 
 @torch.no_grad()

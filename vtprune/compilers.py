@@ -70,6 +70,7 @@ def _restore(module: nn.Module, ours: Any, own: Any) -> None:
 
 def refuse_tracers(tokens: Tensor) -> None:
     """Raise UnsupportedCall if this call is recorded to be run again on other inputs, which would keep its picks."""
+    from torch._C._functorch import TransformType, get_interpreter_stack
     from torch._subclasses.fake_tensor import FakeTensor
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
@@ -79,8 +80,8 @@ def refuse_tracers(tokens: Tensor) -> None:
         what = "torch.jit.trace"
     elif isinstance(tokens, torch.fx.Proxy) or get_proxy_mode() is not None:
         what = "torch.fx"
-    elif torch._C._functorch.is_functorch_wrapped_tensor(tokens):
-        what = "a function transform (vmap, grad, functional_call under one)"
+    elif any(level.key() == TransformType.Vmap for level in get_interpreter_stack() or ()):
+        what = "torch.vmap"
     elif isinstance(tokens, FakeTensor) or tokens.is_meta:
         what = "a run on fake or meta tensors"
     elif capturing(tokens.device):
