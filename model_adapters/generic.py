@@ -219,7 +219,7 @@ class Adapter:
                 hit = ids == token
             else:
                 table = self.base.get_input_embeddings()  # type: ignore[operator]
-                hit = (embeds == table(torch.full((), token, device=code.device))).all(-1)  # type: ignore[union-attr]
+                hit = (embeds == table(torch.full((), token, device=code.device))).all(-1)
             code = code.masked_fill(hit, 2 + MODALITIES.index(modality))
         return code
 

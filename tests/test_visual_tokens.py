@@ -671,8 +671,8 @@ def test_the_table_of_families_names_what_is_tested() -> None:
 
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     rows = re.findall(r"^\| .* \(`(\w+)`\) \|(.*)\|(.*)\|(.*)\|$", readme, re.M)
-    assert [row[0] for row in rows] == TESTED
-    names = {family: [text.strip() == "tested" for text in texts] for family, *texts in rows}
+    names = {family: [text.strip() == "tested" for text in texts] for family, *texts in rows[1:]}
+    assert list(names) == TESTED
     for family, (images, videos, frames) in names.items():
         assert images == (family in families.NAMES)
         assert videos == (f"{family}-video" in families.NAMES)

@@ -23,7 +23,7 @@ def clips_told(units: Sequence[Unit], rows: int, clips: Sequence[int]) -> list[i
     left, numbers, clip = list(clips), [], 0
     fits = not rest and repeat > 0 and rows % repeat == 0
     for first in range(0, rows, repeat) if fits else ():
-        mine = []
+        mine: list[int] = []
         while left and sum(mine) < counts[first]:
             mine.append(left.pop(0))
         for row in range(first, first + repeat):

@@ -191,10 +191,9 @@ def _stages(
     # Options are those of the method's own rule; the other parts of a schedule have their own policy, but they see the
     # same clips.
     stages = made.stages(keep, len(Adapter(model).layers))
-    clips = {k: where[k] for k in ("per", "clips") if k in where} if where.get("per") == "sample" else {}
-    return [
-        dataclasses.replace(
-            s, **where if isinstance(s.method, type(made)) else clips if isinstance(s.where, int) else {}
-        )
-        for s in stages
-    ]
+    clips = {k: v for k, v in where.items() if k in ("per", "clips") and where.get("per") == "sample"}
+
+    def options_of(stage: Stage) -> dict[str, Any]:
+        return where if isinstance(stage.method, type(made)) else clips if isinstance(stage.where, int) else {}
+
+    return [dataclasses.replace(stage, **options_of(stage)) for stage in stages]

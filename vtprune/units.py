@@ -211,13 +211,13 @@ def emptied(units: Sequence[Unit], together: Sequence[int], index: Tensor, valid
         at = arange_of(unit.ranges, torch.device("cpu"))
         parts = [at[p.tokens] for p in parts_of(unit.spans, unit.n, "frame" if video else "crop", "drop", video)
                  if not p.separator]  # fmt: skip
-        counts = [sum(i in kept for i in part.tolist()) for part in parts]
+        counts = [len(kept.intersection(part.tolist())) for part in parts]
         pieces["frames" if video else "crops", unit.row, number] = counts
         if together:
             pieces.setdefault(("images", unit.row, -1 - together[number]), []).append(sum(counts))
     notes = []
     for kind, share in (("frames", "per='frame'"), ("crops", "per='crop'"), ("images", "per='image'")):
-        found = [(row, c) for (k, row, _), c in pieces.items() if k == kind and sum(c) and not all(c)]
+        found = [(row, c) for (k, row, _), c in pieces.items() if k == kind and any(c) and not all(c)]
         if found:
             row, counts = found[0]
             total, empty = sum(len(c) for _, c in found), sum(c.count(0) for _, c in found)
