@@ -7,7 +7,7 @@ import functools
 import gc
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -414,6 +414,15 @@ def answers_of(handle: Any, stage: int | str = "llm") -> list[tuple[int, list[in
     return [(u.n, u.idx.tolist()) for u in handle.last.units if u.where == stage]
 
 
+def side_by_side(answers: Sequence[tuple[int, list[int]]]) -> tuple[int, list[int]]:
+    """What a row shows whose clips are answered one by one: a sample is one unit."""
+    total, picks = 0, []
+    for n, idx in answers:
+        picks += [total + i for i in idx]
+        total += n
+    return total, picks
+
+
 @pytest.mark.parametrize("words", [True, False])
 @pytest.mark.parametrize("method", ["evs", "dycoke", "vidcom2", "aim", "holitom"])
 @pytest.mark.parametrize("family", FRAMES)
@@ -429,11 +438,11 @@ def test_two_clips_of_a_row_are_treated_by_themselves(family: str, method: str, 
         for rows in ([[0, 1, 2]], [[0, 1], [2]], [[1], [2, 0]], [[2, 2, 2]]):
             batch = families.build(family, [row_of([pieces[i] for i in row], words) for row in rows])
             model(**batch)
-            assert answers_of(handle) == [alone[i] for row in rows for i in row]
+            assert answers_of(handle) == [side_by_side([alone[i] for i in row]) for row in rows]
             ids = batch["input_ids"]
             embeds = {**batch, "inputs_embeds": model.get_input_embeddings()(ids), "input_ids": None}
             model(**embeds)
-            assert answers_of(handle) == [alone[i] for row in rows for i in row]
+            assert answers_of(handle) == [side_by_side([alone[i] for i in row]) for row in rows]
 
 
 @pytest.mark.parametrize("family", FRAMES)
@@ -446,15 +455,11 @@ def test_clips_that_the_user_counts(family: str) -> None:
                                      vtprune.create(method).stages(0.4, families.depth(model))])  # fmt: skip
         with patch(model, stages) as handle:
             model(**batch)
-            assert [(u.row, u.n, len(u.idx)) for u in handle.last.units] == [
-                (0, 9, 4),
-                (0, 27, 11),
-                (1, 18, 7),
-                (1, 9, 4),
-            ]
+            assert [(u.row, u.n, len(u.idx)) for u in handle.last.units] == [(0, 36, 4 + 11), (1, 27, 7 + 4)]
+            assert [unit.n for unit in log[0].units] == [9, 27, 18, 9]
             model.generate(**batch, max_new_tokens=2, num_beams=2, do_sample=False)
-            shown = [(u.row, u.n) for u in handle.last.units]
-            assert shown == [(r, n) for r, sizes in enumerate([(9, 27)] * 2 + [(18, 9)] * 2) for n in sizes]
+            assert [(u.row, u.n) for u in handle.last.units] == [(0, 36), (1, 36), (2, 27), (3, 27)]
+            assert [unit.n for unit in log[-1].units] == [9, 27] * 2 + [18, 9] * 2
         for unit, answer in zip(log[0].units, log[0].answers, strict=True):
             assert torch.equal(answer.idx, vtprune.create(method)(unit).idx)
 
@@ -501,7 +506,7 @@ def test_two_videos_of_a_sample_are_two_clips() -> None:
             model(**families.build(family, [row_of([piece])]))
             alone += answers_of(handle)
         model(**families.build(family, [row_of(pieces)]))
-        assert answers_of(handle) == alone
+        assert answers_of(handle) == [side_by_side(alone)]
 
 
 @pytest.mark.parametrize("options", [{}, {"clips": (5,)}], ids=str)

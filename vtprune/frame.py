@@ -57,6 +57,7 @@ class UnitResult:
     the stage found them. order: [K] pick order, or None. scores: [n] or None. spans, grid: rasters of the unit.
     image: number of the image in the batch; part: number of the crop or frame in it, None for the whole.
     seen: [n] int64, where the tokens that the stage found stand in the row as fed; None inside the vision tower.
+    With per="sample" a row is one unit, also where the method saw its clips one by one.
     """
 
     row: int
@@ -312,6 +313,7 @@ class Frame:
         todo = [i for i, group in enumerate(units) if (k := budgets[i]) is None or k < sum(a.m for a in group)]
         views = [self._visual(number, stage, units[i], budgets[i]) for i in todo]
         asked = dict(zip(todo, zip(views, self._ask(stage, views) if views else ())))
+        first = len(self.results)
         for i, group in enumerate(units):
             if i not in asked:
                 self._take_all(stage, group)
@@ -321,6 +323,8 @@ class Frame:
             note = view.state.get("note")
             if note and note not in self.notes:
                 self.notes.append(note)
+        if stage.per == "sample":  # a method may have seen the clips of a row one by one
+            self.results[first:] = _joined_by_row(self.results[first:])
         if stage.newlines == "drop":
             touched = {(a.row, a.image) for i in todo for a in units[i]}
             for a in self.alive:
@@ -1063,3 +1067,54 @@ def _joined_spans(group: list[Alive]) -> tuple[Span, ...]:
         spans += [replace(span, start=span.start + start) for span in a.spans]
         start += a.n
     return tuple(spans)
+
+
+def _joined_by_row(results: list[UnitResult]) -> list[UnitResult]:
+    """One result a row: the clips of a sample side by side, in the order in which they stand there."""
+    rows: dict[int, list[UnitResult]] = {}
+    for result in results:
+        rows.setdefault(result.row, []).append(result)
+    return [parts[0] if len(parts) == 1 else _side_by_side(parts) for parts in rows.values()]
+
+
+def _side_by_side(parts: list[UnitResult]) -> UnitResult:
+    """Results of units that follow each other in a row, as one of all their tokens."""
+    starts = list(accumulate((p.n for p in parts), initial=0))
+    kept = list(accumulate((len(p.idx) for p in parts), initial=0))
+    answers = [p.assignment for p in parts]
+    spans = [replace(s, start=s.start + n) for p, n in zip(parts, starts) for s in p.spans]
+    merged: dict[str, Tensor] = {}
+    if any(a.merges for a in answers):
+        weights = [_weights(a) for a in answers]
+        merged = {
+            "src": torch.cat([src + n for (src, _, _), n in zip(weights, starts)]),
+            "dst": torch.cat([dst + k for (_, dst, _), k in zip(weights, kept)]),
+            "w": torch.cat([w for _, _, w in weights]),
+        }
+    scores = [p.scores for p in parts]
+    orders = [p.order for p in parts]
+    answer = Assignment(
+        torch.cat([p.idx + n for p, n in zip(parts, starts)]),
+        None if any(o is None for o in orders) else torch.cat([o + n for o, n in zip(orders, starts)]),  # type: ignore
+        **merged,
+        scores=None if any(x is None for x in scores) else torch.cat(scores),  # type: ignore[arg-type]
+    )
+    return replace(
+        parts[0],
+        n=starts[-1],
+        positions=torch.cat([p.positions for p in parts]),
+        idx=answer.idx,
+        order=answer.order,
+        scores=answer.scores,
+        spans=tuple(spans) if all(p.spans for p in parts) else (),
+        grid=None,
+        assignment=answer,
+        seen=torch.cat([p.seen for p in parts if p.seen is not None]),
+    )
+
+
+def _weights(answer: Assignment) -> tuple[Tensor, Tensor, Tensor]:
+    """(src, dst, w) of an answer, also of one that merges nothing."""
+    if answer.src is not None and answer.dst is not None and answer.w is not None:
+        return answer.src, answer.dst, answer.w
+    return answer.idx, torch.arange(len(answer.idx), device=answer.idx.device), torch.ones_like(answer.idx).float()
