@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import cache as kv
+from . import packed
 from .clock import Clock, timing
 from .compact import hide, in_window, mask_for, tensor_mask
 from .frame import LINEAR, LLM_KINDS, Frame, Last
@@ -42,6 +43,7 @@ class Local(threading.local):
         self.step: Step | None = None  # a decode step at which stages act
         self.ahead = False  # a layer is being looked at before it runs
         self.placed: tuple[Any, ...] = ()  # the last position ids that were lowered, and what came of them
+        self.samples: packed.Samples | None = None  # of packed rows, while each is a row of its own
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Local:
         return Local()
@@ -174,6 +176,12 @@ class Session:
     def first_hook(self) -> int:
         """The first decoder layer whose arguments are looked after."""
         return 0 if "flash" in self.adapter.attention() else self.first_layer
+
+    @property
+    def inert(self) -> bool:
+        """True if the stages keep everything (1.0), so that a call is the unpatched model's own."""
+        kept = all(1.0 in (s.keep, s.keep_total) and isinstance(s.keep or s.keep_total, float) for s in self.stages)
+        return kept and not self.reweighing
 
     @property
     def at_decode(self) -> list[Stage]:
@@ -464,6 +472,8 @@ class Session:
             self._refuse(call)
             code = self.adapter.visual_code(call) if self.adapter.features_given(call) else None
             if code is not None:
+                if not self.inert:
+                    call, code = self._unpack(call, code)
                 encoded = call.get("mm_encoder_outputs")
                 encoded = encoded if isinstance(encoded, dict) else {}
                 # Pixels are encoded during this very call; encoded features must be recognised, not taken for the last.
@@ -474,9 +484,33 @@ class Session:
             call = self._past_mask_2d(call, call.get(kv.NAME))
         return None if call is kwargs else ((), call)
 
-    def _base_post(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.local.frame, self.local.step, self.local.placed = None, None, ()
+    def _base_post(self, module: nn.Module, args: Any, output: Any) -> Any:
+        samples = self.local.samples
+        self.local.frame, self.local.step, self.local.placed, self.local.samples = None, None, (), None
         kv.leave()
+        return output if samples is None or output is None else packed.pack_output(output, samples)
+
+    def _unpack(self, call: dict[str, Any], code: Tensor) -> tuple[dict[str, Any], Tensor]:
+        """A call whose rows hold several samples, with each in a row of its own; its visual tokens."""
+        caches = self._caches(call)
+        samples = packed.find(call, code, self.adapter, caches=caches)
+        if samples is None:
+            # What is said of rows that hold one sample each would be out of step with cut rows, and adds nothing.
+            told = [name for name in packed.LENGTHS if name in call]
+            return {k: v for k, v in call.items() if k not in told} if told else call, code
+        if caches:
+            packed.refuse_cache(samples)
+        self.local.samples = samples
+        call = packed.unpack(call, samples, (code.shape[0], code.shape[1]), LINEAR in self.adapter.layer_types)
+        return call, samples.unpack(code)
+
+    def _caches(self, call: dict[str, Any]) -> bool:
+        """True if this call stores keys and values."""
+        use, text = call.get("use_cache"), self.adapter.text
+        if use is None:
+            use = getattr(text.config, "use_cache", False)
+        again = text.training and text.gradient_checkpointing and torch.is_grad_enabled()
+        return call.get(kv.NAME) is not None or bool(use and not again)
 
     def _text_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = self.adapter.bind(module, args, kwargs)
@@ -515,7 +549,7 @@ class Session:
             if cache is not None:
                 frame.shrink_cache(cache)
         if frame.compaction is not None:
-            output = _with_hidden(output, frame.compaction.restore(output[0]))
+            output = packed.replaced(output, frame.compaction.restore(output[0]))
         self.local.last = self.latest = frame.report()
         return output
 
@@ -535,7 +569,7 @@ class Session:
         last = self.local.last or self.latest
         if last is not None:
             last.recalled.update(step.kept())
-        return _with_hidden(output, output[0][:, -1:]) if step.back else output
+        return packed.replaced(output, output[0][:, -1:]) if step.back else output
 
     def _layer_pre(self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         frame = self.local.frame if self.local.frame is not None and self.local.frame.opened else None
@@ -808,14 +842,6 @@ class Session:
             past = real.new_ones(real.shape[0], frame.past)
             new["attention_mask"] = torch.cat([past, real if c.valid is None else hide(real, c.valid)], dim=1)
         return new
-
-
-def _with_hidden(output: Any, hidden: Tensor) -> Any:
-    """The output of a text model, a tuple or a dataclass, with other hidden states."""
-    if isinstance(output, tuple):
-        return (hidden, *output[1:])
-    output.last_hidden_state = hidden
-    return output
 
 
 def _uncover(module: nn.Module, name: str) -> None:
