@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import cache as kv
 from .clock import Clock, capturing
-from .compact import Compaction, mask_for, tensor_mask
+from .compact import Compaction, mask_for, tensor_mask, visible
 from .kernels import (
     Arriving,
     Verdict,
@@ -160,10 +160,11 @@ class Frame:
         self.cache = call.get(kv.NAME)
         self.past = int(self.cache.get_seq_length()) if self.cache is not None else 0
         real = self._real(call.get("attention_mask"), length)
+        named = self.code
         if real is not None:
             self.code = self.code * real[:, -length:]
-        past = () if real is None else (real[:, :-length].to(self.code),)
-        self._arriving = Arriving(torch.cat([self.code, *past], dim=1))
+        seen = () if real is None else (real[:, -length:].to(named), real[:, :-length].to(named))
+        self._arriving = Arriving(torch.cat([named, *seen], dim=1))
 
     def open(self, call: dict[str, Any], features: dict[str, Features | None]) -> None:
         """Make the units. Their indices are made on the device, so nothing here waits for it."""
@@ -174,15 +175,19 @@ class Frame:
                 f"the base model saw {tuple(self.code.shape)} tokens and hands {(batch, length)} to its text model: "
                 "this call shape is not supported"
             )
-        host = self._arriving.read()
-        self.host, self.holes = host[:, :length], bool((host == 0).any())
-        self.real_past = host[:, length:].to(self.code.device) != 0 if host.shape[1] > length else None
-        self.keep = (self.code != 0).to(embeds.device)
-        self.units = self.adapter.units(self.host, features)
+        named, seen, past = self._arriving.read().tensor_split([length, 2 * length], dim=1)
+        self.host = named * seen if seen.shape[1] else named  # tokens that the mask hides are no candidates
+        self.holes = bool((self.host == 0).any() or (past == 0).any())
+        self.real_past = past.to(self.code.device) != 0 if past.shape[1] else None
+        stays = self._staying(named)
+        self.keep = (self.code != 0).to(embeds.device) if stays is self.host else (stays != 0).to(embeds.device)
+        self.units = self.adapter.units(named, features)
         if any(features.get(m) is None for m in self.modalities()):
             self._check_runs()
             self.notes.append("features were encoded elsewhere: image grids are unknown, every run of tokens is a unit")
         self.alive = [begin(u, i, embeds.device) for i, u in enumerate(self.units)]
+        if bool(((named > 1) & (self.host == 0)).any()):
+            self._leave_out_hidden()
         for modality, found in features.items():
             if found is None:
                 continue
@@ -192,12 +197,32 @@ class Frame:
                 self.tower_units += found.tower.results
                 self.notes += found.tower.notes
                 self.tower_lengths[modality] = found.tower.lengths
-        self.counts = (self.host != 0).sum(1).tolist()
+        self.counts = (stays != 0).sum(1).tolist()
         self.text = [runs_of(row == 1) for row in self.host]
         depth = len(self.adapter.layers)
         self.lengths, self.valids, self.lags = [length] * depth, [None] * depth, [None] * depth
         self.heads = [None] * depth
         self.dtype, self.opened = embeds.dtype, True
+
+    def _staying(self, named: Tensor) -> Tensor:
+        """[B, L] on the host, 0 at what goes with the first cut: padding and hidden tokens, which nobody sees.
+
+        The state of linear attention fades over hidden words within a row, so these stay, hidden.
+        """
+        if LINEAR not in self.adapter.layer_types or not self.holes:
+            return self.host
+        seen = (self.host != 0).int()
+        inside = (seen.cumsum(1) > 0) & (seen.flip(1).cumsum(1).flip(1) > 0)
+        return torch.where(inside & (named == 1), named, self.host)
+
+    def _leave_out_hidden(self) -> None:
+        """Images and their parts without the tokens that the attention mask hides: budgets count what is seen."""
+        for stage in (s for s in self.stages if not isinstance(s.where, tuple) and s.method.of == "tokens"):
+            self.alive, _ = groups(self.alive, stage)
+        for a in self.alive:
+            seen = self.host[a.row].index_select(0, a.positions.cpu()) != 0
+            a.keep(to_device(seen.nonzero().flatten(), a.positions.device))
+            a.n = a.m
 
     def _real(self, mask: Any, length: int) -> Tensor | None:
         """[B, past + L] or [B, L] bool: which tokens are no padding, as far as the mask tells."""
@@ -205,11 +230,9 @@ class Frame:
             mask = mask.get("full_attention")
         if not torch.is_tensor(mask):
             return None
-        if mask.dim() == 4:  # the last query may attend to every real token
+        if mask.dim() == 4:
             start = self._past_columns(mask, 0, length)
-            row = mask[:, 0, -1, start : start + length]
-            real = row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
-            return real.expand(self.code.shape[0], -1).to(self.code.device)
+            return visible(mask[..., start : start + length]).expand(self.code.shape[0], -1).to(self.code.device)
         return (mask[:, : self.past + length] != 0).to(self.code.device)
 
     def _check_runs(self) -> None:
@@ -637,6 +660,9 @@ class Frame:
         c = self.compaction
         if c is None:
             return self.code != 0
+        if self.holes:
+            real = c.cut(self.code, 1) != 0
+            return real if c.valid is None else real & c.valid.to(real.device)
         return c.valid if c.valid is not None else torch.ones_like(c.index, dtype=torch.bool)
 
     def _ids_at(self, i: int, ids: Tensor | None) -> Tensor | None:

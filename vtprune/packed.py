@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import cache as kv
-from .compact import causal_mask, hide
+from .compact import allowed, causal_mask, hide, reach_back
 from .model_adapters.generic import Adapter
 from .types import UnsupportedCall
 
@@ -107,7 +107,7 @@ def _starts(call: dict[str, Any], code: Tensor, adapter: Adapter, caches: bool) 
     if torch.is_tensor(mask) and mask.dim() == 2:
         real = mask[:, -length:].to(device) != 0
     elif torch.is_tensor(mask) and mask.dim() == 4 and mask.shape[-2:] == (length, length):
-        seen = _allowed(mask).any(1).to(device).expand(batch, -1, -1)
+        seen = allowed(mask).any(1).to(device).expand(batch, -1, -1)
         real = seen.any(1)
         found.append(_blocks(seen))
     return (torch.stack(found).any(0) if found else None), real
@@ -129,20 +129,11 @@ def _restarts(ids: Tensor, mrope: bool, caches: bool) -> Tensor:
     return torch.nn.functional.pad(starts, (1, 0))
 
 
-def _allowed(mask: Tensor) -> Tensor:
-    """[B, H, Q, K] bool: who may attend to whom."""
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-
-
 def _blocks(seen: Tensor) -> Tensor:
     """[B, L] bool: where no token from there on sees one before, and none before sees one from there on."""
     places = torch.arange(seen.shape[-1], device=seen.device)
-    nobody = ~seen.any(-1)
-    first = torch.where(nobody, places, seen.to(torch.int8).argmax(-1))
-    last = torch.where(nobody, places, places[-1] - seen.flip(-1).to(torch.int8).argmax(-1))
-    reach = last.cummax(1).values
-    back = first.flip(1).cummin(1).values.flip(1)
-    return (back >= places) & (torch.nn.functional.pad(reach, (1, 0), value=-1)[:, :-1] < places)
+    ahead = places[-1] - reach_back(seen.flip(1, 2)).flip(1)
+    return (reach_back(seen) >= places) & (torch.nn.functional.pad(ahead, (1, 0), value=-1)[:, :-1] < places)
 
 
 def _padding(call: dict[str, Any], starts: Tensor, adapter: Adapter) -> Tensor:
@@ -185,7 +176,7 @@ def _mask(mask: Any, samples: Samples, linear: bool) -> Any:
         cut = samples.unpack_mask(mask)
         open_ = cut if cut.dtype == torch.bool else cut == 0
         causal = causal_mask(valid, valid.shape[1], None).to(open_.device)
-        plain = bool(((open_ == causal) & (_allowed(cut) == causal) | ~valid.to(cut.device)[:, None, :, None]).all())
+        plain = bool(((open_ == causal) & (allowed(cut) == causal) | ~valid.to(cut.device)[:, None, :, None]).all())
     else:
         return valid.long()
     if plain:
