@@ -108,6 +108,21 @@ def test_static_cache_equals_dynamic(family: str, method: str) -> None:
     close(static, dynamic)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("method", ["uniform", "fastv"])
+@pytest.mark.parametrize("family", [n for n in families.NAMES if not n.startswith("gemma3")])
+def test_static_cache_where_only_the_cut_makes_padding(family: str, method: str, attention: str) -> None:
+    """Rows of one length come without a mask; they keep different counts, before the LLM or inside."""
+    model, image = families.model(family, attention), families.turn(family, 1, seed=3)
+    words = [families.Piece([families.BOS]), families.text(8, sum(len(p.ids) for p in image) - 1)]
+    with patch(model, method, keep=0.3):
+        for batch in (families.build(family, [words, image]), families.inputs(family, rows=(1, 1))):
+            tokens, dynamic = reference.greedy(model, batch, 3)
+            same, static = reference.greedy(model, batch, 3, cache_implementation="static")
+            assert torch.equal(tokens, same)
+            close(static, dynamic)
+
+
 @some_methods
 @some_families
 def test_a_row_that_keeps_all_it_has_is_the_longest(family: str, method: str) -> None:

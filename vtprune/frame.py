@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import cache as kv
 from .clock import Clock, capturing
-from .compact import Compaction, mask_for, tensor_mask, visible
+from .compact import Compaction, hidden_like, mask_for, tensor_mask, visible
 from .kernels import (
     Arriving,
     Verdict,
@@ -503,7 +503,11 @@ class Frame:
         if flat is not None:
             new["attention_mask"] = cut.mask
         elif isinstance(mask, dict):
-            new["attention_mask"] = {k: self.causal_mask() if m is None else self.cut_mask(m) for k, m in mask.items()}
+            made = {LINEAR: self.compaction.valid if self.compaction else None}  # it knows padding only
+            new["attention_mask"] = {
+                k: self.cut_mask(m) if m is not None else made[k] if k in made else self.causal_mask()
+                for k, m in mask.items()
+            }
         else:
             new["attention_mask"] = self.cut_mask(mask)
         if fused:
@@ -535,11 +539,29 @@ class Frame:
             return None
         return c.cut_mask(tensor_mask(mask), self._past_columns(mask, 0, c.length))
 
-    def causal_mask(self, valid: Tensor | None = None) -> Tensor | None:
-        """The mask of a layer that was given none, where rows hold padding now: [B, n] for flash, else 4-D."""
+    def causal_mask(self, layer: int | None = None) -> Tensor | None:
+        """The mask of a layer that was given none, where rows hold padding now: [B, K] for flash, else 4-D.
+
+        layer: one behind a stage inside the LLM; None for what the text model is given for all of a kind.
+        """
         assert self.compaction is not None
-        valid = self.compaction.valid if valid is None else valid
-        return None if valid is None else mask_for(self.adapter.attention(), valid, valid.shape[1], self.dtype)
+        valid = self.compaction.valid
+        if valid is None:
+            return None
+        i = kv.reference_layer(self.cache) if layer is None else layer
+        held = getattr(self.cache, "layers", ())
+        stored, room = self.past_at(i), held[i].max_cache_len if i < len(held) and kv.is_static(held[i]) else 0
+        key = ("causal", len(self.results), stored, room)
+        if key not in self.memo:
+            keys = torch.nn.functional.pad(valid, (stored, 0), value=True)
+            if (before := getattr(kv.state(self.cache, i), "valid", None)) is not None:
+                keys[:, : before.shape[1]] = before
+            mask = mask_for(self.adapter.attention(), keys, valid.shape[1], self.dtype)
+            if mask.dim() == 4 and room:  # what a static layer hands out is as wide as all it has room for
+                rest = hidden_like(mask, (*mask.shape[:-1], max(0, room - mask.shape[-1])))
+                mask = torch.cat([mask, rest], dim=-1)
+            self.memo[key] = mask
+        return self.memo[key]
 
     def _past_columns(self, mask: Tensor, layer: int, new: int) -> int:
         """Columns of a mask that stand before the `new` tokens of this call."""
@@ -703,7 +725,7 @@ class Frame:
         elif c.valid is not None and self.adapter.layer_types[i] == LINEAR:
             call["attention_mask"] = c.valid
         elif c.valid is not None:
-            call["attention_mask"] = self._once(c, lambda _: self.causal_mask(c.valid))
+            call["attention_mask"] = self.causal_mask(i)
 
     def past_at(self, layer: int) -> int:
         """Tokens of earlier calls that a layer of the cache stores."""
