@@ -42,6 +42,7 @@ LLM_KINDS = (
 )  # fmt: skip
 # Arguments of text models that have the sequence length and no say in which tokens are visual.
 CUT_AS_IDS = ("token_type_ids", "mm_token_type_ids")
+OF_THE_HEAD = ("labels", "shift_labels", "logits_to_keep", "num_items_in_batch")  # as long as logits are again
 CUT_BEFORE = ("attention_mask", "position_ids", "inputs_embeds", "deepstack_visual_embeds", "visual_pos_masks")
 
 
@@ -166,8 +167,11 @@ class Frame:
         seen = () if real is None else (real[:, -length:].to(named), real[:, :-length].to(named))
         self._arriving = Arriving(torch.cat([named, *seen], dim=1))
 
-    def open(self, call: dict[str, Any], features: dict[str, Features | None]) -> None:
-        """Make the units. Their indices are made on the device, so nothing here waits for it."""
+    def open(self, call: dict[str, Any], features: dict[str, Features | None], inert: bool = False) -> None:
+        """Make the units. Their indices are made on the device, so nothing here waits for it.
+
+        inert: all tokens stay, so that there is nothing to know of them.
+        """
         embeds = call["inputs_embeds"]
         batch, length = embeds.shape[:2]
         if self.code.shape != (batch, length):
@@ -181,12 +185,12 @@ class Frame:
         self.real_past = past.to(self.code.device) != 0 if past.shape[1] else None
         stays = self._staying(named)
         self.keep = (self.code != 0).to(embeds.device) if stays is self.host else (stays != 0).to(embeds.device)
-        self.units = self.adapter.units(named, features)
-        if any(features.get(m) is None for m in self.modalities()):
+        self.units = [] if inert else self.adapter.units(named, features)
+        if not inert and any(features.get(m) is None for m in self.modalities()):
             self._check_runs()
             self.notes.append("features were encoded elsewhere: image grids are unknown, every run of tokens is a unit")
         self.alive = [begin(u, i, embeds.device) for i, u in enumerate(self.units)]
-        if bool(((named > 1) & (self.host == 0)).any()):
+        if self.units and bool(((named > 1) & (self.host == 0)).any()):
             self._leave_out_hidden()
         for modality, found in features.items():
             if found is None:
@@ -590,7 +594,7 @@ class Frame:
         c = self.compaction
         assert c is not None
         for name, value in call.items():
-            if not torch.is_tensor(value) or value.dim() < 1 or name in CUT_BEFORE:
+            if not torch.is_tensor(value) or value.dim() < 1 or name in CUT_BEFORE or name in OF_THE_HEAD:
                 continue
             if name in CUT_AS_IDS:
                 if value.shape[1] == c.length:
@@ -886,6 +890,8 @@ class Frame:
 
         for i, recall in self.recalls.items():
             layer: Any = kv.state(cache, i)
+            if layer is None:  # nothing is stored under gradient checkpointing
+                continue
             if recall.hidden is not None and kv.is_static(layer):
                 raise UnsupportedCall(
                     "a static cache has no room for tokens that come back at decode: use the default dynamic cache"

@@ -151,6 +151,9 @@ class Session:
         self.adapter = Adapter(model)
         self.notes: list[str] = []
         self.stages = [self._placeable(stage) for stage in stages]
+        # Where all tokens stay, a call is the unpatched model's own and nothing needs to be refused.
+        kept = all(isinstance(x, float) and x == 1.0 for x in (s.keep or s.keep_total for s in self.stages))
+        self.inert = kept and not self.reweighing
         self.local = Local()
         self.seen = Seen()
         self.latest: Last | None = None
@@ -161,6 +164,12 @@ class Session:
         except BaseException:
             self.remove()
             raise
+
+    @property
+    def frame(self) -> Frame | None:
+        """The frame whose stages act and read signals by now; none where all tokens stay."""
+        frame = self.local.frame
+        return frame if frame is not None and frame.opened and not self.inert else None
 
     @property
     def first_layer(self) -> int:
@@ -176,12 +185,6 @@ class Session:
     def first_hook(self) -> int:
         """The first decoder layer whose arguments are looked after."""
         return 0 if "flash" in self.adapter.attention() else self.first_layer
-
-    @property
-    def inert(self) -> bool:
-        """True if the stages keep everything (1.0), so that a call is the unpatched model's own."""
-        kept = all(1.0 in (s.keep, s.keep_total) and isinstance(s.keep or s.keep_total, float) for s in self.stages)
-        return kept and not self.reweighing
 
     @property
     def at_decode(self) -> list[Stage]:
@@ -527,12 +530,13 @@ class Session:
                 call = self._shift_positions(call, layer)
         frame = self.local.frame
         if frame is not None and call.get("inputs_embeds") is not None:
-            frame.open(call, self.local.features)
-            self._check_frame()
+            frame.open(call, self.local.features, inert=self.inert)
+            if not self.inert:
+                self._check_frame()
             if frame.run_stages("llm", call["inputs_embeds"]):
                 kv.enter()
                 call = self._cut_text_call(frame, call)
-            if any(need.kind == "relevance" for stage in self.stages for need in stage.method.needs):
+            if not self.inert and any(n.kind == "relevance" for s in self.stages for n in s.method.needs):
                 frame.read_embeds(call["inputs_embeds"])
         return None if call is kwargs else ((), call)
 
@@ -572,8 +576,7 @@ class Session:
         return packed.replaced(output, output[0][:, -1:]) if step.back else output
 
     def _layer_pre(self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        frame = self.local.frame if self.local.frame is not None and self.local.frame.opened else None
-        step = self.local.step
+        frame, step = self.frame, self.local.step
         hidden = args[0] if args else kwargs["hidden_states"]
         if frame is None and step is None and hidden.shape[1] == 1 and kwargs.get("attention_mask") is None:
             held = kv.state(kv.renamed(kwargs).get(kv.NAME), i)
@@ -608,7 +611,8 @@ class Session:
             width = changed["hidden_states"].shape[1]
             if torch.is_tensor(changed.get("position_ids")):
                 changed["position_ids"] = torch.arange(width, device=changed["position_ids"].device)[None]
-        return ((), changed)
+        # Positional, because gradients pass reentrant checkpoints by no other way.
+        return (changed.pop("hidden_states"),), changed
 
     def _add_features(self, hidden: Tensor, where: Tensor, features: Tensor) -> Tensor:
         """The text model's own step on what its layers run on by now: hidden [B, n, D], where [B, L], [S, D]."""
@@ -629,8 +633,8 @@ class Session:
         mask: Tensor | None,
         scaling: float,
     ) -> None:
-        frame = self.local.frame
-        if frame is not None and frame.opened and q.shape[2] > 1 and self.local.ahead == own:
+        frame = self.frame
+        if frame is not None and q.shape[2] > 1 and self.local.ahead == own:
             frame.read_rows(kind, layer, q, k, v, mask, scaling)
 
     def _step_sink(self, layer: int, module: nn.Module, *product: Any) -> None:
@@ -654,16 +658,16 @@ class Session:
             out = reweighed(q, k, v, mask, scaling, method.reweigh)
         if heads is not None:
             out = out * heads.to(out.device)[:, None, :, None]
-        frame = self.local.frame
-        if frame is not None and frame.opened and out.shape[1] > 1 and i < max(self.of_heads, default=0):
+        frame = self.frame
+        if frame is not None and out.shape[1] > 1 and i < max(self.of_heads, default=0):
             with torch.no_grad():
                 frame.read_heads(out)
         return out
 
     def _transition(self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        frame = self.local.frame
+        frame = self.frame
         before = args[0] if args else kwargs["hidden_states"]
-        if frame is not None and frame.opened and not self.local.ahead and before.shape[1] > 1:
+        if frame is not None and not self.local.ahead and before.shape[1] > 1:
             with torch.no_grad():
                 frame.read_transition(i, before, out[0] if isinstance(out, tuple) else out)
 
@@ -690,8 +694,8 @@ class Session:
             raise _Looked
 
     def _rope_sink(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        frame, rope = self.local.frame, kwargs.get("position_embeddings")
-        if frame is None or not frame.opened or (args[0] if args else kwargs["hidden_states"]).shape[1] == 1:
+        frame, rope = self.frame, kwargs.get("position_embeddings")
+        if frame is None or (args[0] if args else kwargs["hidden_states"]).shape[1] == 1:
             return
         if not isinstance(rope, tuple) or rope[0].dim() != 3:
             raise UnsupportedModel(
@@ -707,14 +711,15 @@ class Session:
         from transformers.cache_utils import Cache, EncoderDecoderCache
 
         cache = call.get(kv.NAME)
-        if "paged" in self.adapter.attention() or (cache is not None and not isinstance(cache, Cache)):
+        paged = "paged" in self.adapter.attention() or (cache is not None and not isinstance(cache, Cache))
+        if paged and self.adapter.features_given(call):
             raise UnsupportedCall(
                 f"paged caches and continuous batching ({type(cache).__name__}) cannot hold pruned prompts: use "
-                "model.generate with its own cache, or handle.remove() first"
+                "model.generate with its own cache, or handle.remove() first; requests without images work"
             )
         if isinstance(cache, EncoderDecoderCache):
             raise UnsupportedCall("an encoder-decoder cache cannot hold pruned prompts; use a DynamicCache")
-        if cache is not None and self.adapter.features_given(call):
+        if cache is not None and not self.inert and self.adapter.features_given(call):
             mixed = [x for x in cache.layers if kv.is_static(x) and getattr(x, "is_sliding", False)]
             if mixed:
                 raise UnsupportedCall(
@@ -725,7 +730,8 @@ class Session:
     def _check_frame(self) -> None:
         frame, text = self.local.frame, self.adapter.text
         assert frame is not None
-        if self.first_layer < len(self.adapter.layers) and text.training and text.gradient_checkpointing:
+        again = text.training and text.gradient_checkpointing and torch.is_grad_enabled()
+        if self.first_layer < len(self.adapter.layers) and again:
             raise UnsupportedCall(
                 "gradient checkpointing re-runs decoder layers, which a stage inside the LLM cannot follow: use stages "
                 "before the LLM, or model.gradient_checkpointing_disable()"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import cache as kv
 from .compact import allowed, causal_mask, hide, reach_back
+from .frame import OF_THE_HEAD
 from .model_adapters.generic import Adapter
 from .types import UnsupportedCall
 
@@ -17,8 +18,6 @@ from .types import UnsupportedCall
 LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 # Arguments of base models that have the rows and columns of the prompt.
 TOKENS = ("input_ids", "inputs_embeds", "token_type_ids", "mm_token_type_ids")
-# Arguments that belong to the loss and the logits, which have the length of the rows as fed.
-OF_THE_HEAD = ("labels", "shift_labels", "logits_to_keep", "num_items_in_batch")
 
 
 @dataclass(frozen=True)
