@@ -606,7 +606,7 @@ class Session:
         heads = held.heads if heads is None and held is not None else heads
         if heads is not None:
             changed[HEADS] = heads
-        if "flash" in self.adapter.attention():
+        if "flash" in self.adapter.attention() and (frame or held or step):
             # Flash attention takes gaps in position ids for packed sequences; rotary embeddings are already made.
             width = changed["hidden_states"].shape[1]
             if torch.is_tensor(changed.get("position_ids")):
