@@ -67,9 +67,8 @@ def test_hidden_tokens_are_no_candidates(name: str, method: str) -> None:
         assert set(unit.positions.tolist()) <= set(visible)
     cuts = [reference.Cut(torch.tensor(v), u.assignment) for u, v in zip(last.units, [v for v in seen if v])]
     full = reference.dense(model, batch)
-    if where == "llm":
-        nothing = vtprune.Assignment(torch.empty(0, dtype=torch.int64))
-        cuts.append(reference.Cut((~mask).nonzero().flatten(), nothing))
+    nothing = vtprune.Assignment(torch.empty(0, dtype=torch.int64))
+    cuts.append(reference.Cut((~mask).nonzero().flatten(), nothing))  # goes with the first cut
     theirs = reference.pruned_logits(model, full, {where: cuts})
     places = torch.tensor(reference.survivors({where: cuts}, len(mask)))
     real = mask[places]
