@@ -7,6 +7,7 @@ from typing import Any
 import families
 import pytest
 import reference
+import test_flash
 import torch
 import transformers
 from torch import Tensor
@@ -15,6 +16,7 @@ import vtprune
 from vtprune import Stage, UnsupportedCall
 
 patch: Any = vtprune.patch
+flash = test_flash.model  # a fixture: a model whose layers are given what a flash kernel would be
 VISUALS = (1, 0, 2)  # images in the samples of a row
 METHODS = [m.name for m in vtprune.methods() if m.seam != "in_vit"]
 FORMS = ("text and axes", "axes", "one line")
@@ -267,6 +269,20 @@ def test_loss_and_gradients(method: str) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["divprune", "fastv"])
+def test_flash_attention_is_given_rows_of_one_sample(flash: Any, method: str) -> None:
+    call, singles = packed_of("llava")
+    with patch(flash, stages_of(method)):
+        check(flash, call, singles)
+    test_flash.seen.clear()
+    words = {k: call[k][:, -9:] for k in ("input_ids", "position_ids")}
+    with patch(flash, stages_of(method)), torch.no_grad():
+        flash(**words | {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])}, use_cache=False)
+    assert [ids.tolist() for _, ids, _ in test_flash.seen] == [[[0, 1, 2, 3, 0, 1, 2, 3, 4]]] * 4, (
+        "text alone is not touched"
+    )
+
+
 def test_outputs_of_a_packed_row() -> None:
     model = families.model("llava")
     call, _ = packed_of("llava")
@@ -363,8 +379,10 @@ def test_lengths_of_a_single_sample_do_not_reach_shorter_layers() -> None:
     length = batch["input_ids"].shape[1]
     told = {"cu_seq_lens_q": torch.tensor([0, length]), "max_length_q": length}
     seen = []
-    hook = model.get_decoder().layers[3].register_forward_pre_hook(
-        lambda m, a, k: seen.append("max_length_q" in k), with_kwargs=True
+    hook = (
+        model.get_decoder()
+        .layers[3]
+        .register_forward_pre_hook(lambda m, a, k: seen.append("max_length_q" in k), with_kwargs=True)
     )
     with torch.no_grad():
         with patch(model, "divprune", keep=0.5):

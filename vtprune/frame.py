@@ -78,7 +78,7 @@ class UnitResult:
 
 @dataclass(frozen=True)
 class Last:
-    """What the last prefill kept.
+    """What the last prefill kept. Of packed rows every sample is a row of its own here, left-padded to the longest.
 
     index: [B, n] int64 positions in the rows as fed, after all stages. valid: [B, n] bool or None (no padding).
     src: [B, L] int64, the slot that answers for each position fed. units: one `UnitResult` per unit and stage.
