@@ -1,4 +1,4 @@
-"""Attention masks with zeros over image tokens and inside the text: what nobody sees is no candidate and no hindrance."""
+"""Attention masks with zeros over image tokens and in the text: what nobody sees is no candidate and no hindrance."""
 
 from __future__ import annotations
 
@@ -121,8 +121,8 @@ def test_decode_behind_hidden_tokens(name: str, method: str) -> None:
     """Every generated token is as without a cache, where the whole mask is looked at anew."""
     model, (batch, _) = families.model(name), with_holes(name)
     with patch(model, method, keep=0.5):
-        tokens, cached = reference.greedy(model, batch, 4)
-        same, static = reference.greedy(model, batch, 4, cache_implementation="static")
+        _, cached = reference.greedy(model, batch, 4)
+        _, static = reference.greedy(model, batch, 4, cache_implementation="static")
         torch.testing.assert_close(static, cached, rtol=0, atol=1e-5)
         if method == "divprune":
             torch.testing.assert_close(reference.greedy(model, batch, 4, use_cache=False)[1], cached, rtol=0, atol=1e-5)
