@@ -164,6 +164,12 @@ class Adapter:
         return "mrope_section" in rope or any("mrope_section" in v for v in rope.values() if isinstance(v, dict))
 
     @property
+    def pad_id(self) -> int | None:
+        """The padding token, if the config names one."""
+        ids = (getattr(c, "pad_token_id", None) for c in (self.config.get_text_config(decoder=True), self.config))  # type: ignore[union-attr]
+        return next((i for i in ids if i is not None), None)
+
+    @property
     def masks_in_base(self) -> bool:
         """True if the text model receives 4-D masks that the base model built."""
         return self.model_type in MASKS_IN_BASE

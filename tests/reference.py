@@ -137,7 +137,8 @@ def pruned_logits(model: Any, full: Dense, cuts: dict[Any, list[Cut]], compact: 
         if getattr(layer.self_attn if hasattr(layer, "self_attn") else None, "is_sliding", False):
             kwargs["attention_mask"] = _window(kwargs["attention_mask"], full, alive, model)
         if hasattr(layer, "linear_attn"):
-            kwargs["attention_mask"] = None  # it knows padding only, and there is none
+            hidden = full.layers[i].get("attention_mask")  # [1, L] or None: it knows padding only
+            kwargs["attention_mask"] = None if hidden is None else hidden.index_select(1, alive)
         out = layer(streams[0][None], **kwargs)
         streams[0] = (out[0] if isinstance(out, tuple) else out)[0]
         if i + 1 < len(streams):

@@ -108,6 +108,21 @@ def test_static_cache_equals_dynamic(family: str, method: str) -> None:
     close(static, dynamic)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("method", ["uniform", "fastv"])
+@pytest.mark.parametrize("family", [n for n in families.NAMES if not n.startswith("gemma3")])
+def test_static_cache_where_only_the_cut_makes_padding(family: str, method: str, attention: str) -> None:
+    """Rows of one length come without a mask; they keep different counts, before the LLM or inside."""
+    model, image = families.model(family, attention), families.turn(family, 1, seed=3)
+    words = [families.Piece([families.BOS]), families.text(8, sum(len(p.ids) for p in image) - 1)]
+    with patch(model, method, keep=0.3):
+        for batch in (families.build(family, [words, image]), families.inputs(family, rows=(1, 1))):
+            tokens, dynamic = reference.greedy(model, batch, 3)
+            same, static = reference.greedy(model, batch, 3, cache_implementation="static")
+            assert torch.equal(tokens, same)
+            close(static, dynamic)
+
+
 @some_methods
 @some_families
 def test_a_row_that_keeps_all_it_has_is_the_longest(family: str, method: str) -> None:
@@ -380,6 +395,107 @@ def test_hidden_states_have_the_length_each_layer_ran_on(family: str) -> None:
     assert out.logits.shape[1] == batch["input_ids"].shape[1]
     assert [h.shape[1] for h in out.hidden_states[1:-1]] == lengths[:-1]
     assert len(out.hidden_states) == len(lengths) + 1
+
+
+@pytest.mark.parametrize("method", ["divprune", "fastv"])
+@pytest.mark.parametrize("family", families.NAMES)
+@torch.no_grad()
+def test_arguments_and_outputs_at_full_length(family: str, method: str) -> None:
+    """Labels in all forms, chosen logits, tuples and the last hidden states: as if nothing had been dropped."""
+    if method == "fastv" and family.startswith("gemma3"):
+        pytest.skip("sliding layers hold no stage inside the LLM")
+    model, batch = families.model(family), families.inputs(family, rows=(2, 1))
+    labels, length = batch["input_ids"], batch["input_ids"].shape[1]
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    with patch(model, method, keep=0.5):
+        out, base = model(**batch, labels=labels), model.model(**batch, output_hidden_states=True)
+        close(model(**batch, labels=labels, shift_labels=shifted).loss, out.loss)
+        close(model(**batch, labels=labels, return_dict=False)[0], out.loss)
+        close(model(**batch, logits_to_keep=torch.arange(length)).logits, out.logits)
+        close(model(**batch, logits_to_keep=torch.tensor([1, length - 1])).logits, out.logits[:, [1, length - 1]])
+        assert base.last_hidden_state.shape[1] == length
+        assert torch.equal(base.hidden_states[-1], base.last_hidden_state)
+        assert torch.equal(model.model(**batch, labels=labels).last_hidden_state, base.last_hidden_state)
+        states = model.model(**batch, output_hidden_states=True, return_dict=False)
+        assert torch.equal(states[0], base.last_hidden_state)
+        assert any(isinstance(x, tuple) and x[-1] is states[0] for x in states[1:])
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_5", "paligemma"])
+@torch.no_grad()
+def test_attentions_have_the_length_each_layer_ran_on(family: str) -> None:
+    model, batch = families.model(family, "eager"), families.inputs(family, rows=(2, 1))
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"] * 4
+    with patch(model, "fastv", keep=0.5) as handle:
+        out = model(**batch, output_attentions=True)
+        assert torch.equal(out.logits, model(**batch).logits)
+        lengths = [n for n, kind in zip(handle.last.lengths, kinds, strict=True) if kind == "full_attention"]
+    assert [a.shape[-2:] for a in out.attentions] == [(n, n) for n in lengths]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", ["divprune", "fastv", "lazyllm", "topk_cls"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm"])
+def test_keep_all_under_gradient_checkpointing(family: str, method: str, reentrant: bool) -> None:
+    model, batch = families.fresh(family).train(), families.inputs(family)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+
+    def run() -> list[Tensor]:
+        model.zero_grad()
+        out = model(**batch, labels=batch["input_ids"])
+        out.loss.backward()
+        return [out.logits, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    stock = run()
+    try:
+        handle = patch(model, method, keep=1.0)
+    except vtprune.UnsupportedModel:
+        pytest.skip(f"{family} cannot hold {method}")
+    with handle:
+        assert all(torch.equal(a, b) for a, b in zip(run(), stock, strict=True))
+
+
+@pytest.mark.parametrize("method", ["divprune", "fastv"])
+def test_generate_in_training_mode_with_checkpointing_left_on(method: str) -> None:
+    """Without gradients nothing is run again, so there is nothing to refuse."""
+    model, batch = families.fresh("qwen2_5_vl"), families.inputs("qwen2_5_vl")
+    with patch(model, method, keep=0.5):
+        tokens, logits = reference.greedy(model, batch, 3)
+        model.train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        same, ours = reference.greedy(model, batch, 3)
+    assert torch.equal(tokens, same)
+    close(ours, logits)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma3-window"])
+def test_keep_all_with_a_static_cache_and_sliding_layers(family: str) -> None:
+    model, batch = families.model(family), families.inputs(family, rows=(1, 1))
+    stock = reference.greedy(model, batch, 3, cache_implementation="static")[1]
+    with patch(model, "divprune", keep=1.0):
+        assert torch.equal(reference.greedy(model, batch, 3, cache_implementation="static")[1], stock)
+
+
+@pytest.mark.parametrize("method", ["divprune", "fastv"])
+def test_continuous_batching_of_text(method: str) -> None:
+    """Requests without images run as on the unpatched model, whatever the patch."""
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, "ContinuousBatchingConfig"):
+        pytest.skip("this transformers has no settings of continuous batching")
+    model, words = families.fresh("llava"), [families.text(i, 5 + i).ids for i in range(3)]
+    small = transformers.ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=64)
+    settings = transformers.GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=95, pad_token_id=0)
+
+    def run() -> list[Any]:
+        answers = model.generate_batch(words, generation_config=settings, continuous_batching_config=small)
+        return [answers[key].generated_tokens for key in sorted(answers)]
+
+    stock = run()
+    assert all(stock)
+    with patch(model, method, keep=0.5):
+        assert run() == stock
 
 
 @some_methods

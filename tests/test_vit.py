@@ -692,7 +692,7 @@ def test_bad_answers_are_errors_that_name_the_method() -> None:
             model(x)
     with (
         vtprune.patch(model, Stage(("vit", 1), Reduces(), keep=3)),
-        pytest.raises(VtpruneError, match="reduces .*finite"),
+        pytest.raises(VtpruneError, match=r"reduces .*finite"),
     ):
         model(x)
 

@@ -106,6 +106,32 @@ def tensor_mask(mask: object) -> Tensor:
     return mask
 
 
+def allowed(mask: Tensor) -> Tensor:
+    """bool of the same shape: who may attend to whom by a mask that is bool or additive."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def visible(mask: Tensor) -> Tensor:
+    """[B, L] bool: which tokens are no padding, by a mask [B, H, L, L] (bool or additive) among themselves.
+
+    Some other token attends to them; or, as nobody comes behind, they attend to others. Hidden tokens and padding may
+    attend to themselves, as some masks have it to keep softmax rows from being empty.
+    """
+    seen = allowed(mask).any(1)
+    places = torch.arange(seen.shape[-1], device=seen.device)
+    others = seen & (places[:, None] != places)
+    behind = torch.nn.functional.pad(reach_back(seen)[:, 1:], (0, 1), value=len(places))
+    last = seen.diagonal(dim1=-2, dim2=-1) & others.any(-1) & (behind > places)
+    return others.any(1) | last
+
+
+def reach_back(seen: Tensor) -> Tensor:
+    """[B, L] int64: the first token that any from there on attends to. seen: [B, L, L] bool."""
+    places = torch.arange(seen.shape[-1], device=seen.device)
+    first = torch.where(seen.any(-1), seen.to(torch.int8).argmax(-1), places)
+    return first.flip(1).cummin(1).values.flip(1)
+
+
 def hidden_like(mask: Tensor, shape: Sequence[int]) -> Tensor:
     """Columns nobody may attend to, in the dtype of `mask`."""
     value = torch.finfo(mask.dtype).min if mask.is_floating_point() and mask.dim() == 4 else 0

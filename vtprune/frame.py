@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import cache as kv
 from .clock import Clock, capturing
-from .compact import Compaction, mask_for, tensor_mask
+from .compact import Compaction, hidden_like, mask_for, tensor_mask, visible
 from .framing import clips_seen, clips_told
 from .kernels import (
     Arriving,
@@ -46,6 +46,7 @@ LLM_KINDS = (
 )  # fmt: skip
 # Arguments of text models that have the sequence length and no say in which tokens are visual.
 CUT_AS_IDS = ("token_type_ids", "mm_token_type_ids")
+OF_THE_HEAD = ("labels", "shift_labels", "logits_to_keep", "num_items_in_batch")  # as long as logits are again
 CUT_BEFORE = ("attention_mask", "position_ids", "inputs_embeds", "deepstack_visual_embeds", "visual_pos_masks")
 
 
@@ -84,7 +85,7 @@ class UnitResult:
 
 @dataclass(frozen=True)
 class Last:
-    """What the last prefill kept.
+    """What the last prefill kept. Of packed rows every sample is a row of its own here, left-padded to the longest.
 
     index: [B, n] int64 positions in the rows as fed, after all stages. valid: [B, n] bool or None (no padding).
     src: [B, L] int64, the slot that answers for each position fed. units: one `UnitResult` per unit and stage.
@@ -184,17 +185,21 @@ class Frame:
         self.cache = call.get(kv.NAME)
         self.past = int(self.cache.get_seq_length()) if self.cache is not None else 0
         real = self._real(call.get("attention_mask"), length)
+        named = self.code
         if real is not None:
             self.code = self.code * real[:, -length:]
-        past = () if real is None else (real[:, :-length].to(self.code),)
-        self._arriving = Arriving(torch.cat([self.code, *past], dim=1))
+        seen = () if real is None else (real[:, -length:].to(named), real[:, :-length].to(named))
+        self._arriving = Arriving(torch.cat([named, *seen], dim=1))
         if self.by_clip:
             ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
             # Equal words have equal embeddings.
             self._words_arriving = Arriving(ids if ids is not None else embeds.double().sum(-1))  # type: ignore
 
-    def open(self, call: dict[str, Any], features: dict[str, Features | None]) -> None:
-        """Make the units. Their indices are made on the device, so nothing here waits for it."""
+    def open(self, call: dict[str, Any], features: dict[str, Features | None], inert: bool = False) -> None:
+        """Make the units. Their indices are made on the device, so nothing here waits for it.
+
+        inert: all tokens stay, so that nothing is refused for what cannot be known of them.
+        """
         embeds = call["inputs_embeds"]
         batch, length = embeds.shape[:2]
         if self.code.shape != (batch, length):
@@ -202,17 +207,22 @@ class Frame:
                 f"the base model saw {tuple(self.code.shape)} tokens and hands {(batch, length)} to its text model: "
                 "this call shape is not supported"
             )
-        host = self._arriving.read()
-        self.host, self.holes = host[:, :length], bool((host == 0).any())
-        self.real_past = host[:, length:].to(self.code.device) != 0 if host.shape[1] > length else None
-        self.keep = (self.code != 0).to(embeds.device)
-        self.units = self.adapter.units(self.host, features)
+        named, seen, past = self._arriving.read().tensor_split([length, 2 * length], dim=1)
+        self.host = named * seen if seen.shape[1] else named  # tokens that the mask hides are no candidates
+        self.holes = bool((self.host == 0).any() or (past == 0).any())
+        self.real_past = past.to(self.code.device) != 0 if past.shape[1] else None
+        stays = self._staying(named)
+        self.keep = (self.code != 0).to(embeds.device) if stays is self.host else (stays != 0).to(embeds.device)
+        self.units = self._units(named, features, inert)
         brought = [m for m in self.modalities() if (known := features.get(m)) is None or known.elsewhere]
         if brought:
-            self._check_runs()
+            if not inert:
+                self._check_runs()
             if any(u.modality in brought and not u.spans for u in self.units):
                 self.notes.append(GRIDLESS)
         self.alive = [begin(u, i, embeds.device) for i, u in enumerate(self.units)]
+        if self.units and not inert and bool(((named > 1) & (self.host == 0)).any()):
+            self._leave_out_hidden()
         for modality, found in features.items():
             if found is None:
                 continue
@@ -222,12 +232,41 @@ class Frame:
                 self.tower_units += found.tower.results
                 self.notes += found.tower.notes
                 self.tower_lengths[modality] = found.tower.lengths
-        self.counts = (self.host != 0).sum(1).tolist()
+        self.counts = (stays != 0).sum(1).tolist()
         self.text = [runs_of(row == 1) for row in self.host]
         depth = len(self.adapter.layers)
         self.lengths, self.valids, self.lags = [length] * depth, [None] * depth, [None] * depth
         self.heads = [None] * depth
         self.dtype, self.opened = embeds.dtype, True
+
+    def _units(self, named: Tensor, features: dict[str, Features | None], inert: bool) -> list[Unit]:
+        """Images and videos of this call; none where all tokens stay and the call shows a part of an image only."""
+        try:
+            return self.adapter.units(named, features)
+        except UnsupportedCall:
+            if not inert:
+                raise
+            return []
+
+    def _staying(self, named: Tensor) -> Tensor:
+        """[B, L] on the host, 0 at what goes with the first cut: padding and hidden tokens, which nobody sees.
+
+        The state of linear attention fades over hidden words within a row, so these stay, hidden.
+        """
+        if LINEAR not in self.adapter.layer_types or not self.holes:
+            return self.host
+        seen = (self.host != 0).int()
+        inside = (seen.cumsum(1) > 0) & (seen.flip(1).cumsum(1).flip(1) > 0)
+        return torch.where(inside & (named == 1), named, self.host)
+
+    def _leave_out_hidden(self) -> None:
+        """Images and their parts without the tokens that the attention mask hides: budgets count what is seen."""
+        for stage in (s for s in self.stages if not isinstance(s.where, tuple) and s.method.of == "tokens"):
+            self.alive, _ = groups(self.alive, stage)
+        for a in self.alive:
+            seen = self.host[a.row].index_select(0, a.positions.cpu()) != 0
+            a.keep(to_device(seen.nonzero().flatten(), a.positions.device))
+            a.n = a.m
 
     def _real(self, mask: Any, length: int) -> Tensor | None:
         """[B, past + L] or [B, L] bool: which tokens are no padding, as far as the mask tells."""
@@ -235,11 +274,9 @@ class Frame:
             mask = mask.get("full_attention")
         if not torch.is_tensor(mask):
             return None
-        if mask.dim() == 4:  # the last query may attend to every real token
+        if mask.dim() == 4:
             start = self._past_columns(mask, 0, length)
-            row = mask[:, 0, -1, start : start + length]
-            real = row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
-            return real.expand(self.code.shape[0], -1).to(self.code.device)
+            return visible(mask[..., start : start + length]).expand(self.code.shape[0], -1).to(self.code.device)
         return (mask[:, : self.past + length] != 0).to(self.code.device)
 
     def _check_runs(self) -> None:
@@ -276,6 +313,17 @@ class Frame:
         if isinstance(where, int):  # before the LLM, one kernel cuts everything at once: `cut_call`
             self._compact(where)
         return True
+
+    def keep_all(self) -> None:
+        """Show the units of every stage, where all tokens stay: they are whole, and no method is asked."""
+        stages = [s for s in self.stages if "prefill" in s.method.phases and s.method.of == "tokens"]
+        later = [s for s in stages if not isinstance(s.where, tuple)]
+        for stage in later or stages[-1:]:  # what the tower left shows in the stages behind it
+            first = len(self.results)
+            for group in groups(self.alive, stage, self._clips(stage))[1]:
+                self._take_all(stage, group)
+            if stage.per == "sample":
+                self.results[first:] = _joined_by_row(self.results[first:])
 
     def _drop_unseen(self) -> None:
         """Drop what stages in the vision tower dropped: the encoder's output repeats kept tokens in its place."""
@@ -485,7 +533,7 @@ class Frame:
             UnitResult(
                 first.row, first.image, first.part, first.unit.modality, stage.method.name,
                 stage.where if where is None else where, len(idx), positions, idx, None, None,
-                one.spans if one else _joined_spans(group), one.grid if one else None, Assignment(idx),
+                one.spans if one else _joined_spans(group), one.grid if one else None, Assignment(idx), positions,
             )
         )  # fmt: skip
 
@@ -548,7 +596,11 @@ class Frame:
         if flat is not None:
             new["attention_mask"] = cut.mask
         elif isinstance(mask, dict):
-            new["attention_mask"] = {k: self.causal_mask() if m is None else self.cut_mask(m) for k, m in mask.items()}
+            made = {LINEAR: self.compaction.valid if self.compaction else None}  # it knows padding only
+            new["attention_mask"] = {
+                k: self.cut_mask(m) if m is not None else made[k] if k in made else self.causal_mask()
+                for k, m in mask.items()
+            }
         else:
             new["attention_mask"] = self.cut_mask(mask)
         if fused:
@@ -580,11 +632,29 @@ class Frame:
             return None
         return c.cut_mask(tensor_mask(mask), self._past_columns(mask, 0, c.length))
 
-    def causal_mask(self, valid: Tensor | None = None) -> Tensor | None:
-        """The mask of a layer that was given none, where rows hold padding now: [B, n] for flash, else 4-D."""
+    def causal_mask(self, layer: int | None = None) -> Tensor | None:
+        """The mask of a layer that was given none, where rows hold padding now: [B, K] for flash, else 4-D.
+
+        layer: one behind a stage inside the LLM; None for what the text model is given for all of a kind.
+        """
         assert self.compaction is not None
-        valid = self.compaction.valid if valid is None else valid
-        return None if valid is None else mask_for(self.adapter.attention(), valid, valid.shape[1], self.dtype)
+        valid = self.compaction.valid
+        if valid is None:
+            return None
+        i = kv.reference_layer(self.cache) if layer is None else layer
+        held = getattr(self.cache, "layers", ())
+        stored, room = self.past_at(i), held[i].max_cache_len if i < len(held) and kv.is_static(held[i]) else 0
+        key = ("causal", len(self.results), stored, room)
+        if key not in self.memo:
+            keys = torch.nn.functional.pad(valid, (stored, 0), value=True)
+            if (before := getattr(kv.state(self.cache, i), "valid", None)) is not None:
+                keys[:, : before.shape[1]] = before
+            mask = mask_for(self.adapter.attention(), keys, valid.shape[1], self.dtype)
+            if mask.dim() == 4 and room:  # what a static layer hands out is as wide as all it has room for
+                rest = hidden_like(mask, (*mask.shape[:-1], max(0, room - mask.shape[-1])))
+                mask = torch.cat([mask, rest], dim=-1)
+            self.memo[key] = mask
+        return self.memo[key]
 
     def _past_columns(self, mask: Tensor, layer: int, new: int) -> int:
         """Columns of a mask that stand before the `new` tokens of this call."""
@@ -613,7 +683,7 @@ class Frame:
         c = self.compaction
         assert c is not None
         for name, value in call.items():
-            if not torch.is_tensor(value) or value.dim() < 1 or name in CUT_BEFORE:
+            if not torch.is_tensor(value) or value.dim() < 1 or name in CUT_BEFORE or name in OF_THE_HEAD:
                 continue
             if name in CUT_AS_IDS:
                 if value.shape[1] == c.length:
@@ -705,6 +775,9 @@ class Frame:
         c = self.compaction
         if c is None:
             return self.code != 0
+        if self.holes:
+            real = c.cut(self.code, 1) != 0
+            return real if c.valid is None else real & c.valid.to(real.device)
         return c.valid if c.valid is not None else torch.ones_like(c.index, dtype=torch.bool)
 
     def _ids_at(self, i: int, ids: Tensor | None) -> Tensor | None:
@@ -745,7 +818,7 @@ class Frame:
         elif c.valid is not None and self.adapter.layer_types[i] == LINEAR:
             call["attention_mask"] = c.valid
         elif c.valid is not None:
-            call["attention_mask"] = self._once(c, lambda _: self.causal_mask(c.valid))
+            call["attention_mask"] = self.causal_mask(i)
 
     def past_at(self, layer: int) -> int:
         """Tokens of earlier calls that a layer of the cache stores."""
@@ -906,6 +979,8 @@ class Frame:
 
         for i, recall in self.recalls.items():
             layer: Any = kv.state(cache, i)
+            if layer is None:  # nothing is stored under gradient checkpointing
+                continue
             if recall.hidden is not None and kv.is_static(layer):
                 raise UnsupportedCall(
                     "a static cache has no room for tokens that come back at decode: use the default dynamic cache"

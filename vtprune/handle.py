@@ -98,6 +98,12 @@ def patch(
         units of a row), `per` = "image" | "crop" | "frame" | "sample", `clips` = frames of each clip where a sample is
         several, `newlines` = "compete" | "keep" | "drop", `positions` = "keep" | "compact"; see `Stage`.
 
+    Logits, `last_hidden_state` and `hidden_states[-1]` have the length of the prompt: a dropped token is answered by
+    the last kept one before it. The other `hidden_states` and `attentions` have the length their layer ran on
+    (`handle.last.lengths`), and of packed rows one row a sample. Several samples packed into one row (position ids that
+    restart without a mask, a 4-D mask of blocks, `cu_seq_lens_q`, `seq_idx`) are each pruned as if alone, without a
+    cache. Tokens that the attention mask hides are no candidates: budgets count what is seen.
+
     Returns a `Handle`; `handle.remove()` or leaving a `with` block undoes everything.
     Raises UnsupportedModel for a model that cannot be pruned exactly, ValueError or TypeError for bad options.
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import cache as kv
+from . import packed
 from .clock import Clock, timing
 from .compact import hide, in_window, mask_for, tensor_mask
 from .compilers import announce, outside, outside_while_busy, refuse_tracers
@@ -54,6 +55,7 @@ class Local(threading.local):
         self.ahead = False  # a layer is being looked at before it runs
         self.told: dict[str, Any] = {}  # what `generate` was told of grids, which it keeps from the model
         self.placed: tuple[Any, ...] = ()  # the last position ids that were lowered, and what came of them
+        self.samples: packed.Samples | None = None  # of packed rows, while each is a row of its own
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Local:
         return Local()
@@ -210,6 +212,8 @@ class Session:
         self.adapter = Adapter(model)
         self.notes: list[str] = []
         self.stages = [self._placeable(stage) for stage in stages]
+        # Where all tokens stay, a call is the unpatched model's own and nothing needs to be refused.
+        self.inert = all(stage.keeps_all for stage in self.stages) and not self.reweighing
         self.local = Local()
         self.seen = Seen()
         self.latest: Last | None = None
@@ -225,6 +229,12 @@ class Session:
     def root(self) -> nn.Module:
         """The module that is patched, whatever it was found in."""
         return self.adapter.base
+
+    @property
+    def frame(self) -> Frame | None:
+        """The frame whose stages act and read signals by now; none where all tokens stay."""
+        frame = self.local.frame
+        return frame if frame is not None and frame.opened and not self.inert else None
 
     @property
     def first_layer(self) -> int:
@@ -563,22 +573,25 @@ class Session:
         if tokens is not None and tokens.shape[1] > 1:  # decode steps leave here: nothing to prune
             self._refuse(call)
             if ids is None or self.adapter.given(call):
-                self._begin(call, tokens)
+                call = self._begin(call, tokens)
         if self.adapter.masks_in_base:
             call = self._past_mask_2d(call, call.get(kv.NAME))
         return None if call is kwargs else ((), call)
 
     @outside
-    def _begin(self, call: dict[str, Any], tokens: Tensor) -> None:
-        """Start to prune this prompt, if it has visual tokens and says where."""
+    def _begin(self, call: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
+        """Start to prune this prompt, if it has visual tokens and says where; the call that goes on."""
         code = self.adapter.visual_code(call)
         if code is not None:
             refuse_tracers(tokens)
+            if not self.inert:
+                call, code = self._unpack(call, code)
             self.local.features = self._brought(call)
             frame = self.local.frame = Frame(self.adapter, self.stages, code, notes=list(self.notes))
             frame.foresee(call)
         elif call.get("input_ids") is None:
             self._unplaced(call)
+        return call
 
     def _unplaced(self, call: dict[str, Any]) -> None:
         """A prompt as embeddings without features, of which nothing tells where features were merged into them."""
@@ -608,9 +621,33 @@ class Session:
         return self.adapter.brought(modality, told, output) if found is None else found
 
     @outside_while_busy
-    def _base_post(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.local.frame, self.local.step, self.local.placed = None, None, ()
+    def _base_post(self, module: nn.Module, args: Any, output: Any) -> Any:
+        samples = self.local.samples
+        self.local.frame, self.local.step, self.local.placed, self.local.samples = None, None, (), None
         kv.leave()
+        return output if samples is None or output is None else packed.pack_output(output, samples)
+
+    def _unpack(self, call: dict[str, Any], code: Tensor) -> tuple[dict[str, Any], Tensor]:
+        """A call whose rows hold several samples, with each in a row of its own; its visual tokens."""
+        caches = self._caches(call)
+        samples = packed.find(call, code, self.adapter, caches=caches)
+        if samples is None:
+            # What is said of rows that hold one sample each would be out of step with cut rows, and adds nothing.
+            told = [name for name in packed.LENGTHS if name in call]
+            return {k: v for k, v in call.items() if k not in told} if told else call, code
+        if caches:
+            packed.refuse_cache(samples)
+        self.local.samples = samples
+        call = packed.unpack(call, samples, (code.shape[0], code.shape[1]), LINEAR in self.adapter.layer_types)
+        return call, samples.unpack(code)
+
+    def _caches(self, call: dict[str, Any]) -> bool:
+        """True if this call stores keys and values."""
+        use, text = call.get("use_cache"), self.adapter.text
+        if use is None:
+            use = getattr(text.config, "use_cache", False)
+        again = text.training and text.gradient_checkpointing and torch.is_grad_enabled()
+        return call.get(kv.NAME) is not None or bool(use and not again)
 
     @outside_while_busy
     def _text_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -628,14 +665,22 @@ class Session:
                 call = self._shift_positions(call, layer)
         frame = self.local.frame
         if frame is not None and call.get("inputs_embeds") is not None:
-            frame.open(call, self.local.features)
-            self._check_frame()
-            if frame.run_stages("llm", call["inputs_embeds"]):
-                kv.enter()
-                call = self._cut_text_call(frame, call)
-            if any(need.kind == "relevance" for stage in self.stages for need in stage.method.needs):
-                frame.read_embeds(call["inputs_embeds"])
+            frame.open(call, self.local.features, inert=self.inert)
+            if self.inert:
+                frame.keep_all()
+            else:
+                call = self._prune(frame, call)
         return None if call is kwargs else ((), call)
+
+    def _prune(self, frame: Frame, call: dict[str, Any]) -> dict[str, Any]:
+        """Run the stages before the LLM; the text model's call with what they left."""
+        self._check_frame()
+        if frame.run_stages("llm", call["inputs_embeds"]):
+            kv.enter()
+            call = self._cut_text_call(frame, call)
+        if any(need.kind == "relevance" for stage in self.stages for need in stage.method.needs):
+            frame.read_embeds(call["inputs_embeds"])
+        return call
 
     @outside_while_busy
     def _text_post(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -651,7 +696,7 @@ class Session:
             if cache is not None:
                 frame.shrink_cache(cache)
         if frame.compaction is not None:
-            output = _with_hidden(output, frame.compaction.restore(output[0]))
+            output = packed.replaced(output, frame.compaction.restore(output[0]))
         self.local.last = self.latest = frame.report()
         return output
 
@@ -671,12 +716,11 @@ class Session:
         last = self.local.last or self.latest
         if last is not None:
             last.recalled.update(step.kept())
-        return _with_hidden(output, output[0][:, -1:]) if step.back else output
+        return packed.replaced(output, output[0][:, -1:]) if step.back else output
 
     @outside_while_busy
     def _layer_pre(self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        frame = self.local.frame if self.local.frame is not None and self.local.frame.opened else None
-        step = self.local.step
+        frame, step = self.frame, self.local.step
         hidden = args[0] if args else kwargs["hidden_states"]
         if frame is None and step is None and hidden.shape[1] == 1 and kwargs.get("attention_mask") is None:
             held = kv.state(kv.renamed(kwargs).get(kv.NAME), i)
@@ -706,12 +750,13 @@ class Session:
         heads = held.heads if heads is None and held is not None else heads
         if heads is not None:
             changed[HEADS] = heads
-        if "flash" in self.adapter.attention():
+        if "flash" in self.adapter.attention() and (frame or held or step):
             # Flash attention takes gaps in position ids for packed sequences; rotary embeddings are already made.
             width = changed["hidden_states"].shape[1]
             if torch.is_tensor(changed.get("position_ids")):
                 changed["position_ids"] = torch.arange(width, device=changed["position_ids"].device)[None]
-        return ((), changed)
+        # Positional, because gradients pass reentrant checkpoints by no other way.
+        return (changed.pop("hidden_states"),), changed
 
     def _add_features(self, hidden: Tensor, where: Tensor, features: Tensor) -> Tensor:
         """The text model's own step on what its layers run on by now: hidden [B, n, D], where [B, L], [S, D]."""
@@ -732,8 +777,8 @@ class Session:
         mask: Tensor | None,
         scaling: float,
     ) -> None:
-        frame = self.local.frame
-        if frame is not None and frame.opened and q.shape[2] > 1 and self.local.ahead == own:
+        frame = self.frame
+        if frame is not None and q.shape[2] > 1 and self.local.ahead == own:
             frame.read_rows(kind, layer, q, k, v, mask, scaling)
 
     def _step_sink(self, layer: int, module: nn.Module, *product: Any) -> None:
@@ -758,17 +803,17 @@ class Session:
             out = reweighed(q, k, v, mask, scaling, method.reweigh)
         if heads is not None:
             out = out * heads.to(out.device)[:, None, :, None]
-        frame = self.local.frame
-        if frame is not None and frame.opened and out.shape[1] > 1 and i < max(self.of_heads, default=0):
+        frame = self.frame
+        if frame is not None and out.shape[1] > 1 and i < max(self.of_heads, default=0):
             with torch.no_grad():
                 frame.read_heads(out)
         return out
 
     @outside_while_busy
     def _transition(self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        frame = self.local.frame
+        frame = self.frame
         before = args[0] if args else kwargs["hidden_states"]
-        if frame is not None and frame.opened and not self.local.ahead and before.shape[1] > 1:
+        if frame is not None and not self.local.ahead and before.shape[1] > 1:
             with torch.no_grad():
                 frame.read_transition(i, before, out[0] if isinstance(out, tuple) else out)
 
@@ -797,8 +842,8 @@ class Session:
 
     @outside_while_busy
     def _rope_sink(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        frame, rope = self.local.frame, kwargs.get("position_embeddings")
-        if frame is None or not frame.opened or (args[0] if args else kwargs["hidden_states"]).shape[1] == 1:
+        frame, rope = self.frame, kwargs.get("position_embeddings")
+        if frame is None or (args[0] if args else kwargs["hidden_states"]).shape[1] == 1:
             return
         if not isinstance(rope, tuple) or rope[0].dim() != 3:
             raise UnsupportedModel(
@@ -814,14 +859,15 @@ class Session:
         from transformers.cache_utils import Cache, EncoderDecoderCache
 
         cache = call.get(kv.NAME)
-        if "paged" in self.adapter.attention() or (cache is not None and not isinstance(cache, Cache)):
+        paged = "paged" in self.adapter.attention() or (cache is not None and not isinstance(cache, Cache))
+        if paged and self.adapter.features_given(call):
             raise UnsupportedCall(
                 f"paged caches and continuous batching ({type(cache).__name__}) cannot hold pruned prompts: use "
-                "model.generate with its own cache, or handle.remove() first"
+                "model.generate with its own cache, or handle.remove() first; requests without images work"
             )
         if isinstance(cache, EncoderDecoderCache):
             raise UnsupportedCall("an encoder-decoder cache cannot hold pruned prompts; use a DynamicCache")
-        if cache is not None and self.adapter.features_given(call):
+        if cache is not None and not self.inert and self.adapter.features_given(call):
             mixed = [x for x in cache.layers if kv.is_static(x) and getattr(x, "is_sliding", False)]
             if mixed:
                 raise UnsupportedCall(
@@ -832,7 +878,8 @@ class Session:
     def _check_frame(self) -> None:
         frame, text = self.local.frame, self.adapter.text
         assert frame is not None
-        if self.first_layer < len(self.adapter.layers) and text.training and text.gradient_checkpointing:
+        again = text.training and text.gradient_checkpointing and torch.is_grad_enabled()
+        if self.first_layer < len(self.adapter.layers) and again:
             raise UnsupportedCall(
                 "gradient checkpointing re-runs decoder layers, which a stage inside the LLM cannot follow: use stages "
                 "before the LLM, or model.gradient_checkpointing_disable()"
@@ -950,14 +997,6 @@ class Session:
             past = real.new_ones(real.shape[0], frame.past)
             new["attention_mask"] = torch.cat([past, real if c.valid is None else hide(real, c.valid)], dim=1)
         return new
-
-
-def _with_hidden(output: Any, hidden: Tensor) -> Any:
-    """The output of a text model, a tuple or a dataclass, with other hidden states."""
-    if isinstance(output, tuple):
-        return (hidden, *output[1:])
-    output.last_hidden_state = hidden
-    return output
 
 
 def _layers_of(need: Signal, where: int) -> range:

@@ -236,7 +236,8 @@ class TowerStages:
 
     def start(self, call: Call) -> None:
         """Begin a features call, in this thread. Raises UnsupportedCall under gradient checkpointing."""
-        if any(b.training and getattr(b, "gradient_checkpointing", False) for b in self.blocks):
+        again = torch.is_grad_enabled() and not all(isinstance(s.keep, float) and s.keep == 1.0 for s in self.stages)
+        if again and any(b.training and getattr(b, "gradient_checkpointing", False) for b in self.blocks):
             raise UnsupportedCall(
                 "gradient checkpointing re-runs the tower's blocks, which a stage inside it cannot follow: use stages "
                 "before the LLM, or model.gradient_checkpointing_disable()"
