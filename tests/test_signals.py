@@ -546,3 +546,10 @@ def test_a_layout_that_does_not_fit_is_refused():
         signals.finish(call, output)
     for back in undo:
         back()
+
+
+@pytest.mark.parametrize("name", ["cls_topk", "visionzip", "flowcut"])
+def test_a_missing_cls_signal_is_named_itself_and_not_its_fallback(name: str) -> None:
+    bare = vtprune.Visual(torch.randn(9, 4), budget=3)
+    with pytest.raises(ValueError, match=rf"{name} needs the signal cls \("):
+        vtprune.create(name)(bare)
