@@ -132,7 +132,7 @@ def test_linear_attention_is_refused_with_the_option_that_works() -> None:
     model, batch = families.model("qwen3_5"), families.inputs("qwen3_5", rows=(1,))
     method = vtprune.create("holitom")
     with pytest.raises(
-        vtprune.UnsupportedModel, match="linear_attention.*leave this stage out of holitom: inner=False"
+        vtprune.UnsupportedModel, match=r"linear_attention.*leave this stage out of holitom: inner=False"
     ):
         vtprune.patch(model, method, keep=0.5)
     with vtprune.patch(model, vtprune.create("holitom", inner=False), keep=0.5), torch.inference_mode():

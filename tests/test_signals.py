@@ -20,6 +20,7 @@ import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+import vtprune
 from vtprune.model_adapters import towers
 from vtprune.model_adapters.towers import TowerSignals, attention_modules, has_cls, tower_of
 from vtprune.tap import read
