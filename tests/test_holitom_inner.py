@@ -126,3 +126,14 @@ def test_bad_values_and_missing_parts() -> None:
         method(Visual(v.x * torch.nan, 3, signals=v.signals))
     with pytest.raises(ValueError, match="last_row"):
         method(Visual(v.x, 3))
+
+
+def test_linear_attention_is_refused_with_the_option_that_works() -> None:
+    model, batch = families.model("qwen3_5"), families.inputs("qwen3_5", rows=(1,))
+    method = vtprune.create("holitom")
+    with pytest.raises(
+        vtprune.UnsupportedModel, match=r"linear_attention.*leave this stage out of holitom: inner=False"
+    ):
+        vtprune.patch(model, method, keep=0.5)
+    with vtprune.patch(model, vtprune.create("holitom", inner=False), keep=0.5), torch.inference_mode():
+        model(**batch)

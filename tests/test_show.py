@@ -18,8 +18,11 @@ from vtprune.show import (
     draw_groups,
     film,
     gallery,
+    joined,
+    kept_units,
     overlay,
     panels,
+    rasters,
     record,
     segments,
     tile_grid,
@@ -175,3 +178,41 @@ def test_groups_of_a_vision_transformer_have_their_mean_colour_and_a_line_around
     assert sheet.getpixel((left + 24, top + 40)) == (40, 40, 40)
     with pytest.raises(ValueError, match="3 patches do not fill a grid of 2 x 2"):
         draw_groups(_halves(), slots[:3], (2, 2), "tome")
+
+
+def test_every_tile_of_an_image_is_drawn_where_text_stands_between_them() -> None:
+    model, batch = families.model("smolvlm"), families.build("smolvlm", [families.turn("smolvlm", 1, seed=1)])
+    units = record(model, dict(batch), vtprune.create("uniform"), 3)
+    unit = joined(units)
+    assert unit.n == 9 * len(units)
+    assert len(units) == len(rasters(unit)) == 3
+    assert unit.idx.tolist() == [9 * i + j for i, part in enumerate(units) for j in part.idx.tolist()]
+    places = [(0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0), (0.0, 0.0, 1.0, 1.0)]
+    tiles, whole = panels(unit, 2.0, places)
+    assert (tiles.rows, tiles.cols, sum(tiles.kept), sum(whole.kept)) == (3, 6, 6, 3)
+
+
+def test_nothing_pruned_is_drawn_whole_and_merged_tokens_of_an_image_half_faded() -> None:
+    model, batch = families.model("llava"), families.inputs("llava", rows=(1,))
+    (unit,) = record(model, dict(batch), vtprune.create("divprune"), 1.0)
+    assert unit.idx.tolist() == list(range(25))
+    (pooled,) = record(model, dict(batch), vtprune.create("average_pool"), 0.25)
+    (panel,) = panels(pooled, 1.0)
+    assert sum(panel.kept) + sum(panel.merged) == 25
+    assert sum(panel.merged) > 12
+    with pytest.raises(ValueError, match="2 places for 1 rasters"):
+        panels(pooled, 1.0, [(0.0, 0.0, 1.0, 1.0)] * 2)
+
+
+def test_crops_and_rows_are_placed_as_one_image() -> None:
+    """A stage that looks at crops divides the mosaic; the drawing is of the whole image all the same."""
+    from vtprune.types import Stage
+
+    model, batch = families.model("llava_next"), families.inputs("llava_next", rows=(1,))
+    stage = Stage("llm", vtprune.create("divprune"), keep=2, per="crop", newlines="keep")
+    with vtprune.patch(model, [stage]) as handle, torch.inference_mode():
+        model(**batch)
+        (unit,) = kept_units(handle.last)
+    assert unit.n == len(batch.units[0][0])
+    crops = len(unit.spans[1].tiles[0]) * len(unit.spans[1].tiles[1])
+    assert sum(sum(p.kept) for p in panels(unit, 1.0)) == 2 * (1 + crops)

@@ -20,6 +20,7 @@ import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+import vtprune
 from vtprune.model_adapters import towers
 from vtprune.model_adapters.towers import TowerSignals, attention_modules, has_cls, tower_of
 from vtprune.tap import read
@@ -546,3 +547,10 @@ def test_a_layout_that_does_not_fit_is_refused():
         signals.finish(call, output)
     for back in undo:
         back()
+
+
+@pytest.mark.parametrize("name", ["cls_topk", "visionzip", "flowcut"])
+def test_a_missing_cls_signal_is_named_itself_and_not_its_fallback(name: str) -> None:
+    bare = vtprune.Visual(torch.randn(9, 4), budget=3)
+    with pytest.raises(ValueError, match=rf"{name} needs the signal cls \("):
+        vtprune.create(name)(bare)
