@@ -489,8 +489,8 @@ class EachImage(Reducer):
         counts = {answer.idx.shape[0] for answer in answers}
         if len(counts) > 1:
             raise UnsupportedModel(
-                f"{stage.method.name} kept {min(counts)} to {max(counts)} of {t.n} tokens in the images of one batch: a "
-                "plain vision transformer needs the same count in all of them; pass one image at a time"
+                f"{stage.method.name} kept {min(counts)} to {max(counts)} of {t.n} tokens in the images of one batch: "
+                "a plain vision transformer needs the same count in all of them; pass one image at a time"
             )
         index = keep_rows(t, torch.stack([answer.idx for answer in answers]))
         if not any(answer.merges for answer in answers):
