@@ -503,7 +503,7 @@ def recorded(way: str, module: nn.Module, x: Tensor, tmp_path: Any) -> Any:
     return onnx(module, x, way == "onnx", tmp_path)
 
 
-@pytest.mark.parametrize("way", ["export", "trace", "onnx", "onnx-legacy"])
+@pytest.mark.parametrize("way", ["export", "trace", "onnx-legacy", pytest.param("onnx", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("name", "method"),
     [("timm-deit", m) for m in ("tome", "diffrate", "zero_tprune", "topk_cls", "token_transforming")]
@@ -514,7 +514,7 @@ def recorded(way: str, module: nn.Module, x: Tensor, tmp_path: Any) -> Any:
 def test_exported_models_prune_as_the_eager_one(name: str, method: str, way: str, tmp_path: Any) -> None:
     """On other images than they were exported with."""
     model, x, other = vits.model(name), vits.images(2), vits.images(2, seed=5)
-    module = Pooled(model)
+    module = Pooled(model).eval()  # an exporter puts back the mode that it finds
     if name in vits.MAPPED:
         module.forward = lambda x: vits.maps(model, x)[-1]  # type: ignore[method-assign]
     with vtprune.patch(model, method, keep=0.4) as handle:
@@ -530,8 +530,8 @@ def test_exported_models_prune_as_the_eager_one(name: str, method: str, way: str
 def test_exports_take_other_batch_sizes() -> None:
     model, x, batch = vits.model("timm-deit"), vits.images(2), torch.export.Dim("batch", min=1, max=64)
     with vtprune.patch(model, "tome", keep=0.4):
-        traced = torch.jit.trace(Pooled(model), (x,), check_trace=False)
-        exported = torch.export.export(Pooled(model), (x,), dynamic_shapes=({0: batch},)).module()
+        traced = torch.jit.trace(Pooled(model).eval(), (x,), check_trace=False)
+        exported = torch.export.export(Pooled(model).eval(), (x,), dynamic_shapes=({0: batch},)).module()
         for count in (1, 5):
             other = vits.images(count, seed=1)
             torch.testing.assert_close(traced(other), vits.run(model, other), **TOLERANCE)
@@ -550,7 +550,7 @@ def test_what_cannot_be_exported_is_refused(way: str, tmp_path: Any) -> None:
     ):
         model = vits.model(name)
         with vtprune.patch(model, method, keep=0.4), pytest.raises(UnsupportedCall, match=why):
-            recorded(way, Pooled(model), x, tmp_path)
+            recorded(way, Pooled(model).eval(), x, tmp_path)
 
 
 # -- stages, copies, threads -------------------------------------------------------------------------------------------

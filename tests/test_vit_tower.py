@@ -79,3 +79,32 @@ def test_a_packed_tower_says_that_sizes_do_not_count() -> None:
     with vtprune.patch(model, "tome", keep=0.5) as handle:
         model(**batch)
     assert any("sizes of merged tokens" in note for note in handle.last.notes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["diffrate", "tome", "zero_tprune", "token_transforming", "topk_cls", "flowcut"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@torch.no_grad()
+def test_methods_run_under_autocast_and_round_no_score(family: str, method: str, dtype: torch.dtype) -> None:
+    """A method that autocast reached would see its own products in half precision."""
+    model, batch, rounded = families.model(family), families.inputs(family), []
+    made = vtprune.create(method)
+    plain = type(made).batch
+
+    def batch_of(self: Any, units: Any) -> Any:
+        rounded.append(torch.is_autocast_enabled("cpu"))
+        return plain(self, units)
+
+    spy = type(made.name, (type(made),), {"batch": batch_of})
+    where = made.default_where()
+    with (
+        vtprune.patch(model, [Stage(where, spy(), keep=0.4)]) as handle,
+        torch.autocast("cpu", dtype=dtype),
+    ):
+        assert model(**batch).logits.isfinite().all()
+        kept = [len(unit.positions) for unit in handle.last.units]
+    assert rounded
+    assert not any(rounded)
+    with vtprune.patch(model, [Stage(where, spy(), keep=0.4)]) as handle:
+        model(**batch)
+        assert [len(unit.positions) for unit in handle.last.units] == kept

@@ -193,6 +193,8 @@ def stacked(
 
 def keep_rows(t: Tokens, patches: Tensor) -> Tensor:
     """[B, P + K]: the places of the prefix, then those of patches [B, K] that are counted behind it."""
+    if not t.prefix:
+        return patches
     first = torch.arange(t.prefix, device=patches.device).expand(patches.shape[0], -1)
     return torch.cat([first, patches + t.prefix], 1)
 

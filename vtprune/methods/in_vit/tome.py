@@ -108,7 +108,8 @@ def match(metric: Tensor, size: Tensor, prefix: int, r: int) -> Reduction:
         rest = rest.sort(-1).values
     first = torch.arange(prefix, device=metric.device)
     odds = torch.arange(odd, n, 2, device=metric.device)
-    index = torch.cat([first.expand(batch, -1), even + 2 * rest, odds.expand(batch, -1)], 1)
+    index = torch.cat([even + 2 * rest, odds.expand(batch, -1)], 1)
+    index = torch.cat([first.expand(batch, -1), index], 1) if prefix else index
     # Partners of the r sources only: finding an index costs ten times as much as finding the maximum.
     partner = cosine.gather(1, src[..., None].expand(-1, -1, cosine.shape[2])).argmax(-1)
     dst = partner + (prefix + rest.shape[1])
