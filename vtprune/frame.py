@@ -118,13 +118,16 @@ Merge = tuple[int, Tensor, Assignment]
 
 @dataclass
 class Frame:
-    """One forward pass of the text model. `code` is [B, L] int8 on the device: 1 text, 2.. visual."""
+    """One forward pass of the text model. `code` is [B, L] int8 on the device: 1 text, 2.. visual, 0 padding, and -1
+    tokens behind the end of the prompt, which stay and are not asked: what greedy decoding would not know yet.
+    """
 
     adapter: Adapter
     stages: list[Stage]
     code: Tensor
     opened: bool = False
     past: int = 0
+    behind: int = 0  # tokens of this call behind the end of the prompt
     cache: Any = None
     compaction: Compaction | None = None
     hidden: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -154,14 +157,20 @@ class Frame:
 
     # -- setting up -------------------------------------------------------------------------------------------------
 
-    def foresee(self, call: dict[str, Any]) -> None:
-        """From the arguments of the base model: send what the host must know on its way while the tower runs."""
+    def foresee(self, call: dict[str, Any], prompt: int | None = None) -> None:
+        """From the arguments of the base model: send what the host must know on its way while the tower runs.
+
+        prompt: tokens up to the end of the prompt, those of earlier calls included, where `generate` told.
+        """
         length = self.code.shape[1]
         self.cache = call.get(kv.NAME)
         self.past = int(self.cache.get_seq_length()) if self.cache is not None else 0
         real = self._real(call.get("attention_mask"), length)
         if real is not None:
             self.code = self.code * real[:, -length:]
+        self.behind = 0 if prompt is None else min(length - 1, max(0, self.past + length - prompt))
+        if self.behind:
+            self.code = torch.cat([self.code[:, : -self.behind], -self.code[:, -self.behind :]], 1)
         past = () if real is None else (real[:, :-length].to(self.code),)
         self._arriving = Arriving(torch.cat([self.code, *past], dim=1))
 
@@ -175,6 +184,8 @@ class Frame:
                 "this call shape is not supported"
             )
         host = self._arriving.read()
+        if self.behind and bool((host < -1).any()):  # visual tokens there: this call is about another prompt
+            host, self.code, self.behind = host.abs(), self.code.abs(), 0
         self.host, self.holes = host[:, :length], bool((host == 0).any())
         self.real_past = host[:, length:].to(self.code.device) != 0 if host.shape[1] > length else None
         self.keep = (self.code != 0).to(embeds.device)
@@ -216,7 +227,7 @@ class Frame:
         """Features of unknown origin come without sizes, so a part of an image must be told by where it stands."""
         first = [int(row.nonzero()[0, 0]) if row.any() else 0 for row in self.host]
         starts = self.past > 0 and any(row[i] > 1 for row, i in zip(self.host, first))
-        if starts or bool((self.host[:, -1] > 1).any()):
+        if starts or bool((self.host[:, -1 - self.behind] > 1).any()):
             raise UnsupportedCall(
                 "this call ends or goes on inside an image, as chunked prefill does, so a method would see only a part "
                 "of it: set prefill_chunk_size=None"
@@ -335,7 +346,7 @@ class Frame:
 
     def read_heads(self, out: Tensor) -> None:
         """Add what each head says in one layer: out [B, n, H, d], its output before the projection."""
-        real = self._real_slots().to(out.device)
+        real = self._prompt_slots().to(out.device)
         said = (out.float().abs().sum(-1) * real[..., None]).sum(1)
         self.head_output = said if self.head_output is None else self.head_output.to(out.device) + said
 
@@ -472,7 +483,7 @@ class Frame:
                 past=0 if flat is None else flat.shape[1] - embeds.shape[1],
                 visual=visual,
                 deepstack=layers,
-                kept_visual=sum(self.counts) - sum(length for row in self.text for _, length in row),
+                kept_visual=sum(self.counts) - int(((self.host == 1) | (self.host < 0)).sum()),
             )  # fmt: skip
         self._set(Compaction(cut.index, cut.valid, cut.src), 0)
         assert cut.position_ids is not None
@@ -639,6 +650,13 @@ class Frame:
             return self.code != 0
         return c.valid if c.valid is not None else torch.ones_like(c.index, dtype=torch.bool)
 
+    def _prompt_slots(self) -> Tensor:
+        """[B, n] bool: which of the current slots hold tokens of the prompt, and so may be asked."""
+        real, c = self._real_slots(), self.compaction
+        if not self.behind:
+            return real
+        return real & ((self.code if c is None else c.cut(self.code, 1)) > 0)
+
     def _ids_at(self, i: int, ids: Tensor | None) -> Tensor | None:
         """Position ids [B or 1, n] of the current slots at layer i, earlier calls left out of account."""
         if ids is None:
@@ -706,9 +724,9 @@ class Frame:
                 rows = tap.rows(last[:, None])[:, :, 0]
                 self.rows[kind, layer] = (rows if kind == "last_row" else self._among_visual(rows)).mean(1)
             elif kind == "page_rank":
-                self.rows[kind, layer] = tap.page_rank(self._real_slots().to(q.device)).square().mean(1).sqrt()
+                self.rows[kind, layer] = tap.page_rank(self._prompt_slots().to(q.device)).square().mean(1).sqrt()
             elif kind == "received_so_far":
-                received = tap.received(self._real_slots().to(q.device))
+                received = tap.received(self._prompt_slots().to(q.device))
                 before = self.rows.pop((kind, layer - 1), None)  # read by now, if a stage stands at this layer
                 self.rows[kind, layer] = received if before is None else received + before.to(q.device)
             elif kind.startswith("text_rows"):
@@ -723,7 +741,7 @@ class Frame:
 
     def read_transition(self, layer: int, before: Tensor, after: Tensor) -> None:
         """Add what one module of a layer does to its tokens, before and after [B, n, D]."""
-        clock, real = Clock(before.device), self._real_slots().to(before.device)
+        clock, real = Clock(before.device), self._prompt_slots().to(before.device)
         x, y = before.float(), after.float()
         ratio = y.norm(dim=-1) / x.norm(dim=-1).clamp(min=torch.finfo(x.dtype).tiny)
         turned = 1 - torch.cosine_similarity(x, y, dim=-1)
@@ -806,14 +824,14 @@ class Frame:
         if seen and not behind:
             if WORDLESS not in self.notes:
                 self.notes.append(WORDLESS)
-            return [(self.host.shape[1] - 1, 1)]
+            return [(self.host.shape[1] - 1 - self.behind, 1)]
         return behind
 
     def _last_slot(self, n: int) -> Tensor:
         if self.compaction is not None:  # pads were dropped: rows end with a real token
-            return torch.full((len(self.host),), n - 1)
+            return torch.full((len(self.host),), n - 1 - self.behind)
         position = torch.arange(1, self.host.shape[1] + 1)
-        return ((self.host != 0) * position).amax(1) - 1
+        return ((self.host > 0) * position).amax(1) - 1
 
     # -- closing ----------------------------------------------------------------------------------------------------
 

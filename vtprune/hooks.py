@@ -42,6 +42,7 @@ class Local(threading.local):
         self.step: Step | None = None  # a decode step at which stages act
         self.ahead = False  # a layer is being looked at before it runs
         self.placed: tuple[Any, ...] = ()  # the last position ids that were lowered, and what came of them
+        self.prompt: int | None = None  # tokens up to the end of the prompt of the `generate` under way
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Local:
         return Local()
@@ -136,6 +137,48 @@ class Observer:
             if self.inside:
                 self.inside.stop()
         return output
+
+
+class Generate:
+    """Stands in for `model.generate` on the instance and notes where the prompt ends.
+
+    Assisted decoding and prompt lookup feed guessed tokens with the prompt, and without a cache every step feeds the
+    answer so far: nothing in those calls themselves tells them from a prompt.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.__name__ = "generate"
+
+    @property
+    def __signature__(self) -> Any:
+        import inspect
+
+        return inspect.signature(self._original)
+
+    @property
+    def _original(self) -> Callable[..., Any]:
+        model = self.session.adapter.model
+        return partial(type(model).generate, model)  # type: ignore[attr-defined]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        local = self.session.local
+        before, local.prompt = local.prompt, self._end(args, kwargs)  # an assistant may be this model as well
+        try:
+            return self._original(*args, **kwargs)
+        finally:
+            local.prompt = before
+
+    def _end(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+        """Tokens up to the end of the prompt; a mask counts those of earlier turns where the ids are the new ones."""
+        given = [kwargs.get("attention_mask"), kwargs.get("inputs_embeds"), kwargs.get("input_ids")]
+        given += [kwargs.get("inputs"), *args[:1]]
+        sizes = [x.shape[1] for x in given if torch.is_tensor(x) and x.dim() > 1]
+        cache = kv.renamed(kwargs).get(kv.NAME)
+        past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+        if not sizes:
+            return None
+        return sizes[0] if sizes[0] > past else past + sizes[0]
 
 
 class _Looked(Exception):
@@ -323,6 +366,7 @@ class Session:
             self._undo.append(partial(_uncover, a.text, DEEPSTACK))
         self._tap_layers()
         self._observe_towers()
+        self._watch_generate()
 
     def _tap_layers(self) -> None:
         from .tap import attach, attach_change
@@ -449,6 +493,12 @@ class Session:
             base.__dict__[name] = Observer(self, modality, tower, stages)
             self._undo.append(partial(_uncover, base, name))
 
+    def _watch_generate(self) -> None:
+        model = self.adapter.model
+        if hasattr(type(model), "generate"):
+            model.__dict__["generate"] = Generate(self)
+            self._undo.append(partial(_uncover, model, "generate"))
+
     def remove(self) -> None:
         """Undo everything; safe to call twice."""
         while self._undo:
@@ -469,7 +519,9 @@ class Session:
                 # Pixels are encoded during this very call; encoded features must be recognised, not taken for the last.
                 self.local.features = {m: self.seen.find(v) for m, v in encoded.items() if v is not None}
                 frame = self.local.frame = Frame(self.adapter, self.stages, code, notes=list(self.notes))
-                frame.foresee(call)
+                frame.foresee(call, self.local.prompt)
+                if frame.behind and frame.cache is not None:
+                    self._refuse_guesses()
         if self.adapter.masks_in_base:
             call = self._past_mask_2d(call, call.get(kv.NAME))
         return None if call is kwargs else ((), call)
@@ -526,6 +578,9 @@ class Session:
         kv.enter()
         embeds = call.get("inputs_embeds")
         if embeds is None or embeds.shape[1] > 1:
+            prompt = self.local.prompt
+            if prompt is not None and embeds is not None and cache.get_seq_length() + embeds.shape[1] > prompt:
+                self._refuse_guesses()
             kv.show_all(cache)
         elif all(getattr(kv.state(cache, s.where), "recall", None) is not None for s in self.at_decode):  # type: ignore
             self.local.step = Step(cache, self.at_decode)
@@ -687,6 +742,22 @@ class Session:
                     "a static cache with sliding-window layers cannot hold pruned prompts; drop "
                     "cache_implementation='static' (a DynamicCache works)"
                 )
+
+    def _refuse_guesses(self) -> None:
+        """Calls whose last tokens are guesses, where these change what a stage chooses or cannot be chosen for."""
+        if self.at_decode:
+            raise UnsupportedCall(
+                f"{self.at_decode[0].method.name} chooses among the visual tokens at every decode step, but this call "
+                "verifies several guessed tokens at once, as assisted decoding and prompt lookup do: leave out "
+                "assistant_model and prompt_lookup_num_tokens, or use a method that acts while the prompt is read only"
+            )
+        inside = [s.method.name for s in self.stages if isinstance(s.where, int)]
+        if inside and self.adapter.masks_in_base:
+            raise UnsupportedCall(
+                f"{inside[0]} acts inside the LLM, and {self.adapter.model_type} reads its prompt in both directions, so "
+                "the guessed tokens of assisted decoding and prompt lookup would have a say in which tokens stay: leave "
+                "out assistant_model and prompt_lookup_num_tokens, or use a method that acts before the LLM"
+            )
 
     def _check_frame(self) -> None:
         frame, text = self.local.frame, self.adapter.text
