@@ -839,20 +839,17 @@ class Frame:
         """Let every layer of the cache answer for what it did not store."""
         length = self.host.shape[1]
         lags = {id(lag): lag[:, -1] for lag in self.lags if lag is not None}  # rows end with a real token
-        first = min(self.recalls, default=len(cache.layers))
+        first = min(self.recalls, default=0)
         befores = {i: self._stored_before(cache, i) for i in self.recalls}
         entered = self.past_at(first - 1) if self.recalls else 0
-        reference = kv.reference_layer(cache)
+        reference, tail = kv.reference_layer(cache), self._text_at_end()
         for i in range(min(len(cache.layers), len(self.lengths))):
-            # A row that keeps all it has may hold the length up while others are cut.
-            cut = self.lengths[i] < length or self.valids[i] is not None or self.heads[i] is not None
-            if cut or kv.state(cache, i) is not None or i >= first:
-                kv.shrink(
-                    cache, i, past=self.past, fed=length, ran=self.lengths[i], valid=self.valids[i],
-                    remask=self.holes and self.lengths[i] < length, shift=self.shift, lag=lags.get(id(self.lags[i])),
-                    uneven=self.lengths[i] != self.lengths[reference] or self.valids[i] is not self.valids[reference],
-                    heads=self.heads[i],
-                )  # fmt: skip
+            kv.shrink(  # layers that were not cut as well: none may be cropped where another refuses
+                cache, i, past=self.past, fed=length, ran=self.lengths[i], valid=self.valids[i], tail=tail,
+                remask=self.holes and self.lengths[i] < length, shift=self.shift, lag=lags.get(id(self.lags[i])),
+                uneven=self.lengths[i] != self.lengths[reference] or self.valids[i] is not self.valids[reference],
+                heads=self.heads[i],
+            )  # fmt: skip
 
         for i, recall in self.recalls.items():
             layer: Any = kv.state(cache, i)
@@ -870,6 +867,14 @@ class Frame:
                 memory=[],
             )
             layer.recall = later if layer.recall is None else layer.recall.joined(later)
+        if (layer := kv.state(cache, reference)) is not None:
+            held = [getattr(kv.state(cache, i), "recall", None) for i in range(len(cache.layers))]
+            layer.gate = tuple(recall for recall in held if recall is not None)
+
+    def _text_at_end(self) -> int:
+        """How many of the last tokens are text in every row: these are stored one by one as they were fed."""
+        place = torch.arange(1, self.host.shape[1] + 1)
+        return self.host.shape[1] - int((((self.host > 1) | (self.host == 0)) * place).max())
 
     def _stored_before(self, cache: Any, i: int) -> Tensor:
         """[B, P] positions as fed of what layer i stored before this call, -1 for padding."""
