@@ -27,14 +27,16 @@ COUNTS_LEFT = "max_length" in signature(DynamicLayer.crop).parameters
 _inside = threading.local()
 
 
-def enter() -> None:
-    """A patched model is running in this thread: ragged pruned layers may be extended."""
+def enter() -> bool:
+    """A patched model is running in this thread: ragged pruned layers may be extended. Returns what was before."""
+    before = getattr(_inside, "on", False)
     _inside.on = True
+    return before
 
 
-def leave() -> None:
-    """The patched model has returned."""
-    _inside.on = False
+def leave(before: bool = False) -> None:
+    """The patched model has returned, however; another one that called it may still be running."""
+    _inside.on = before
 
 
 def renamed(call: dict[str, Any]) -> dict[str, Any]:
@@ -184,12 +186,13 @@ class Pruned:
             return
         assert self.real is not None
         length = self.get_seq_length()
+        if self.back:  # an interrupted step: they did not come
+            self.real, self.came, self.back = self.real[:, : -self.back], self.came[: -self.back], 0
         if self.aside is not None:
             self._gather(None)
             self.prefix, self.dropped = self.real.shape[1], length - stored(self)
         self.valid = None if bool(self.real.all()) else self.real
         self.aside = self.shown = self.real = None
-        self.back = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(lambda t: t.index_select(0, beam_idx.to(t.device)))
@@ -358,6 +361,24 @@ def show_all(cache: Any) -> None:
         if layer.recall is not None:
             layer.recall.forget()
         layer.show_all()
+
+
+def roll_back(cache: Any, length: int) -> None:
+    """Let a cache hold what it held at a length, after a call that was not completed (and pruned nothing on it yet).
+
+    Layers whose states cannot be taken back (windows, linear attention) are emptied with all others at length 0, and
+    left as transformers leaves them otherwise.
+    """
+    fixed = [x for x in cache.layers if getattr(x, "is_sliding", False) or not hasattr(x, "get_mask_sizes")]
+    if fixed and length:
+        return
+    for layer in cache.layers:
+        if layer in fixed:
+            layer.reset()
+        elif isinstance(layer, Pruned):
+            layer.cut(length)
+        elif (grown := int(layer.get_seq_length()) - length) > 0:
+            layer.crop(-grown)
 
 
 def _along(x: Tensor, index: Tensor) -> Tensor:

@@ -587,7 +587,6 @@ class Frame:
         before, real = self._ids_at(i, ids), self._real_slots()
         if not self.run_stages(i, hidden):
             return hidden
-        kv.enter()
         self.inner = self.cut_now if self.inner is None else self.inner.then(self.cut_now)
         self.inner_cuts.append((self.merges, self.cut_now))
         self.rows = {key: self.cut_now.cut(row, 1) for key, row in self.rows.items()}
@@ -835,6 +834,15 @@ class Frame:
 
     # -- closing ----------------------------------------------------------------------------------------------------
 
+    def check_cache(self, cache: Any) -> None:
+        """Refuse a cache that cannot hold what this call would leave on it."""
+        cache = self.cache if cache is None else cache
+        back = any(recall.hidden is not None for recall in self.recalls.values())
+        if back and any(kv.is_static(layer) for layer in getattr(cache, "layers", ())):
+            raise UnsupportedCall(
+                "a static cache has no room for tokens that come back at decode: use the default dynamic cache"
+            )
+
     def shrink_cache(self, cache: Any) -> None:
         """Let every layer of the cache answer for what it did not store."""
         length = self.host.shape[1]
@@ -853,10 +861,6 @@ class Frame:
 
         for i, recall in self.recalls.items():
             layer: Any = kv.state(cache, i)
-            if recall.hidden is not None and kv.is_static(layer):
-                raise UnsupportedCall(
-                    "a static cache has no room for tokens that come back at decode: use the default dynamic cache"
-                )
             before = befores[i]
             later = replace(
                 recall,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import cache as kv
+from .calls import Forward, Generate, Running
 from .clock import Clock, timing
 from .compact import hide, in_window, mask_for, tensor_mask
 from .frame import LINEAR, LLM_KINDS, Frame, Last
@@ -43,6 +44,11 @@ class Local(threading.local):
         self.ahead = False  # a layer is being looked at before it runs
         self.placed: tuple[Any, ...] = ()  # the last position ids that were lowered, and what came of them
         self.prompt: int | None = None  # tokens up to the end of the prompt of the `generate` under way
+        self.depth = 0  # calls of the base and the text model under way, one inside the other
+
+    def clear(self) -> None:
+        """Nothing of a call is left, and nothing of one that was interrupted before."""
+        self.frame, self.step, self.placed, self.ahead, self.features = None, None, (), False, {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Local:
         return Local()
@@ -110,6 +116,10 @@ class Observer:
         return partial(getattr(type(base), self.__name__), base)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.session.running.one():
+            return self._original(*args, **kwargs) if self.session.removed else self._observe(args, kwargs)
+
+    def _observe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         local = self.session.local
         if local.observing:  # video features may be computed through the image path
             return self._original(*args, **kwargs)
@@ -129,56 +139,17 @@ class Observer:
             if run and run.kept:
                 signals = [{**s, KEPT: k} for s, k in zip(signals or [{}] * len(run.kept), run.kept)]
             found = self.session.adapter.observe(self.modality, call, output, signals)
-            found.tower, found.kernels, found.clocks = run, kernels, clocks
-            local.features[self.modality] = found
+            found.tower, found.kernels, found.clocks = run and run.report(), kernels, clocks
+            if local.depth:  # else they will be known by the output
+                local.features[self.modality] = found
             self.session.seen.add(output, found)
         finally:
             local.observing = False
             if self.inside:
                 self.inside.stop()
+            if self.tower:
+                self.tower.stop()
         return output
-
-
-class Generate:
-    """Stands in for `model.generate` on the instance and notes where the prompt ends.
-
-    Assisted decoding and prompt lookup feed guessed tokens with the prompt, and without a cache every step feeds the
-    answer so far: nothing in those calls themselves tells them from a prompt.
-    """
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
-        self.__name__ = "generate"
-
-    @property
-    def __signature__(self) -> Any:
-        import inspect
-
-        return inspect.signature(self._original)
-
-    @property
-    def _original(self) -> Callable[..., Any]:
-        model = self.session.adapter.model
-        return partial(type(model).generate, model)  # type: ignore[attr-defined]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        local = self.session.local
-        before, local.prompt = local.prompt, self._end(args, kwargs)  # an assistant may be this model as well
-        try:
-            return self._original(*args, **kwargs)
-        finally:
-            local.prompt = before
-
-    def _end(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-        """Tokens up to the end of the prompt; a mask counts those of earlier turns where the ids are the new ones."""
-        given = [kwargs.get("attention_mask"), kwargs.get("inputs_embeds"), kwargs.get("input_ids")]
-        given += [kwargs.get("inputs"), *args[:1]]
-        sizes = [x.shape[1] for x in given if torch.is_tensor(x) and x.dim() > 1]
-        cache = kv.renamed(kwargs).get(kv.NAME)
-        past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
-        if not sizes:
-            return None
-        return sizes[0] if sizes[0] > past else past + sizes[0]
 
 
 class _Looked(Exception):
@@ -194,6 +165,7 @@ class Session:
         self.stages = [self._placeable(stage) for stage in stages]
         self.local = Local()
         self.seen = Seen()
+        self.running, self.removed = Running(), False
         self.latest: Last | None = None
         self._undo: list[Callable[[], None]] = []
         self._check()
@@ -352,12 +324,12 @@ class Session:
     # -- installing and removing ------------------------------------------------------------------------------------
 
     def _install(self) -> None:
-        a = self.adapter
+        a, self.removed = self.adapter, False
         before = a.base.register_forward_pre_hook
         self._undo.append(before(self._base_pre, with_kwargs=True).remove)
-        self._undo.append(a.base.register_forward_hook(self._base_post, always_call=True).remove)
         self._undo.append(a.text.register_forward_pre_hook(self._text_pre, with_kwargs=True).remove)
         self._undo.append(a.text.register_forward_hook(self._text_post, with_kwargs=True).remove)
+        self._undo += [Forward(self, module, "forward").install() for module in (a.base, a.text)]
         for i in range(self.first_hook, len(a.layers)):
             hook = partial(self._layer_pre, i)
             self._undo.append(a.layers[i].register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -496,17 +468,24 @@ class Session:
     def _watch_generate(self) -> None:
         model = self.adapter.model
         if hasattr(type(model), "generate"):
-            model.__dict__["generate"] = Generate(self)
-            self._undo.append(partial(_uncover, model, "generate"))
+            self._undo.append(Generate(self, model, "generate").install())
 
     def remove(self) -> None:
-        """Undo everything; safe to call twice."""
-        while self._undo:
-            self._undo.pop()()
+        """Undo everything, once calls in other threads have ended; safe to call twice."""
+        with self.running.none():
+            while self._undo:
+                self._undo.pop()()
+            self.removed = True
+
+    def release(self) -> None:
+        """Let go of the model, once removed for good."""
+        del self.adapter
 
     # -- hooks ------------------------------------------------------------------------------------------------------
 
     def _base_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.local.depth:
+            self.local.clear()
         call = self.adapter.bind(module, args, kwargs)
         ids = call.get("input_ids")
         tokens = ids if ids is not None else call.get("inputs_embeds")
@@ -526,17 +505,21 @@ class Session:
             call = self._past_mask_2d(call, call.get(kv.NAME))
         return None if call is kwargs else ((), call)
 
-    def _base_post(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.local.frame, self.local.step, self.local.placed = None, None, ()
-        kv.leave()
+    def roll_back(self) -> None:
+        """A call of the text model did not end well: its cache holds what it held before."""
+        frame, step = self.local.frame, self.local.step
+        if step is not None:
+            step.roll_back()
+        elif frame is not None and frame.opened and frame.cache is not None:
+            kv.roll_back(frame.cache, frame.past)
 
     def _text_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.local.depth:  # called without the base model
+            self.local.clear()
         call = self.adapter.bind(module, args, kwargs)
         cache = call.get(kv.NAME)
         layer = kv.state(cache, kv.reference_layer(cache)) if cache is not None else None
         self._check_places(cache)
-        if any(getattr(layer, "needs_patch", False) for layer in getattr(cache, "layers", ())):
-            kv.enter()
         self._open_step(cache, call)
         if layer is not None:
             if not self.adapter.masks_in_base:
@@ -548,19 +531,30 @@ class Session:
             frame.open(call, self.local.features)
             self._check_frame()
             if frame.run_stages("llm", call["inputs_embeds"]):
-                kv.enter()
                 call = self._cut_text_call(frame, call)
             if any(need.kind == "relevance" for stage in self.stages for need in stage.method.needs):
                 frame.read_embeds(call["inputs_embeds"])
         return None if call is kwargs else ((), call)
 
     def _text_post(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        try:
+            return self._close(output)
+        finally:
+            if not self.local.depth:
+                self.local.clear()
+
+    def _close(self, output: Any) -> Any:
         frame, step = self.local.frame, self.local.step
         if step is not None:
             return self._close_step(step, output)
         if frame is None or not frame.opened:
             return None
-        frame.settle()
+        try:
+            frame.settle()
+            frame.check_cache(getattr(output, kv.NAME, None))
+        except BaseException:
+            self.roll_back()
+            raise
         if frame.compaction is not None or frame.recalls or frame.speaking:
             cache = getattr(output, kv.NAME, None)
             cache = cache if cache is not None else frame.cache
@@ -575,7 +569,6 @@ class Session:
         """Before a call on a cache with stages that act at decode: one token is a step, several see everything."""
         if not kv.recalls(cache):
             return
-        kv.enter()
         embeds = call.get("inputs_embeds")
         if embeds is None or embeds.shape[1] > 1:
             prompt = self.local.prompt
@@ -586,7 +579,11 @@ class Session:
             self.local.step = Step(cache, self.at_decode)
 
     def _close_step(self, step: Step, output: Any) -> Any:
-        step.settle()
+        try:
+            step.settle()
+        except BaseException:
+            step.roll_back()
+            raise
         last = self.local.last or self.latest
         if last is not None:
             last.recalled.update(step.kept())

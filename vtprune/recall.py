@@ -91,6 +91,11 @@ class Recall:
         self.check_crop(length)
         self.forget()
         self.steps = [step for step in self.steps if step[1] < length]
+        self.cut(length)
+
+    def cut(self, length: int) -> None:
+        """Store what was stored when so many tokens had been fed; the next step chooses anew."""
+        self._show_all()
         if any(at >= length for at in self.came):
             left = [i for i, at in enumerate(self.came) if at < length]
             self.came = tuple(self.came[i] for i in left)
@@ -146,6 +151,16 @@ class Step:
         self.rows: dict[int, Tensor] = {}
         self.verdicts: list[Verdict] = []
         self.running: Tensor | None = None  # [B, R] numbers of the tokens that came back, left-padded with -1
+        self.length = int(cache.get_seq_length())
+        found = [recall for k in self.stages if (recall := self._recall(k)) is not None]
+        self._before = [(recall, [dict(row) for row in recall.memory], list(recall.steps)) for recall in found]
+
+    def roll_back(self) -> None:
+        """The step was not completed: the cache and what the method remembers are as before it."""
+        kv.roll_back(self.cache, self.length)
+        for recall, memory, steps in self._before:
+            recall.cut(self.length)
+            recall.memory, recall.steps = memory, steps
 
     def read_row(
         self, layer: int, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
@@ -234,7 +249,7 @@ class Step:
         recall.picks, recall.chosen = picks, chosen
         hidden = hidden[:, -1:]
         if recall.hidden is not None:
-            hidden = self._bring_back(k, recall, chosen, hidden)
+            hidden = self._bring_back(recall, chosen, hidden)
         _show(recall, chosen)
         return hidden
 
@@ -255,13 +270,13 @@ class Step:
             answers = stage.method.batch(views) if views else []
             check_answers(stage, views, answers)
         if any(recall.memory):
-            recall.note_step(int(self.cache.layers[k].get_seq_length()))
+            recall.note_step(self.length)
         self.verdicts.append(Verdict(checks))
         if not type(stage.method).__module__.startswith("vtprune."):
             self.settle()
         return [answer.idx for answer in answers]
 
-    def _bring_back(self, k: int, recall: Recall, chosen: list[Tensor], new: Tensor) -> Tensor:
+    def _bring_back(self, recall: Recall, chosen: list[Tensor], new: Tensor) -> Tensor:
         """The new token's states behind those of the chosen tokens that these layers never saw."""
         assert recall.hidden is not None
         wanted = torch.zeros_like(recall.where, dtype=torch.bool)
@@ -277,7 +292,7 @@ class Step:
         ends = torch.arange(self.back, device=new.device) + recall.order.shape[1]
         at = recall.where.gather(1, back.index).masked_fill(self.running < 0, -1)
         stood = recall.came or (-1,) * recall.order.shape[1]
-        recall.came = (*stood, *[int(self.cache.layers[k].get_seq_length())] * self.back)
+        recall.came = (*stood, *[self.length] * self.back)
         recall.order = torch.cat([recall.order, at], 1)
         _put(recall.slots, self.running, ends.expand(len(counts), -1))
         return torch.cat([pick(recall.hidden, back.index).to(new.dtype), new], 1)

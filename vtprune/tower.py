@@ -113,6 +113,10 @@ class TowerRun:
             self.memo[id(value)] = value, cut()
         return self.memo[id(value)][1]
 
+    def report(self) -> TowerRun:
+        """What the LLM and `Last` ask for: no pixels and no states."""
+        return TowerRun({}, kept=self.kept, results=self.results, notes=self.notes, lengths=self.lengths)
+
     def settle(self) -> None:
         """Raise what the checks of the stages found."""
         while self.verdicts:

@@ -170,6 +170,10 @@ class VitSession:
         while self._undo:
             self._undo.pop()()
 
+    def release(self) -> None:
+        """Let go of the model, once removed for good."""
+        del self.vit
+
     # -- one forward pass -------------------------------------------------------------------------------------------
 
     def plan(self, n: int) -> list[tuple[Reducer | None, int]]:
