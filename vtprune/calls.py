@@ -113,30 +113,39 @@ class Forward(Method):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         session = self.session
-        if torch.compiler.is_compiling():  # locks cannot be traced, and generate counts as a call already
-            kv.enter()
-            output = self.original(*args, **kwargs)
-            if self.module is session.adapter.base:
-                session.local.clear()
-                kv.leave()
-            return output
+        if torch.compiler.is_compiling():  # locks and interrupts cannot be traced, and generate is counted already
+            return self._traced(*args, **kwargs)
         with session.running.one():
             if session.removed:  # while this call waited
                 return self.original(*args, **kwargs)
-            local = session.local
-            local.depth += 1
+            text, done = self.module is session.adapter.text, False
+            if not text and not session.local.depth:
+                session.local.clear()
+            session.local.depth += 1
             held = kv.enter()
-            done = False
             try:
+                args, kwargs = (args, kwargs) if text else session.base_pre(self.module, args, kwargs)
                 output, done = self.original(*args, **kwargs), True
                 return output
             finally:
-                local.depth -= 1
-                if not done and self.module is session.adapter.text:
+                session.local.depth -= 1
+                if text and not done:
                     session.roll_back()
                 kv.leave(held)
-                if not local.depth and not (done and self.module is session.adapter.text):  # its hook comes yet
-                    local.clear()
+                if not session.local.depth and not (text and done):  # the hook behind it comes yet
+                    session.local.clear()
+
+    def _traced(self, *args: Any, **kwargs: Any) -> Any:
+        session, text = self.session, self.module is self.session.adapter.text
+        kv.enter()
+        session.local.depth += 1
+        args, kwargs = (args, kwargs) if text else session.base_pre(self.module, args, kwargs)
+        output = self.original(*args, **kwargs)
+        session.local.depth -= 1
+        if not text:
+            session.local.clear()
+            kv.leave()
+        return output
 
 
 class Generate(Method):

@@ -1,7 +1,7 @@
 """The seam: hooks on one model instance that cut tokens before or inside the LLM, and undo every trace.
 
 Order in one forward pass: base-pre (is there something to prune?) -> the vision encoder with its taps -> text-pre
-(stage "llm") -> layer-pre (stages at layers) -> text-post (cache and output lengths) -> base-post (always: clean up).
+(stage "llm") -> layer-pre (stages at layers) -> text-post (cache and output lengths). Cleaning up: `vtprune.calls`.
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ class Observer:
 
     def __init__(self, session: Session, modality: str, tower: Any, inside: Any) -> None:
         self.session, self.modality, self.tower, self.inside = session, modality, tower, inside
+        self.base = session.adapter.base
         self.__name__ = f"get_{modality}_features"
 
     @property
@@ -112,8 +113,7 @@ class Observer:
 
     @property
     def _original(self) -> Callable[..., Any]:
-        base = self.session.adapter.base
-        return partial(getattr(type(base), self.__name__), base)
+        return partial(getattr(type(self.base), self.__name__), self.base)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.session.running.one():
@@ -325,11 +325,10 @@ class Session:
 
     def _install(self) -> None:
         a, self.removed = self.adapter, False
-        before = a.base.register_forward_pre_hook
-        self._undo.append(before(self._base_pre, with_kwargs=True).remove)
         self._undo.append(a.text.register_forward_pre_hook(self._text_pre, with_kwargs=True).remove)
         self._undo.append(a.text.register_forward_hook(self._text_post, with_kwargs=True).remove)
-        self._undo += [Forward(self, module, "forward").install() for module in (a.base, a.text)]
+        self.forwards = [Forward(self, module, "forward") for module in (a.base, a.text)]
+        self._undo += [forward.install() for forward in self.forwards]
         for i in range(self.first_hook, len(a.layers)):
             hook = partial(self._layer_pre, i)
             self._undo.append(a.layers[i].register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -483,9 +482,10 @@ class Session:
 
     # -- hooks ------------------------------------------------------------------------------------------------------
 
-    def _base_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self.local.depth:
-            self.local.clear()
+    def base_pre(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Before the base model runs: its arguments, in which a mask over the past may be another."""
         call = self.adapter.bind(module, args, kwargs)
         ids = call.get("input_ids")
         tokens = ids if ids is not None else call.get("inputs_embeds")
@@ -503,7 +503,7 @@ class Session:
                     self._refuse_guesses()
         if self.adapter.masks_in_base:
             call = self._past_mask_2d(call, call.get(kv.NAME))
-        return None if call is kwargs else ((), call)
+        return (args, kwargs) if call is kwargs else ((), call)
 
     def roll_back(self) -> None:
         """A call of the text model did not end well: its cache holds what it held before."""
@@ -515,6 +515,11 @@ class Session:
 
     def _text_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.local.depth:  # called without the base model
+            if any(forward.module.__dict__.get("forward") is not forward for forward in self.forwards):
+                raise UnsupportedCall(
+                    "another library changed the forward of this model after vtprune.patch, which is not seen any more: "
+                    "call vtprune.unpatch(model) and patch again"
+                )
             self.local.clear()
         call = self.adapter.bind(module, args, kwargs)
         cache = call.get(kv.NAME)
