@@ -27,7 +27,7 @@ from .kernels.dispatch import Backend
 from .model_adapters.generic import MODALITIES, Adapter, Features, runs_of
 from .recall import Recall, pick
 from .tap import MASKED, bias_of
-from .types import KEPT, Assignment, Signal, Span, Stage, UnsupportedCall, Visual, Where, check_answers
+from .types import KEPT, Assignment, Signal, Span, Stage, UnsupportedCall, Visual, Where, ask
 from .units import Alive, arange_of, begin, groups, kept_by_crop
 
 ROWS = 64  # softmax rows held at a time
@@ -307,8 +307,7 @@ class Frame:
         """What the method answers, checked."""
         clock = Clock(self.hidden.device)
         with deferring() as checks, recording(self.kernels):
-            answers = stage.method.batch(views)
-            check_answers(stage, views, answers)
+            answers = ask(stage, views)
         self.clocks.append(clock.stop())
         if not capturing(self.hidden.device):  # a CUDA graph replays what its warm-up run has checked
             self.verdicts.append(Verdict(checks))

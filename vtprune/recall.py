@@ -20,7 +20,7 @@ from . import cache as kv
 from .compact import Compaction, mask_of
 from .kernels import Verdict, deferring
 from .tap import read
-from .types import Signal, Stage, UnsupportedCall, Visual, check_answers
+from .types import Signal, Stage, UnsupportedCall, Visual, ask
 
 ROW = Signal("last_row", -1)
 Rope = tuple[Tensor, ...]
@@ -267,8 +267,7 @@ class Step:
             row = self.rows[k - 1][b].index_select(0, columns.index_select(0, numbers))
             views.append(Visual(row.new_zeros(len(row), 0), budgets[b], signals={ROW: row}, state=recall.memory[b]))
         with deferring() as checks:
-            answers = stage.method.batch(views) if views else []
-            check_answers(stage, views, answers)
+            answers = ask(stage, views) if views else []
         if any(recall.memory):
             recall.note_step(self.length)
         self.verdicts.append(Verdict(checks))
