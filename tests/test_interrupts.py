@@ -138,7 +138,7 @@ def wide_tensors(root: Any, least: int) -> list[Tensor]:
     found, seen, todo = [], set(), [root]
     while todo:
         x = todo.pop()
-        if id(x) in seen or isinstance(x, nn.Module | type) or callable(x) and hasattr(x, "__code__"):
+        if id(x) in seen or isinstance(x, nn.Module | type) or (callable(x) and hasattr(x, "__code__")):
             continue
         seen.add(id(x))
         if isinstance(x, Tensor):
@@ -153,7 +153,16 @@ def test_only_indices_outlive_a_call(family: str) -> None:
     """Neither pixels nor features nor signals are kept, after a call, an encoding alone or an interrupt."""
     model = families.fresh(family)
     stage = vtprune.Stage(("vit", 2), vtprune.create("random"), keep=0.6)
-    for method in ("visionzip", "recoverable", "token_correlation", "hiprune", "fastv", "sparsevlm", "dycoke_kv", stage):
+    for method in (
+        "visionzip",
+        "recoverable",
+        "token_correlation",
+        "hiprune",
+        "fastv",
+        "sparsevlm",
+        "dycoke_kv",
+        stage,
+    ):
         options = {} if method is stage else {"keep": 0.4}
         try:
             handle = patch(model, method, **options)

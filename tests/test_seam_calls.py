@@ -154,8 +154,8 @@ def test_compiled_decode_is_one_graph(family: str, method: str) -> None:
 
 
 SPECULATED = [
-    "divprune", "average_pool", "recoverable", "fastv", "pyramiddrop", "sparsevlm", "spatten", "transprune", "aim_inllm",
-    "todre", "flowcut", "holitom",
+    "divprune", "average_pool", "recoverable", "fastv", "pyramiddrop", "sparsevlm", "spatten", "transprune",
+    "aim_inllm", "todre", "flowcut", "holitom",
 ]  # fmt: skip
 
 
@@ -226,7 +226,7 @@ def test_guesses_of_a_prompt_read_in_both_directions(words: families.Piece) -> N
     """PaliGemma's prompt sees what is fed with it, so a stage inside the LLM would choose by the guess."""
     batch = families.build("paligemma", [[*families.turn("paligemma", 1), words, words]])
     model = families.model("paligemma")
-    with patch(model, "fastv", keep=0.5), pytest.raises(UnsupportedCall, match="fastv.*both directions"):
+    with patch(model, "fastv", keep=0.5), pytest.raises(UnsupportedCall, match=r"fastv.*both directions"):
         reference.greedy(model, batch, 8, prompt_lookup_num_tokens=3)
 
 

@@ -135,8 +135,8 @@ class Pruned:
         since = self._since()
         if remove > since + self.tail:
             raise UnsupportedCall(
-                f"cropping {remove} tokens reaches behind the last {since + self.tail}, which this cache stores as they "
-                "were fed, into the visual tokens of a pruned prompt: copy.deepcopy the cache before the turn that you "
+                f"cropping {remove} tokens reaches behind the last {since + self.tail}, which this cache stores as "
+                "fed, into the visual tokens of a pruned prompt: copy.deepcopy the cache before the turn that you "
                 "want to take back, crop less, or crop everything"
             )
         if not remove:
@@ -291,7 +291,8 @@ def shrink(
 ) -> None:
     """Tell layer i that this call fed it `fed` tokens of which it stored `ran`.
 
-    past: logical length before the call. tail: how many of the last are stored as they were fed. valid: [B, ran] of the new tokens, or None. remask, uneven: see `Pruned`.
+    past: logical length before the call. tail: how many of the last are stored as they were fed.
+    valid: [B, ran] of the new tokens, or None. remask, uneven: see `Pruned`.
     shift, lag: by how much this call lowered the ids of what follows, which adds to what earlier calls did.
     heads: as in `Pruned`, in place of what an earlier call said; None leaves that.
     """

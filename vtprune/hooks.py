@@ -517,8 +517,8 @@ class Session:
         if not self.local.depth:  # called without the base model
             if any(forward.module.__dict__.get("forward") is not forward for forward in self.forwards):
                 raise UnsupportedCall(
-                    "another library changed the forward of this model after vtprune.patch, which is not seen any more: "
-                    "call vtprune.unpatch(model) and patch again"
+                    "another library changed the forward of this model after vtprune.patch, which is not seen any "
+                    "more: call vtprune.unpatch(model) and patch again"
                 )
             self.local.clear()
         call = self.adapter.bind(module, args, kwargs)
@@ -756,9 +756,9 @@ class Session:
         inside = [s.method.name for s in self.stages if isinstance(s.where, int)]
         if inside and self.adapter.masks_in_base:
             raise UnsupportedCall(
-                f"{inside[0]} acts inside the LLM, and {self.adapter.model_type} reads its prompt in both directions, so "
-                "the guessed tokens of assisted decoding and prompt lookup would have a say in which tokens stay: leave "
-                "out assistant_model and prompt_lookup_num_tokens, or use a method that acts before the LLM"
+                f"{inside[0]} acts inside the LLM, and {self.adapter.model_type} reads its prompt in both directions, "
+                "so guessed tokens (assisted decoding, prompt lookup) would have a say in which tokens stay: leave out "
+                "assistant_model and prompt_lookup_num_tokens, or use a method that acts before the LLM"
             )
 
     def _check_frame(self) -> None:

@@ -344,8 +344,8 @@ def ask(stage: Stage, views: Sequence[Visual], least: bool = False) -> list[Assi
     for what, x, mark in given:
         if not _unchanged(x, mark):
             raise VtpruneError(
-                f"{name} changed {what} of a unit in place, which other units and the model read as well: compute a new "
-                "tensor in place of it"
+                f"{name} changed {what} of a unit in place, which other units and the model read as well: make a new "
+                "tensor of it"
             )
     check_answers(stage, views, answers, least)
     return answers
@@ -483,8 +483,8 @@ def _fault(name: str, views: Sequence[Visual], answers: Sequence[Assignment]) ->
         empty = sorted(set(range(k)) - set(a.dst.tolist()))
         if empty:
             return VtpruneError(
-                f"{name} answered dst without {empty!r:.80}: nothing flows into those of its {k} kept tokens, which would "
-                "be zero; give each its own position as a source"
+                f"{name} answered dst without {empty!r:.80}: nothing flows into those of its {k} kept tokens, which "
+                "would be zero; give each its own position as a source"
             )
     order = [] if a.order is None else a.order.tolist()
     return VtpruneError(f"{name} answered order={order!r:.80}, no permutation of idx={a.idx.tolist()!r:.80}")

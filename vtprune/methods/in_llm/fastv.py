@@ -19,8 +19,8 @@ class FastV(Method):
     """Top-k of the last query's softmax row in the layer before `layer`, averaged over heads.
 
     This is what all official code computes; the paper's text speaks of the attention received from all tokens.
-    Position ids are kept. Ties go to the lower index. The query is the prompt's last token: `model.generate` tells where
-    the prompt ends. In a loop of your own that feeds guessed tokens with the prompt it is the last token fed.
+    Position ids are kept. Ties go to the lower index. The query is the prompt's last token: `model.generate` tells
+    where the prompt ends. In a loop of your own that feeds guessed tokens with the prompt it is the last token fed.
 
     layer: "K" of the paper; the first decoder layer that runs on the pruned sequence, >= 1.
     """
