@@ -408,9 +408,9 @@ def test_an_answer_with_a_fault_at_decode(model: Any, answer: Any) -> None:
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("part", ["x", "text"])
 def test_a_unit_that_was_changed_in_place(model: Any, mode: Any, part: str) -> None:
-    with mode(), vtprune.patch(model, Stage("llm", Broken(edited(part)), keep=5)):
-        with pytest.raises(vtprune.VtpruneError, match=rf"Broken changed v\.{part}"):
-            run(model)
+    stage, message = Stage("llm", Broken(edited(part)), keep=5), rf"Broken changed v\.{part}"
+    with mode(), vtprune.patch(model, stage), pytest.raises(vtprune.VtpruneError, match=message):
+        run(model)
 
 
 def test_a_ragged_cache_in_an_unpatched_model(model: Any) -> None:

@@ -204,6 +204,7 @@ class Frame:
                 self.notes += found.tower.notes
                 self.tower_lengths[modality] = found.tower.lengths
         self.counts = (self.host != 0).sum(1).tolist()
+        self.others = sum(self.counts) - int((self.host > 1).sum())
         self.text = [runs_of(row == 1) for row in self.host]
         depth = len(self.adapter.layers)
         self.lengths, self.valids, self.lags = [length] * depth, [None] * depth, [None] * depth
@@ -482,7 +483,7 @@ class Frame:
                 past=0 if flat is None else flat.shape[1] - embeds.shape[1],
                 visual=visual,
                 deepstack=layers,
-                kept_visual=sum(self.counts) - int(((self.host == 1) | (self.host < 0)).sum()),
+                kept_visual=sum(self.counts) - self.others,
             )  # fmt: skip
         self._set(Compaction(cut.index, cut.valid, cut.src), 0)
         assert cut.position_ids is not None
