@@ -332,6 +332,10 @@ class TowerSignals:
         """Begin to collect, in this thread, with empty buffers."""
         self._local.parts = {signal: [] for signal in self.needs}
 
+    def stop(self) -> None:
+        """Collect no more, whatever became of the call."""
+        self._local.parts = None
+
     @outside_while_busy
     def _sink(
         self,

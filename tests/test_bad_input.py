@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +17,9 @@ from transformers import AutoConfig, StaticCache
 
 import vtprune
 from vtprune import Assignment, Stage, UnsupportedCall, UnsupportedModel, Visual
+from vtprune import cache as kv
 from vtprune.methods.in_llm.withdraw import Withdraw
+from vtprune.types import Signal
 
 ENCODES_FIRST = "mm_encoder_outputs" in inspect.signature(transformers.LlavaForConditionalGeneration.forward).parameters
 RANGE = r"float in \(0, 1\].*int >= 1"
@@ -311,6 +314,103 @@ def test_an_answer_that_is_no_selection(model: Any, answer: Any) -> None:
     with pytest.raises(vtprune.VtpruneError, match=r"Broken"):
         run(model)
     handle.remove()
+
+
+def merging(**change: Any) -> Any:
+    """An answer that keeps the first tokens as they are, with parts of it changed; None leaves a part out."""
+
+    def answer(v: Visual) -> Assignment:
+        i = torch.arange(v.budget or v.n)
+        parts = {"src": i, "dst": i, "w": torch.ones(len(i)), **{k: f(i, v) for k, f in change.items()}}
+        return Assignment(i, **parts)
+
+    return answer
+
+
+def edited(part: str) -> Any:
+    def answer(v: Visual) -> Assignment:
+        {"x": v.x, "text": v.text, "signals": next(iter(v.signals.values()), v.x)}[part].mul_(2)
+        return Assignment(torch.arange(v.budget or v.n))
+
+    return answer
+
+
+FAULTS = {
+    "nan": (merging(w=lambda i, v: torch.full((len(i),), torch.nan)), "finite"),
+    "inf": (merging(w=lambda i, v: torch.ones(len(i)).index_fill(0, i[1:2], torch.inf)), "finite"),
+    "no weights": (merging(w=lambda i, v: None), "without w"),
+    "no sources": (merging(src=lambda i, v: None), "without src"),
+    "int weights": (merging(w=lambda i, v: torch.ones(len(i), dtype=torch.int64)), r"w=.*floating"),
+    "float sources": (merging(src=lambda i, v: i.float()), r"src=.*int64"),
+    "fewer sources": (merging(src=lambda i, v: i[1:]), r"dst="),
+    "two-dimensional": (
+        merging(src=lambda i, v: i[None], dst=lambda i, v: i[None], w=lambda i, v: i[None] * 1.0),
+        "src=",
+    ),
+    "source beyond": (merging(src=lambda i, v: i + v.n - 2), r"src=.*within 0\.\."),
+    "source below": (merging(src=lambda i, v: i - 1), r"src=.*within 0\.\."),
+    "row beyond": (merging(dst=lambda i, v: i + 1), r"dst=.*within 0\.\."),
+    "row without a source": (merging(dst=lambda i, v: i.clamp(min=1)), r"without \[0\]"),
+    "scores": (merging(scores=lambda i, v: torch.zeros(len(i))), "scores="),
+    "order of others": (merging(order=lambda i, v: i + 1), "no permutation"),
+    "order twice": (merging(order=lambda i, v: i * 0), "no permutation"),
+    "short order": (merging(order=lambda i, v: i[1:]), "order="),
+    "device": (lambda v: Assignment(torch.arange(v.budget or v.n, device="meta")), "cpu"),
+    "edited x": (edited("x"), r"changed v\.x"),
+}
+
+
+@pytest.mark.parametrize("where", ["llm", 2, ("vit", 2)], ids=str)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_answer_with_a_fault(model: Any, where: Any, fault: str) -> None:
+    """The error names the method and the fault; model and cache are as they were."""
+    answer, message = FAULTS[fault]
+    right = run(model).logits
+    cache = transformers.DynamicCache()
+    with vtprune.patch(model, Stage(where, Broken(answer), keep=5)):
+        with torch.no_grad(), pytest.raises(vtprune.VtpruneError, match=f"(?s)Broken.*{message}"):
+            model(**families.inputs("llava"), use_cache=True, **{kv.NAME: cache})
+        assert cache.get_seq_length() == 0
+    assert torch.equal(run(model).logits, right)
+
+
+@dataclasses.dataclass(frozen=True)
+class AtDecode(vtprune.Method):
+    """Answers nonsense at the second decode step."""
+
+    answer: Any
+    phases = ("decode",)
+    per = "sample"
+
+    @property
+    def needs(self) -> Any:
+        return (Signal("last_row", -1),)
+
+    def __call__(self, v: Visual) -> Assignment:
+        v.state["steps"] = v.state.get("steps", 0) + 1
+        return self.answer(v) if v.state["steps"] == 2 else Assignment(torch.arange(v.budget or v.n))
+
+
+@pytest.mark.parametrize("answer", [*(FAULTS[k][0] for k in ("scores", "order twice", "nan")), edited("signals")])
+def test_an_answer_with_a_fault_at_decode(model: Any, answer: Any) -> None:
+    """The step before it and the cache stand; with a right answer the step goes on as on a copy."""
+    batch, words = families.inputs("llava"), torch.tensor([[40, 41]])
+    with torch.no_grad(), vtprune.patch(model, Stage(2, AtDecode(answer), keep=5)):
+        cache = model(**batch, use_cache=True).past_key_values
+        model(input_ids=words[:, :1], **{kv.NAME: cache})
+        length = cache.get_seq_length()
+        for _ in range(2):  # its state is that before the step as well, so it fails again
+            with pytest.raises(vtprune.VtpruneError, match="AtDecode"):
+                model(input_ids=words[:, 1:], **{kv.NAME: cache})
+            assert [cache.get_seq_length(i) for i in range(4)] == [length] * 4
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("part", ["x", "text"])
+def test_a_unit_that_was_changed_in_place(model: Any, mode: Any, part: str) -> None:
+    stage, message = Stage("llm", Broken(edited(part)), keep=5), rf"Broken changed v\.{part}"
+    with mode(), vtprune.patch(model, stage), pytest.raises(vtprune.VtpruneError, match=message):
+        run(model)
 
 
 def test_a_ragged_cache_in_an_unpatched_model(model: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import families
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 import vtprune
-from vtprune import Stage
+from vtprune import Stage, UnsupportedCall
+from vtprune import cache as kv
 
 TOLERANCE = 1e-5
 patch: Any = vtprune.patch
@@ -24,7 +26,6 @@ some_families = pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3
 # Families whose text model counts positions 0, 1, 2, ... and reads causally.
 PLAIN = [n for n, f in families.FAMILIES.items() if not f.mrope and f.types is None]
 ROWS = (2, 0, 1)
-LAST_WORD = ("fastv", "pyramiddrop", "spatten", "transprune")  # by words: each call without a cache selects anew
 
 
 @pytest.fixture
@@ -92,9 +93,8 @@ def test_beams(family: str, method: str) -> None:
         logits = oracle(family, _one_of_three(log[: len(stages)]), words, rows, row)
         score = logits.log_softmax(-1)[torch.arange(5), words].sum() / 5
         close(cached.sequences_scores[row], score)
-    if method not in LAST_WORD:  # without a cache the prompt is scored again after each word, by that word
-        assert torch.equal(cached.sequences, plain.sequences)
-        close(cached.sequences_scores, plain.sequences_scores)
+    assert torch.equal(cached.sequences, plain.sequences)
+    close(cached.sequences_scores, plain.sequences_scores)
 
 
 @some_methods
@@ -168,15 +168,81 @@ def test_compiled_decode_is_one_graph(family: str, method: str) -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("method", ["divprune", "average_pool"])
+SPECULATED = [
+    "divprune", "average_pool", "recoverable", "fastv", "pyramiddrop", "sparsevlm", "spatten", "transprune",
+    "aim_inllm", "todre", "flowcut", "holitom",
+]  # fmt: skip
+
+
+def _asked_again(family: str, method: str, words: families.Piece, **options: Any) -> None:
+    """Greedy decoding and the same by another way: as many tokens, and the same visual tokens kept."""
+    model = families.model(family)
+    batch = families.build(family, [[*families.turn(family, 1), words, words]])  # the lookup finds repeated words
+    with patch(model, method, keep=0.5) as handle:
+        tokens, _ = reference.greedy(model, batch, 8)
+        kept = [unit.idx for unit in handle.last.units]
+        assert torch.equal(tokens, reference.greedy(model, batch, 8, **options)[0])
+        again = [unit.idx for unit in handle.last.units]
+    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+
+
+@pytest.mark.parametrize("method", SPECULATED)
 @some_families
 def test_prompt_lookup_equals_greedy(family: str, method: str, words: families.Piece) -> None:
-    model = families.model(family)
-    row = [*families.turn(family, 1), words, words]  # repeated words give the lookup something to find
-    batch = families.build(family, [row])
-    with patch(model, method, keep=0.5):
-        tokens, _ = reference.greedy(model, batch, 8)
-        assert torch.equal(tokens, reference.greedy(model, batch, 8, prompt_lookup_num_tokens=3)[0])
+    _asked_again(family, method, words, prompt_lookup_num_tokens=3)
+
+
+@pytest.mark.parametrize("method", SPECULATED)
+@some_families
+def test_assisted_decoding_equals_greedy(family: str, method: str, words: families.Piece) -> None:
+    """The assistant is the same model with noise on its weights, so that some of its guesses are wrong."""
+    _asked_again(family, method, words, assistant_model=_noisy(family))
+
+
+@pytest.mark.parametrize("method", SPECULATED)
+def test_without_a_cache_every_step_keeps_what_the_prompt_says(method: str, words: families.Piece) -> None:
+    _asked_again("llava", method, words, use_cache=False)
+
+
+@cache
+def _noisy(family: str) -> Any:
+    torch.manual_seed(0)
+    model = copy.deepcopy(families.model(family))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.02 * torch.randn_like(weight))
+    return model
+
+
+@pytest.mark.parametrize("method", ["dycoke_kv", "lazyllm"])
+@pytest.mark.parametrize("turns", [1, 2])
+def test_methods_that_choose_at_decode_refuse_guesses(method: str, turns: int, words: families.Piece) -> None:
+    """Before anything is computed: neither the cache nor what the model says next has changed."""
+    model = families.model("llava")
+    batch = families.build("llava", [[*families.turn("llava", 1), words, words]])
+    with patch(model, method, keep=0.5), torch.no_grad():
+        right = reference.greedy(model, batch, 4)[0]
+        call = dict(batch)
+        if turns == 2:
+            held = model(**batch, use_cache=True).past_key_values
+            ids = torch.cat([batch["input_ids"], batch["input_ids"][:, -6:]], 1)
+            call = {"input_ids": ids, "attention_mask": torch.ones_like(ids), kv.NAME: held}
+            other, length, word = copy.deepcopy(held), held.get_seq_length(), torch.tensor([[40]])
+        with pytest.raises(UnsupportedCall, match=f"{method}.*prompt_lookup_num_tokens"):
+            model.generate(**call, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3)
+        if turns == 2:
+            assert held.get_seq_length() == length
+            said = [model(input_ids=word, **{kv.NAME: c}).logits for c in (held, other)]
+            assert torch.equal(*said)
+        assert torch.equal(reference.greedy(model, batch, 4)[0], right)
+
+
+def test_guesses_of_a_prompt_read_in_both_directions(words: families.Piece) -> None:
+    """PaliGemma's prompt sees what is fed with it, so a stage inside the LLM would choose by the guess."""
+    batch = families.build("paligemma", [[*families.turn("paligemma", 1), words, words]])
+    model = families.model("paligemma")
+    with patch(model, "fastv", keep=0.5), pytest.raises(UnsupportedCall, match=r"fastv.*both directions"):
+        reference.greedy(model, batch, 8, prompt_lookup_num_tokens=3)
 
 
 @some_methods
@@ -199,14 +265,10 @@ def test_manual_loop_without_positions_or_mask(family: str, method: str) -> None
 def test_no_cache_equals_cache(family: str, method: str) -> None:
     model, batch = families.model(family), families.inputs(family)
     with patch(model, method, keep=0.5):
-        if method in LAST_WORD:
-            _, cached = reference.greedy(model, batch, 1)
-            close(reference.greedy(model, batch, 1, use_cache=False)[1], cached)
-        else:
-            tokens, cached = reference.greedy(model, batch, 4)
-            again, plain = reference.greedy(model, batch, 4, use_cache=False)
-            assert torch.equal(tokens, again)
-            close(plain, cached)
+        tokens, cached = reference.greedy(model, batch, 4)
+        again, plain = reference.greedy(model, batch, 4, use_cache=False)
+        assert torch.equal(tokens, again)
+        close(plain, cached)
 
 
 @pytest.mark.parametrize("method", ["divprune", "uniform", "average_pool"])

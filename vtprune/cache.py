@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import threading
 from functools import lru_cache
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .compact import Compaction, hidden_like, hide
@@ -20,17 +22,21 @@ from .types import UnsupportedCall
 
 # What transformers calls a cache among arguments and outputs; renamed in 5.24.
 NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+# What `crop` takes: how many tokens go, negative; older versions take the length that is left as well.
+COUNTS_LEFT = "max_length" in signature(DynamicLayer.crop).parameters
 _inside = threading.local()
 
 
-def enter() -> None:
-    """A patched model is running in this thread: ragged pruned layers may be extended."""
+def enter() -> bool:
+    """A patched model is running in this thread: ragged pruned layers may be extended. Returns what was before."""
+    before = getattr(_inside, "on", False)
     _inside.on = True
+    return before
 
 
-def leave() -> None:
-    """The patched model has returned."""
-    _inside.on = False
+def leave(before: bool = False) -> None:
+    """The patched model has returned, however; another one that called it may still be running."""
+    _inside.on = before
 
 
 def renamed(call: dict[str, Any]) -> dict[str, Any]:
@@ -45,14 +51,19 @@ class Pruned:
 
     dropped: tokens the layer answers for but does not store (the same number for every row).
     prefix: stored tokens at the last pruning; what is stored behind them was appended since, nothing dropped.
+    tail: tokens at the end of the prefix that are stored as they were fed: the text behind the last visual token.
     valid: [B, prefix] bool, False where a row stores padding; None if every stored prefix token is real.
     remask: the mask the caller keeps has other zeros in the prefix than what is stored there.
     shift: [B] int64, how much lower than the logical position a new token's position id is (positions="compact").
     uneven: it stores other tokens than the layer that masks are sized by (`reference_layer`).
     lag: [B] int64, how much lower still it is at this layer, behind a stage that renumbers; None if not at all.
     aside: all keys and values of the prompt, while the layer shows a selection of them (`show`). shown: that selection.
+    real: [B, P] bool, which of those aside are no padding, while there is a selection.
+    came: at which logical length each of the P tokens that are stored first came back; -1: stored since it was fed.
+        () if none came back.
     back: how many of the next keys are of tokens that come back: they join those aside.
-    recall: state of the stage that acts here at decode (`vtprune.recall`), or None.
+    recall: state of the stage that acts here at decode (`vtprune.recall`), or None. gate: at the first layer those of
+        all layers, which may refuse a crop before anything is cropped.
     heads: [B, H] bool, False for query heads whose output is zero here; None if all speak.
     """
 
@@ -60,13 +71,17 @@ class Pruned:
     prefix: int
     valid: Tensor | None
     remask: bool
+    tail: int = 0
     shift: Tensor | None
     lag: Tensor | None
     uneven: bool = False
     aside: tuple[Tensor, Tensor] | None = None
     shown: Compaction | None = None
+    real: Tensor | None = None
+    came: tuple[int, ...] = ()
     back: int = 0
     recall: Any = None
+    gate: tuple[Any, ...] = ()
     heads: Tensor | None = None
     keys: Tensor
     values: Tensor
@@ -100,9 +115,84 @@ class Pruned:
     def reset(self) -> None:
         """Empty: nothing is stored, nothing dropped."""
         self.dropped, self.prefix, self.valid, self.remask, self.uneven = 0, 0, None, False, False
-        self.shift = self.lag = self.aside = self.shown = self.recall = self.heads = None
-        self.back = 0
+        self.shift = self.lag = self.aside = self.shown = self.real = self.recall = self.heads = None
+        self.back, self.tail, self.came, self.gate = 0, 0, (), ()
         super().reset()  # type: ignore[misc]
+
+    def crop(self, tokens: int) -> None:
+        """As the base class; what came back for the tokens that go leaves with them.
+
+        Raises UnsupportedCall where more goes than stands behind the last visual token, unless it is everything.
+        """
+        length = int(self.get_seq_length())
+        if tokens > 0 and not COUNTS_LEFT:
+            super().crop(tokens)  # type: ignore[misc]
+            return
+        remove = min(length, -tokens if tokens <= 0 else max(0, length - tokens))
+        if remove == length > 0:
+            self.reset()
+            return
+        since = self._since()
+        if remove > since + self.tail:
+            raise UnsupportedCall(
+                f"cropping {remove} tokens reaches behind the last {since + self.tail}, which this cache stores as "
+                "fed, into the visual tokens of a pruned prompt: copy.deepcopy the cache before the turn that you "
+                "want to take back, crop less, or crop everything"
+            )
+        if not remove:
+            self._crop_stored(0)
+            return
+        for recall in self.gate:
+            recall.check_crop(length - remove)
+        if self.recall is not None:
+            self.recall.crop(length - remove)
+        self.cut(length - remove)
+
+    def cut(self, length: int) -> None:
+        """Store what was stored when so many tokens had been fed; everything stored is shown."""
+        self.show_all()
+        remove = int(self.get_seq_length()) - length
+        if any(at >= length for at in self.came):
+            self._drop_columns([i for i, at in enumerate(self.came) if at < length])
+        short = max(0, remove - self._since())
+        self._crop_stored(remove)
+        self.prefix, self.tail = self.prefix - short, self.tail - short
+        self.valid = self.valid if self.valid is None or not short else self.valid[:, : self.prefix]
+        self.came = self.came[: self.prefix]
+
+    def _crop_stored(self, remove: int) -> None:
+        dropped, self.dropped = self.dropped, 0  # the base class counts what is stored
+        try:
+            super().crop(-remove)  # type: ignore[misc]
+        finally:
+            self.dropped = dropped
+
+    def _since(self) -> int:
+        """Tokens fed since the last pruning."""
+        return int(self.get_seq_length()) - self.dropped - self.prefix
+
+    def _drop_columns(self, left: list[int]) -> None:
+        """Store only the tokens `left` of the prefix, and all behind it; the others had been dropped once."""
+        gone = self.prefix - len(left)
+        index = torch.tensor([*left, *range(self.prefix, stored(self))], device=self.keys.device)
+        self.keys, self.values = self.keys.index_select(2, index), self.values.index_select(2, index)
+        self.valid = None if self.valid is None else self.valid[:, left]
+        self.prefix, self.dropped = self.prefix - gone, self.dropped + gone
+        self.came = tuple(self.came[i] for i in left)
+
+    def show_all(self) -> None:
+        """Show all that is stored, where the layer shows a selection."""
+        if self.shown is None:
+            return
+        assert self.real is not None
+        length = self.get_seq_length()
+        if self.back:  # an interrupted step: they did not come
+            self.real, self.came, self.back = self.real[:, : -self.back], self.came[: -self.back], 0
+        if self.aside is not None:
+            self._gather(None)
+            self.prefix, self.dropped = self.real.shape[1], length - stored(self)
+        self.valid = None if bool(self.real.all()) else self.real
+        self.aside = self.shown = self.real = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(lambda t: t.index_select(0, beam_idx.to(t.device)))
@@ -121,6 +211,7 @@ class Pruned:
         self.shift = None if self.shift is None else rows(self.shift)
         self.lag = None if self.lag is None else rows(self.lag)
         self.heads = None if self.heads is None else rows(self.heads)
+        self.real = None if self.real is None else rows(self.real)
         self.aside = None if self.aside is None else (rows(self.aside[0]), rows(self.aside[1]))
         if self.shown is not None:  # no longer what any selection of the stage says: it is made anew
             self.shown = Compaction(rows(self.shown.index), self.valid, rows(self.shown.src))
@@ -153,8 +244,6 @@ class Pruned:
 
 def _counts_logically(cls: type) -> bool:
     """True if the layer's own `get_mask_sizes` is built on `get_seq_length`, which `Pruned` overrides."""
-    from transformers.cache_utils import DynamicLayer
-
     return cls.__mro__[2].get_mask_sizes is DynamicLayer.get_mask_sizes  # type: ignore[attr-defined]
 
 
@@ -195,13 +284,15 @@ def shrink(
     valid: Tensor | None,
     remask: bool,
     shift: Tensor | None,
+    tail: int = 0,
     lag: Tensor | None = None,
     uneven: bool = False,
     heads: Tensor | None = None,
 ) -> None:
     """Tell layer i that this call fed it `fed` tokens of which it stored `ran`.
 
-    past: logical length before the call. valid: [B, ran] of the new tokens, or None. remask, uneven: see `Pruned`.
+    past: logical length before the call. tail: how many of the last are stored as they were fed.
+    valid: [B, ran] of the new tokens, or None. remask, uneven: see `Pruned`.
     shift, lag: by how much this call lowered the ids of what follows, which adds to what earlier calls did.
     heads: as in `Pruned`, in place of what an earlier call said; None leaves that.
     """
@@ -227,6 +318,8 @@ def shrink(
     new.shift, new.lag = _sum(was.shift if was else None, shift), _sum(was.lag if was else None, lag)
     new.uneven = uneven or (was.uneven if was else False)
     new.heads = heads if heads is not None else new.heads
+    new.tail = tail
+    new.came = (*new.came, *[-1] * (new.prefix - len(new.came))) if new.came else ()
     cache.layers[i] = new
 
 
@@ -235,14 +328,15 @@ def stored(layer: Any) -> int:
     return layer.keys.shape[2]
 
 
-def show(layer: Pruned, shown: Compaction, size: int, back: int) -> None:
-    """Let a layer show a cut of the first `size` tokens it stores, and all that came behind them.
+def show(layer: Pruned, recall: Any, back: int) -> None:
+    """Let a layer show the cut `recall.shown` of the tokens it stores first, and all that came behind them.
 
-    shown: cut of the size + back tokens that there will be once `back` come back with the next update.
-    A static layer hides the others instead.
+    back: how many of those tokens, the last, come back with the next update. A static layer hides the others instead.
     """
+    shown, size = recall.shown, recall.order.shape[1] - back
     if layer.shown is shown and not back:
         return
+    layer.real = recall.real
     if is_static(layer):
         layer.valid, layer.prefix, layer.remask, layer.shown = shown.kept, size, True, shown
         return
@@ -252,7 +346,7 @@ def show(layer: Pruned, shown: Compaction, size: int, back: int) -> None:
     index = shown.index.clamp(max=size - 1)  # of those that come back nothing is there yet
     layer._gather(index)
     layer.prefix, layer.valid, layer.remask = shown.n, shown.valid, True
-    layer.dropped, layer.shown, layer.back = length - stored(layer), shown, back
+    layer.dropped, layer.shown, layer.back, layer.came = length - stored(layer), shown, back, recall.came
 
 
 def recalls(cache: Any) -> bool:
@@ -262,21 +356,30 @@ def recalls(cache: Any) -> bool:
 
 def show_all(cache: Any) -> None:
     """Let every layer show all it stores, for a call of several tokens; what stages at decode remember starts anew."""
-    order = None
     for layer in cache.layers:
         if not isinstance(layer, Pruned):
             continue
         if layer.recall is not None:
             layer.recall.forget()
-            order = layer.recall.order
-        if layer.shown is None or order is None:
-            continue
-        real, length = order >= 0, layer.get_seq_length()
-        if layer.aside is not None:
-            layer._gather(None)
-            layer.prefix, layer.dropped = order.shape[1], length - stored(layer)
-        layer.valid = None if bool(real.all()) else real
-        layer.aside = layer.shown = None
+        layer.show_all()
+
+
+def roll_back(cache: Any, length: int) -> None:
+    """Let a cache hold what it held at a length, after a call that was not completed (and pruned nothing on it yet).
+
+    Layers whose states cannot be taken back (windows, linear attention) are emptied with all others at length 0, and
+    left as transformers leaves them otherwise.
+    """
+    fixed = [x for x in cache.layers if getattr(x, "is_sliding", False) or not hasattr(x, "get_mask_sizes")]
+    if fixed and length:
+        return
+    for layer in cache.layers:
+        if layer in fixed:
+            layer.reset()
+        elif isinstance(layer, Pruned):
+            layer.cut(length)
+        elif (grown := int(layer.get_seq_length()) - length) > 0:
+            layer.crop(-grown)
 
 
 def _along(x: Tensor, index: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from .kernels.dispatch import Backend
 from .model_adapters.generic import MODALITIES, Adapter, Features, Unit, runs_of
 from .recall import Recall, pick
 from .tap import MASKED, bias_of
-from .types import KEPT, Assignment, Signal, Span, Stage, UnsupportedCall, Visual, Where, check_answers
+from .types import KEPT, Assignment, Signal, Span, Stage, UnsupportedCall, Visual, Where, ask
 from .units import Alive, arange_of, begin, emptied, groups, kept_by_crop
 
 ROWS = 64  # softmax rows held at a time
@@ -142,13 +142,16 @@ Merge = tuple[int, Tensor, Assignment]
 
 @dataclass
 class Frame:
-    """One forward pass of the text model. `code` is [B, L] int8 on the device: 1 text, 2.. visual."""
+    """One forward pass of the text model. `code` is [B, L] int8 on the device: 1 text, 2.. visual, 0 padding, and -1
+    tokens behind the end of the prompt, which stay and are not asked: what greedy decoding would not know yet.
+    """
 
     adapter: Adapter
     stages: list[Stage]
     code: Tensor
     opened: bool = False
     past: int = 0
+    behind: int = 0  # tokens of this call behind the end of the prompt
     cache: Any = None
     compaction: Compaction | None = None
     hidden: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -179,12 +182,18 @@ class Frame:
 
     # -- setting up -------------------------------------------------------------------------------------------------
 
-    def foresee(self, call: dict[str, Any]) -> None:
-        """From the arguments of the base model: send what the host must know on its way while the tower runs."""
+    def foresee(self, call: dict[str, Any], prompt: int | None = None) -> None:
+        """From the arguments of the base model: send what the host must know on its way while the tower runs.
+
+        prompt: tokens up to the end of the prompt, those of earlier calls included, where `generate` told.
+        """
         length = self.code.shape[1]
         self.cache = call.get(kv.NAME)
         self.past = int(self.cache.get_seq_length()) if self.cache is not None else 0
         real = self._real(call.get("attention_mask"), length)
+        self.behind = 0 if prompt is None else min(length - 1, max(0, self.past + length - prompt))
+        if self.behind:
+            self.code = torch.cat([self.code[:, : -self.behind], -self.code[:, -self.behind :]], 1)
         named = self.code
         if real is not None:
             self.code = self.code * real[:, -length:]
@@ -208,6 +217,8 @@ class Frame:
                 "this call shape is not supported"
             )
         named, seen, past = self._arriving.read().tensor_split([length, 2 * length], dim=1)
+        if self.behind and bool((named < -1).any()):  # visual tokens there: this call is about another prompt
+            named, self.code, self.behind = named.abs(), self.code.abs(), 0
         self.host = named * seen if seen.shape[1] else named  # tokens that the mask hides are no candidates
         self.holes = bool((self.host == 0).any() or (past == 0).any())
         self.real_past = past.to(self.code.device) != 0 if past.shape[1] else None
@@ -233,6 +244,7 @@ class Frame:
                 self.notes += found.tower.notes
                 self.tower_lengths[modality] = found.tower.lengths
         self.counts = (stays != 0).sum(1).tolist()
+        self.others = sum(self.counts) - int((self.host > 1).sum())
         self.text = [runs_of(row == 1) for row in self.host]
         depth = len(self.adapter.layers)
         self.lengths, self.valids, self.lags = [length] * depth, [None] * depth, [None] * depth
@@ -257,7 +269,7 @@ class Frame:
             return self.host
         seen = (self.host != 0).int()
         inside = (seen.cumsum(1) > 0) & (seen.flip(1).cumsum(1).flip(1) > 0)
-        return torch.where(inside & (named == 1), named, self.host)
+        return torch.where(inside & (named.abs() == 1), named, self.host)
 
     def _leave_out_hidden(self) -> None:
         """Images and their parts without the tokens that the attention mask hides: budgets count what is seen."""
@@ -283,7 +295,7 @@ class Frame:
         """Features of unknown origin come without sizes, so a part of an image must be told by where it stands."""
         first = [int(row.nonzero()[0, 0]) if row.any() else 0 for row in self.host]
         starts = self.past > 0 and any(row[i] > 1 for row, i in zip(self.host, first))
-        if starts or bool((self.host[:, -1] > 1).any()):
+        if starts or bool((self.host[:, -1 - self.behind] > 1).any()):
             raise UnsupportedCall(
                 "this call ends or goes on inside an image, as chunked prefill does, so a method would see only a part "
                 "of it: set prefill_chunk_size=None"
@@ -399,8 +411,7 @@ class Frame:
         """What the method answers, checked."""
         clock = Clock(self.hidden.device)
         with deferring() as checks, recording(self.kernels), full_precision(self.hidden.device):
-            answers = stage.method.batch(views)
-            check_answers(stage, views, answers)
+            answers = ask(stage, views)
         self.clocks.append(clock.stop())
         if not capturing(self.hidden.device):  # a CUDA graph replays what its warm-up run has checked
             self.verdicts.append(Verdict(checks))
@@ -438,7 +449,7 @@ class Frame:
 
     def read_heads(self, out: Tensor) -> None:
         """Add what each head says in one layer: out [B, n, H, d], its output before the projection."""
-        real = self._real_slots().to(out.device)
+        real = self._prompt_slots().to(out.device)
         said = (out.float().abs().sum(-1) * real[..., None]).sum(1)
         self.head_output = said if self.head_output is None else self.head_output.to(out.device) + said
 
@@ -588,7 +599,7 @@ class Frame:
                 past=0 if flat is None else flat.shape[1] - embeds.shape[1],
                 visual=visual,
                 deepstack=layers,
-                kept_visual=sum(self.counts) - sum(length for row in self.text for _, length in row),
+                kept_visual=sum(self.counts) - self.others,
             )  # fmt: skip
         self._set(Compaction(cut.index, cut.valid, cut.src), 0)
         assert cut.position_ids is not None
@@ -714,7 +725,6 @@ class Frame:
         before, real = self._ids_at(i, ids), self._real_slots()
         if not self.run_stages(i, hidden):
             return hidden
-        kv.enter()
         self.inner = self.cut_now if self.inner is None else self.inner.then(self.cut_now)
         self.inner_cuts.append((self.merges, self.cut_now))
         self.rows = {key: self.cut_now.cut(row, 1) for key, row in self.rows.items()}
@@ -779,6 +789,13 @@ class Frame:
             real = c.cut(self.code, 1) != 0
             return real if c.valid is None else real & c.valid.to(real.device)
         return c.valid if c.valid is not None else torch.ones_like(c.index, dtype=torch.bool)
+
+    def _prompt_slots(self) -> Tensor:
+        """[B, n] bool: which of the current slots hold tokens of the prompt, and so may be asked."""
+        real, c = self._real_slots(), self.compaction
+        if not self.behind:
+            return real
+        return real & ((self.code if c is None else c.cut(self.code, 1)) > 0)
 
     def _ids_at(self, i: int, ids: Tensor | None) -> Tensor | None:
         """Position ids [B or 1, n] of the current slots at layer i, earlier calls left out of account."""
@@ -847,9 +864,9 @@ class Frame:
                 rows = tap.rows(last[:, None])[:, :, 0]
                 self.rows[kind, layer] = (rows if kind == "last_row" else self._among_visual(rows)).mean(1)
             elif kind == "page_rank":
-                self.rows[kind, layer] = tap.page_rank(self._real_slots().to(q.device)).square().mean(1).sqrt()
+                self.rows[kind, layer] = tap.page_rank(self._prompt_slots().to(q.device)).square().mean(1).sqrt()
             elif kind == "received_so_far":
-                received = tap.received(self._real_slots().to(q.device))
+                received = tap.received(self._prompt_slots().to(q.device))
                 before = self.rows.pop((kind, layer - 1), None)  # read by now, if a stage stands at this layer
                 self.rows[kind, layer] = received if before is None else received + before.to(q.device)
             elif kind.startswith("text_rows"):
@@ -864,7 +881,7 @@ class Frame:
 
     def read_transition(self, layer: int, before: Tensor, after: Tensor) -> None:
         """Add what one module of a layer does to its tokens, before and after [B, n, D]."""
-        clock, real = Clock(before.device), self._real_slots().to(before.device)
+        clock, real = Clock(before.device), self._prompt_slots().to(before.device)
         x, y = before.float(), after.float()
         ratio = y.norm(dim=-1) / x.norm(dim=-1).clamp(min=torch.finfo(x.dtype).tiny)
         turned = 1 - torch.cosine_similarity(x, y, dim=-1)
@@ -947,44 +964,46 @@ class Frame:
         if seen and not behind:
             if WORDLESS not in self.notes:
                 self.notes.append(WORDLESS)
-            return [(self.host.shape[1] - 1, 1)]
+            return [(self.host.shape[1] - 1 - self.behind, 1)]
         return behind
 
     def _last_slot(self, n: int) -> Tensor:
         if self.compaction is not None:  # pads were dropped: rows end with a real token
-            return torch.full((len(self.host),), n - 1)
+            return torch.full((len(self.host),), n - 1 - self.behind)
         position = torch.arange(1, self.host.shape[1] + 1)
-        return ((self.host != 0) * position).amax(1) - 1
+        return ((self.host > 0) * position).amax(1) - 1
 
     # -- closing ----------------------------------------------------------------------------------------------------
+
+    def check_cache(self, cache: Any) -> None:
+        """Refuse a cache that cannot hold what this call would leave on it."""
+        cache = self.cache if cache is None else cache
+        back = any(recall.hidden is not None for recall in self.recalls.values())
+        if back and any(kv.is_static(layer) for layer in getattr(cache, "layers", ())):
+            raise UnsupportedCall(
+                "a static cache has no room for tokens that come back at decode: use the default dynamic cache"
+            )
 
     def shrink_cache(self, cache: Any) -> None:
         """Let every layer of the cache answer for what it did not store."""
         length = self.host.shape[1]
         lags = {id(lag): lag[:, -1] for lag in self.lags if lag is not None}  # rows end with a real token
-        first = min(self.recalls, default=len(cache.layers))
+        first = min(self.recalls, default=0)
         befores = {i: self._stored_before(cache, i) for i in self.recalls}
         entered = self.past_at(first - 1) if self.recalls else 0
-        reference = kv.reference_layer(cache)
+        reference, tail = kv.reference_layer(cache), self._text_at_end()
         for i in range(min(len(cache.layers), len(self.lengths))):
-            # A row that keeps all it has may hold the length up while others are cut.
-            cut = self.lengths[i] < length or self.valids[i] is not None or self.heads[i] is not None
-            if cut or kv.state(cache, i) is not None or i >= first:
-                kv.shrink(
-                    cache, i, past=self.past, fed=length, ran=self.lengths[i], valid=self.valids[i],
-                    remask=self.holes and self.lengths[i] < length, shift=self.shift, lag=lags.get(id(self.lags[i])),
-                    uneven=self.lengths[i] != self.lengths[reference] or self.valids[i] is not self.valids[reference],
-                    heads=self.heads[i],
-                )  # fmt: skip
+            kv.shrink(  # layers that were not cut as well: none may be cropped where another refuses
+                cache, i, past=self.past, fed=length, ran=self.lengths[i], valid=self.valids[i], tail=tail,
+                remask=self.holes and self.lengths[i] < length, shift=self.shift, lag=lags.get(id(self.lags[i])),
+                uneven=self.lengths[i] != self.lengths[reference] or self.valids[i] is not self.valids[reference],
+                heads=self.heads[i],
+            )  # fmt: skip
 
         for i, recall in self.recalls.items():
             layer: Any = kv.state(cache, i)
             if layer is None:  # nothing is stored under gradient checkpointing
                 continue
-            if recall.hidden is not None and kv.is_static(layer):
-                raise UnsupportedCall(
-                    "a static cache has no room for tokens that come back at decode: use the default dynamic cache"
-                )
             before = befores[i]
             later = replace(
                 recall,
@@ -995,6 +1014,14 @@ class Frame:
                 memory=[],
             )
             layer.recall = later if layer.recall is None else layer.recall.joined(later)
+        if (layer := kv.state(cache, reference)) is not None:
+            held = [getattr(kv.state(cache, i), "recall", None) for i in range(len(cache.layers))]
+            layer.gate = tuple(recall for recall in held if recall is not None)
+
+    def _text_at_end(self) -> int:
+        """How many of the last tokens are text in every row: these are stored one by one as they were fed."""
+        place = torch.arange(1, self.host.shape[1] + 1)
+        return self.host.shape[1] - int((((self.host > 1) | (self.host == 0)) * place).max())
 
     def _stored_before(self, cache: Any, i: int) -> Tensor:
         """[B, P] positions as fed of what layer i stored before this call, -1 for padding."""

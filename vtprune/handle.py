@@ -27,7 +27,8 @@ class Handle:
     """
 
     def __init__(self, model: nn.Module, session: Session | VitSession) -> None:
-        self._model, self._session = model, session
+        self._root: nn.Module | None = session.root
+        self._session, self._name = session, type(model).__name__
         self._enter()
 
     @property
@@ -46,17 +47,24 @@ class Handle:
     @property
     def active(self) -> bool:
         """True until removed."""
-        return self._session.root.__dict__.get(_KEY) is self
+        return self._root is not None and self._root.__dict__.get(_KEY) is self
 
     def remove(self) -> None:
         """Leave the model as it was before `patch`; safe to call twice.
 
-        Caches already produced stay valid where rows and layers store the same number of tokens; the others refuse to
-        go on without the patch.
+        Calls in other threads end with the patch, which this waits for; those that begin meanwhile wait, and run
+        without it. Caches already produced stay valid where rows and layers store the same number of tokens; the others
+        refuse to go on without the patch. What is left is `last`: neither the model nor anything of a call stays alive.
+
+        Raises VtpruneError inside a call of the model in this thread.
         """
         self._session.remove()
+        if self._root is None:
+            return
         if self.active:
-            del self._session.root.__dict__[_KEY]
+            del self._root.__dict__[_KEY]
+        self._root = None
+        self._session.release()
 
     def _enter(self) -> None:
         self._session.root.__dict__[_KEY] = self
@@ -69,7 +77,7 @@ class Handle:
 
     def __repr__(self) -> str:
         places = ", ".join(f"{s.method.name or type(s.method).__name__} at {s.where!r}" for s in self.stages)
-        return f"<vtprune.Handle of {type(self._model).__name__}: {places}{'' if self.active else ' (removed)'}>"
+        return f"<vtprune.Handle of {self._name}: {places}{'' if self.active else ' (removed)'}>"
 
 
 def patch(
@@ -135,14 +143,15 @@ def patch(
         if not isinstance(before._session, Session):
             raise ValueError(f"a part of this model is patched alone ({before!r}): call vtprune.unpatch(model) first")
         stages = sorted([*before.stages, *stages], key=lambda s: s.where if isinstance(s.where, int) else -1)
-        before.remove()
+        before._session.remove()
     try:
         session = Session(model, stages)
     except BaseException:
         if before is not None:
             before._session._install()
-            before._enter()
         raise
+    if before is not None:
+        before.remove()
     return Handle(model, session)
 
 

@@ -1,7 +1,7 @@
 """The seam: hooks on one model instance that cut tokens before or inside the LLM, and undo every trace.
 
 Order in one forward pass: base-pre (is there something to prune?) -> the vision encoder with its taps -> text-pre
-(stage "llm") -> layer-pre (stages at layers) -> text-post (cache and output lengths) -> base-post (always: clean up).
+(stage "llm") -> layer-pre (stages at layers) -> text-post (cache and output lengths). Cleaning up: `vtprune.calls`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import cache as kv
 from . import packed
+from .calls import Forward, Generate, Running
 from .clock import Clock, timing
 from .compact import hide, in_window, mask_for, tensor_mask
 from .compilers import announce, outside, outside_while_busy, refuse_tracers
@@ -56,6 +57,13 @@ class Local(threading.local):
         self.told: dict[str, Any] = {}  # what `generate` was told of grids, which it keeps from the model
         self.placed: tuple[Any, ...] = ()  # the last position ids that were lowered, and what came of them
         self.samples: packed.Samples | None = None  # of packed rows, while each is a row of its own
+        self.prompt: int | None = None  # tokens up to the end of the prompt of the `generate` under way
+        self.depth = 0  # calls of the base and the text model under way, one inside the other
+
+    def clear(self) -> None:
+        """Nothing of a call is left, and nothing of one that was interrupted before."""
+        self.frame, self.step, self.placed, self.ahead, self.features = None, None, (), False, {}
+        self.samples = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Local:
         return Local()
@@ -113,20 +121,21 @@ class Observer:
     def __init__(self, session: Session, modality: str, original: Callable[..., Any], tower: Any, inside: Any) -> None:
         self.session, self.modality, self.original, self.tower, self.inside = session, modality, original, tower, inside
         self.__name__ = f"get_{modality}_features"
-        self.retired = False
 
     @property
     def __signature__(self) -> Any:  # generate() reads the parameters to decide what to pass
         return inspect.signature(self.original)
 
-    def retire(self) -> None:
-        """Only pass calls on: somebody may have kept the function beyond the patch."""
-        self.retired = True
-
     @outside
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.session.running.one():
+            if self.session.removed:  # somebody kept the function beyond the patch, or this call waited
+                return self.original(*args, **kwargs)
+            return self._observe(args, kwargs)
+
+    def _observe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         local = self.session.local
-        if self.retired or local.observing:  # video features may be computed through the image path
+        if local.observing:  # video features may be computed through the image path
             return self.original(*args, **kwargs)
         local.observing = True
         try:
@@ -144,14 +153,17 @@ class Observer:
             if run and run.kept:
                 signals = [{**s, KEPT: k} for s, k in zip(signals or [{}] * len(run.kept), run.kept)]
             found = self.session.adapter.observe(self.modality, call, output, signals)
-            found.tower, found.kernels, found.clocks = run, kernels, clocks
-            local.features[self.modality] = found
+            found.tower, found.kernels, found.clocks = run and run.report(), kernels, clocks
+            if local.depth:  # else they will be known by the output
+                local.features[self.modality] = found
             self.session.seen.add(output, found)
             output = output.to_tuple() if as_tuple else output
         finally:
             local.observing = False
             if self.inside:
                 self.inside.stop()
+            if self.tower:
+                self.tower.stop()
         return output
 
     def _encode(self, call: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool]:
@@ -163,42 +175,6 @@ class Observer:
             return self.original(*args, **kwargs), False
         output = self.original(*args, **{**kwargs, "return_dict": True})
         return output, hasattr(output, "to_tuple")
-
-
-class Generator:
-    """Stands in for `model.generate` on the instance: it hands the model features, but not the grids it was given."""
-
-    def __init__(self, session: Session, original: Callable[..., Any]) -> None:
-        self.session, self.original = session, original
-        self.__name__, self.__doc__ = "generate", type(session.adapter.model).generate.__doc__
-        self.retired = False
-
-    @property
-    def __signature__(self) -> Any:
-        return inspect.signature(self.original)
-
-    def retire(self) -> None:
-        """Only pass calls on."""
-        self.retired = True
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        session = self.session
-        if self.retired:
-            return self.original(*args, **kwargs)
-        told = {
-            k: v for k, v in kwargs.items() if k.endswith(("_grid_thw", "_sizes", "_aspect_ratio")) and v is not None
-        }
-        encoded = kwargs.get("mm_encoder_outputs")
-        for modality, output in encoded.items() if isinstance(encoded, Mapping) else ():
-            # Beams repeat the entries later on, so they are counted now.
-            known = None if output is None else session._known(modality, told, output)
-            if known is not None:
-                session.seen.add(output, known)
-        before, session.local.told = session.local.told, told
-        try:
-            return self.original(*args, **kwargs)
-        finally:
-            session.local.told = before
 
 
 class _Looked(Exception):
@@ -216,6 +192,7 @@ class Session:
         self.inert = all(stage.keeps_all for stage in self.stages) and not self.reweighing
         self.local = Local()
         self.seen = Seen()
+        self.running, self.removed = Running(), False
         self.latest: Last | None = None
         self._undo: list[Callable[[], None]] = []
         self._check()
@@ -390,22 +367,22 @@ class Session:
         return self.local.frame is not None
 
     def _install(self) -> None:
-        a = self.adapter
-        before = a.base.register_forward_pre_hook
-        self._undo.append(before(self._base_pre, with_kwargs=True).remove)
-        self._undo.append(a.base.register_forward_hook(self._base_post, always_call=True).remove)
+        a, self.removed = self.adapter, False
         self._undo.append(a.text.register_forward_pre_hook(self._text_pre, with_kwargs=True).remove)
         self._undo.append(a.text.register_forward_hook(self._text_post, with_kwargs=True).remove)
+        self.forwards = [Forward(self, module, "forward") for module in (a.base, a.text)]
+        self._undo += [forward.install() for forward in self.forwards]
         for i in range(self.first_hook, len(a.layers)):
             hook = partial(self._layer_pre, i)
             self._undo.append(a.layers[i].register_forward_pre_hook(hook, with_kwargs=True).remove)
         self._announced: set[nn.Module] = set()
-        self._announce(a.base, a.text, *a.layers[self.first_hook :])
+        self._announce(*a.layers[self.first_hook :])
         if self.first_layer < self.deep:
             self._add = standing(a.text, DEEPSTACK)
             self._undo.append(cover(a.text, DEEPSTACK, self._add_features))
         self._tap_layers()
         self._observe_towers()
+        self._watch_generate()
 
     def _announce(self, *modules: nn.Module) -> None:
         """Let compilers know of the hooks on these modules; once each."""
@@ -552,33 +529,66 @@ class Session:
                 if tower:
                     tower.restore = stages.restore
             observer = Observer(self, modality, standing(base, name), tower, stages)
-            self._undo += [cover(base, name, observer), observer.retire]
-        if hasattr(type(self.adapter.model), "generate"):
-            generator = Generator(self, standing(self.adapter.model, "generate"))
-            self._undo += [cover(self.adapter.model, "generate", generator), generator.retire]
+            self._undo.append(cover(base, name, observer))
+
+    def _watch_generate(self) -> None:
+        model = self.adapter.model
+        if hasattr(type(model), "generate"):
+            self._undo.append(Generate(self, model, "generate").install())
 
     def remove(self) -> None:
-        """Undo everything; safe to call twice."""
-        while self._undo:
-            self._undo.pop()()
+        """Undo everything, once calls in other threads have ended; safe to call twice."""
+        with self.running.none():
+            while self._undo:
+                self._undo.pop()()
+            self.removed = True
+
+    def release(self) -> None:
+        """Let go of the model, once removed for good."""
+        del self.adapter
 
     # -- hooks ------------------------------------------------------------------------------------------------------
 
-    def _base_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def base_pre(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Before the base model runs: its arguments, in which a mask over the past may be another."""
         call = self.adapter.bind(module, args, kwargs)
-        ids = call.get("input_ids")
-        tokens = ids if ids is not None else call.get("inputs_embeds")
-        if self.busy():  # compiled code left by an exception before `_base_post` could run
-            self._base_post(module, args, None)
+        tokens = _tokens_of(call)
         if tokens is not None and tokens.shape[1] > 1:  # decode steps leave here: nothing to prune
             self._refuse(call)
-            if ids is None or self.adapter.given(call):
+            if self._may_prune(call):
                 call = self._begin(call, tokens)
         if self.adapter.masks_in_base:
             call = self._past_mask_2d(call, call.get(kv.NAME))
-        return None if call is kwargs else ((), call)
+        return (args, kwargs) if call is kwargs else ((), call)
 
-    @outside
+    def base_post(self, output: Any) -> Any:
+        """What the base model returns, in which packed rows are packed again."""
+        samples = self.local.samples
+        return output if samples is None else packed.pack_output(output, samples)
+
+    def may_prune(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """True for a call of the base model that is a prompt with features, or embeddings that may hold some."""
+        call = self.adapter.bind(module, args, kwargs)
+        tokens = _tokens_of(call)
+        return tokens is not None and tokens.shape[1] > 1 and self._may_prune(call)
+
+    def _may_prune(self, call: dict[str, Any]) -> bool:
+        return call.get("input_ids") is None or bool(self.adapter.given(call))
+
+    def recognised(self, call: dict[str, Any]) -> dict[str, Any]:
+        """The grids that a call of `generate` was given; features it brings will be found again."""
+        ends = ("_grid_thw", "_sizes", "_aspect_ratio")
+        told = {k: v for k, v in call.items() if k.endswith(ends) and v is not None}
+        encoded = call.get("mm_encoder_outputs")
+        for modality, output in encoded.items() if isinstance(encoded, Mapping) else ():
+            # Beams repeat the entries later on, so they are counted now.
+            known = None if output is None else self._known(modality, told, output)
+            if known is not None:
+                self.seen.add(output, known)
+        return told
+
     def _begin(self, call: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
         """Start to prune this prompt, if it has visual tokens and says where; the call that goes on."""
         code = self.adapter.visual_code(call)
@@ -588,10 +598,20 @@ class Session:
                 call, code = self._unpack(call, code)
             self.local.features = self._brought(call)
             frame = self.local.frame = Frame(self.adapter, self.stages, code, notes=list(self.notes))
-            frame.foresee(call)
+            frame.foresee(call, self.local.prompt)
+            if frame.behind and frame.cache is not None and not self.inert:
+                self._refuse_guesses()
         elif call.get("input_ids") is None:
             self._unplaced(call)
         return call
+
+    def roll_back(self) -> None:
+        """A call of the text model did not end well: its cache holds what it held before."""
+        frame, step = self.local.frame, self.local.step
+        if step is not None:
+            step.roll_back()
+        elif frame is not None and frame.opened and frame.cache is not None:
+            kv.roll_back(frame.cache, frame.past)
 
     def _unplaced(self, call: dict[str, Any]) -> None:
         """A prompt as embeddings without features, of which nothing tells where features were merged into them."""
@@ -620,13 +640,6 @@ class Session:
         found = self.seen.find(output)
         return self.adapter.brought(modality, told, output) if found is None else found
 
-    @outside_while_busy
-    def _base_post(self, module: nn.Module, args: Any, output: Any) -> Any:
-        samples = self.local.samples
-        self.local.frame, self.local.step, self.local.placed, self.local.samples = None, None, (), None
-        kv.leave()
-        return output if samples is None or output is None else packed.pack_output(output, samples)
-
     def _unpack(self, call: dict[str, Any], code: Tensor) -> tuple[dict[str, Any], Tensor]:
         """A call whose rows hold several samples, with each in a row of its own; its visual tokens."""
         caches = self._caches(call)
@@ -651,12 +664,17 @@ class Session:
 
     @outside_while_busy
     def _text_pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.local.depth:  # called without the base model
+            if any(forward.module.__dict__.get("forward") is not forward for forward in self.forwards):
+                raise UnsupportedCall(
+                    "another library changed the forward of this model after vtprune.patch, which is not seen any "
+                    "more: call vtprune.unpatch(model) and patch again"
+                )
+            self.local.clear()
         call = self.adapter.bind(module, args, kwargs)
         cache = call.get(kv.NAME)
         layer = kv.state(cache, kv.reference_layer(cache)) if cache is not None else None
         self._check_places(cache)
-        if any(getattr(layer, "needs_patch", False) for layer in getattr(cache, "layers", ())):
-            kv.enter()
         self._open_step(cache, call)
         if layer is not None:
             if not self.adapter.masks_in_base:
@@ -676,7 +694,6 @@ class Session:
         """Run the stages before the LLM; the text model's call with what they left."""
         self._check_frame()
         if frame.run_stages("llm", call["inputs_embeds"]):
-            kv.enter()
             call = self._cut_text_call(frame, call)
         if any(need.kind == "relevance" for stage in self.stages for need in stage.method.needs):
             frame.read_embeds(call["inputs_embeds"])
@@ -684,12 +701,24 @@ class Session:
 
     @outside_while_busy
     def _text_post(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        try:
+            return self._close(output)
+        finally:
+            if not self.local.depth:
+                self.local.clear()
+
+    def _close(self, output: Any) -> Any:
         frame, step = self.local.frame, self.local.step
         if step is not None:
             return self._close_step(step, output)
         if frame is None or not frame.opened:
             return None
-        frame.settle()
+        try:
+            frame.settle()
+            frame.check_cache(getattr(output, kv.NAME, None))
+        except BaseException:
+            self.roll_back()
+            raise
         if frame.compaction is not None or frame.recalls or frame.speaking:
             cache = getattr(output, kv.NAME, None)
             cache = cache if cache is not None else frame.cache
@@ -704,15 +733,21 @@ class Session:
         """Before a call on a cache with stages that act at decode: one token is a step, several see everything."""
         if not kv.recalls(cache):
             return
-        kv.enter()
         embeds = call.get("inputs_embeds")
         if embeds is None or embeds.shape[1] > 1:
+            prompt = self.local.prompt
+            if prompt is not None and embeds is not None and cache.get_seq_length() + embeds.shape[1] > prompt:
+                self._refuse_guesses()
             kv.show_all(cache)
         elif all(getattr(kv.state(cache, s.where), "recall", None) is not None for s in self.at_decode):  # type: ignore
             self.local.step = Step(cache, self.at_decode)
 
     def _close_step(self, step: Step, output: Any) -> Any:
-        step.settle()
+        try:
+            step.settle()
+        except BaseException:
+            step.roll_back()
+            raise
         last = self.local.last or self.latest
         if last is not None:
             last.recalled.update(step.kept())
@@ -875,6 +910,22 @@ class Session:
                     "cache_implementation='static' (a DynamicCache works)"
                 )
 
+    def _refuse_guesses(self) -> None:
+        """Calls whose last tokens are guesses, where these change what a stage chooses or cannot be chosen for."""
+        if self.at_decode:
+            raise UnsupportedCall(
+                f"{self.at_decode[0].method.name} chooses among the visual tokens at every decode step, but this call "
+                "verifies several guessed tokens at once, as assisted decoding and prompt lookup do: leave out "
+                "assistant_model and prompt_lookup_num_tokens, or use a method that acts while the prompt is read only"
+            )
+        inside = [s.method.name for s in self.stages if isinstance(s.where, int)]
+        if inside and self.adapter.masks_in_base:
+            raise UnsupportedCall(
+                f"{inside[0]} acts inside the LLM, and {self.adapter.model_type} reads its prompt in both directions, "
+                "so guessed tokens (assisted decoding, prompt lookup) would have a say in which tokens stay: leave out "
+                "assistant_model and prompt_lookup_num_tokens, or use a method that acts before the LLM"
+            )
+
     def _check_frame(self) -> None:
         frame, text = self.local.frame, self.adapter.text
         assert frame is not None
@@ -997,6 +1048,12 @@ class Session:
             past = real.new_ones(real.shape[0], frame.past)
             new["attention_mask"] = torch.cat([past, real if c.valid is None else hide(real, c.valid)], dim=1)
         return new
+
+
+def _tokens_of(call: dict[str, Any]) -> Tensor | None:
+    """Ids or embeddings of a call of the base model."""
+    ids = call.get("input_ids")
+    return ids if ids is not None else call.get("inputs_embeds")
 
 
 def _layers_of(need: Signal, where: int) -> range:

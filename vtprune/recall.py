@@ -20,7 +20,7 @@ from . import cache as kv
 from .compact import Compaction, mask_of
 from .kernels import Verdict, deferring, full_precision
 from .tap import read
-from .types import Signal, Stage, UnsupportedCall, Visual, check_answers
+from .types import Signal, Stage, UnsupportedCall, Visual, ask
 
 ROW = Signal("last_row", -1)
 Rope = tuple[Tensor, ...]
@@ -37,6 +37,8 @@ class Recall:
     [.., B, V, d], where tokens may come back.
     memory: the method's state, row by row. chosen: numbers chosen in each row at the last step, None before the first.
     picks: the answers that led to them. shown: the cut of the store that the layers show. columns: [B, V] place in it.
+    real: [B, P] bool, what of the store is no padding. came: at which length each of its P tokens came back, or ().
+    steps: between which lengths the method was asked at every step and remembered something.
     """
 
     where: Tensor
@@ -52,6 +54,9 @@ class Recall:
     picks: list[Tensor] = field(default_factory=list)
     shown: Compaction | None = None
     columns: Tensor | None = None
+    real: Tensor | None = None
+    came: tuple[int, ...] = ()
+    steps: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.memory = self.memory or [{} for _ in self.counts]
@@ -72,8 +77,46 @@ class Recall:
         self.memory = [{} for _ in self.counts]
         self._show_all()
 
+    def check_crop(self, length: int) -> None:
+        """Raise UnsupportedCall where what the method remembered at this length is not known any more."""
+        if any(first < length <= last for first, last in self.steps):
+            raise UnsupportedCall(
+                "the method that chooses at every decode step compares each with the one before, so a cache cropped to "
+                f"{length} tokens, in the middle of an answer, would go on with a later memory: crop to where the "
+                "answer starts, or copy.deepcopy the cache at the step that you want to come back to"
+            )
+
+    def crop(self, length: int) -> None:
+        """Know what was known when so many tokens had been fed; as `check_crop`."""
+        self.check_crop(length)
+        self.forget()
+        self.steps = [step for step in self.steps if step[1] < length]
+        self.cut(length)
+
+    def cut(self, length: int) -> None:
+        """Store what was stored when so many tokens had been fed; the next step chooses anew."""
+        self._show_all()
+        if any(at >= length for at in self.came):
+            left = [i for i, at in enumerate(self.came) if at < length]
+            self.came = tuple(self.came[i] for i in left)
+            place = torch.full((self.order.shape[1],), -1, dtype=torch.int64)
+            place[left] = torch.arange(len(left))
+            place = place.to(self.slots.device)
+            self.slots = place[self.slots.clamp(min=0)].masked_fill(self.slots < 0, -1)
+            self.order = self.order[:, left]
+        end = int((self.order < length).any(0).sum())  # those that were fed later stand at the end
+        self.order, self.came = self.order[:, :end], self.came[:end]
+
+    def note_step(self, length: int) -> None:
+        """The method was asked when so many tokens had been fed, and remembers something."""
+        if self.steps and self.steps[-1][1] == length:
+            self.steps[-1] = self.steps[-1][0], length + 1
+        else:
+            self.steps.append((length, length + 1))
+
     def _show_all(self) -> None:
         self.chosen, self.picks, self.shown, self.columns = None, [], None, None
+        self.real = None
 
     def joined(self, later: Recall) -> Recall:
         """With the tokens of a later turn; `later.order` covers all that is stored by now."""
@@ -94,6 +137,8 @@ class Recall:
             torch.cat([self.entry, later.entry], 1).gather(1, place),
             hidden,
             rope,
+            came=(*self.came, *[-1] * (later.order.shape[1] - len(self.came))) if self.came else (),
+            steps=self.steps,
         )
 
 
@@ -106,6 +151,16 @@ class Step:
         self.rows: dict[int, Tensor] = {}
         self.verdicts: list[Verdict] = []
         self.running: Tensor | None = None  # [B, R] numbers of the tokens that came back, left-padded with -1
+        self.length = int(cache.get_seq_length())
+        found = [recall for k in self.stages if (recall := self._recall(k)) is not None]
+        self._before = [(recall, [dict(row) for row in recall.memory], list(recall.steps)) for recall in found]
+
+    def roll_back(self) -> None:
+        """The step was not completed: the cache and what the method remembers are as before it."""
+        kv.roll_back(self.cache, self.length)
+        for recall, memory, steps in self._before:
+            recall.cut(self.length)
+            recall.memory, recall.steps = memory, steps
 
     def read_row(
         self, layer: int, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
@@ -126,7 +181,7 @@ class Step:
         if i in self.stages:
             hidden = self._choose(i, recall, hidden)
         if recall.shown is not None:
-            kv.show(self.cache.layers[i], recall.shown, recall.order.shape[1] - self.back, self.back)
+            kv.show(self.cache.layers[i], recall, self.back)
         return hidden
 
     def extend(self, i: int, hidden: Tensor, call: dict[str, Any], attention: str) -> None:
@@ -212,8 +267,9 @@ class Step:
             row = self.rows[k - 1][b].index_select(0, columns.index_select(0, numbers))
             views.append(Visual(row.new_zeros(len(row), 0), budgets[b], signals={ROW: row}, state=recall.memory[b]))
         with deferring() as checks, full_precision(recall.where.device):
-            answers = stage.method.batch(views) if views else []
-            check_answers(stage, views, answers)
+            answers = ask(stage, views) if views else []
+        if any(recall.memory):
+            recall.note_step(self.length)
         self.verdicts.append(Verdict(checks))
         if not type(stage.method).__module__.startswith("vtprune."):
             self.settle()
@@ -234,6 +290,8 @@ class Step:
         self.running = back.index if back.valid is None else back.index.masked_fill(~back.valid, -1)
         ends = torch.arange(self.back, device=new.device) + recall.order.shape[1]
         at = recall.where.gather(1, back.index).masked_fill(self.running < 0, -1)
+        stood = recall.came or (-1,) * recall.order.shape[1]
+        recall.came = (*stood, *[self.length] * self.back)
         recall.order = torch.cat([recall.order, at], 1)
         _put(recall.slots, self.running, ends.expand(len(counts), -1))
         return torch.cat([pick(recall.hidden, back.index).to(new.dtype), new], 1)
@@ -241,7 +299,7 @@ class Step:
 
 def _show(recall: Recall, chosen: list[Tensor]) -> None:
     """Let the layers show the text and the chosen visual tokens: `shown` and `columns`."""
-    keep = recall.order >= 0
+    keep = recall.real = recall.order >= 0
     visual = keep.new_zeros(len(keep), keep.shape[1] + 1)  # one place more, for tokens that are not stored
     visual.scatter_(1, recall.slots.masked_fill(recall.slots < 0, keep.shape[1]), True)
     keep = keep & ~visual[:, :-1]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -49,7 +49,7 @@ from .types import (
     UnsupportedModel,
     Visual,
     VtpruneError,
-    check_answers,
+    ask,
 )
 
 INSIDE_LLM = ("last_row",)
@@ -113,6 +113,10 @@ class TowerRun:
         if id(value) not in self.memo:
             self.memo[id(value)] = value, cut()
         return self.memo[id(value)][1]
+
+    def report(self) -> TowerRun:
+        """What the LLM and `Last` ask for: no pixels and no states."""
+        return TowerRun({}, kept=self.kept, results=self.results, notes=self.notes, lengths=self.lengths)
 
     def settle(self) -> None:
         """Raise what the checks of the stages found."""
@@ -408,8 +412,7 @@ class TowerStages:
         if not todo:
             return x
         with deferring() as checks, timed(x.device), full_precision(x.device):
-            answers = stage.method.batch(views)
-            check_answers(stage, _bounded(views, answers, k == last), answers)
+            answers = ask(stage, views, least=k != last)  # before its last block a schedule may keep more, not less
         run.verdicts.append(Verdict(checks))
         if not x.is_cuda or not type(stage.method).__module__.startswith("vtprune."):
             run.settle()
@@ -549,16 +552,6 @@ def places(stage: Stage, depth: int) -> range:
         raise ValueError(f"{name} at {where!r}; {valid}")
     k = k + depth if k < 0 else k
     return range(k, k + 1)
-
-
-def _bounded(views: list[Visual], answers: list[Assignment], last: bool) -> list[Visual]:
-    """The views to check answers against: before its last block a schedule may keep more than its budget, not less."""
-    if last:
-        return views
-    for view, answer in zip(views, answers):
-        if view.budget is not None and answer.idx.shape[0] < view.budget:
-            raise VtpruneError(f"{answer.idx.shape[0]} tokens kept in the tower, below the budget of {view.budget}")
-    return [replace(view, budget=None) for view in views]
 
 
 def right_padded(keep: Tensor, counts: Sequence[int]) -> Compaction:

@@ -34,7 +34,7 @@ from .model_adapters.vits import (
 )
 from .reduction import Reducer, Reduction, Tokens, keep_rows, stacked
 from .tower import places
-from .types import Method, Stage, UnsupportedCall, UnsupportedModel, Visual, VtpruneError, budget, check_answers
+from .types import Method, Stage, UnsupportedCall, UnsupportedModel, Visual, VtpruneError, ask, budget
 
 MASKS = ("attn_mask", "attention_mask", "is_causal", "k_x", "v_x")
 READABLE = {"cls": "attention", "received": "attention", "mean_keys": "mean_keys", "keys": "keys"}
@@ -220,6 +220,10 @@ class VitSession:
         """Undo everything; safe to call twice."""
         while self._undo:
             self._undo.pop()()
+
+    def release(self) -> None:
+        """Let go of the model, once removed for good."""
+        del self.vit
 
     # -- one forward pass -------------------------------------------------------------------------------------------
 
@@ -489,9 +493,8 @@ class EachImage(Reducer):
         for b in range(t.x.shape[0]):
             signals = {need: _of_image(t, READABLE[need.kind], b) for need in self.method.needs}
             units.append(Visual(t.x[b, t.prefix :], left, signals=signals, block=(t.block[0], t.block[0])))
-        answers = self.method.batch(units)
         stage = Stage(("vit", t.block[0]), self.method)
-        check_answers(stage, units, answers)
+        answers = ask(stage, units)
         counts = {answer.idx.shape[0] for answer in answers}
         if len(counts) > 1:
             raise UnsupportedModel(

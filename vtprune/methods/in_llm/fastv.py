@@ -20,9 +20,9 @@ class FastV(Method):
 
     This is what all official code computes; the paper's text speaks of the attention received from all tokens. A share
     is rounded to a count, half to even, as in the authors' Hugging Face code; their first one takes a count, and the
-    file in lmms-eval cuts off. Position ids are kept. Ties go to the lower index. The last token fed is the query: with
-    prompt lookup that is a guessed token, and with use_cache=False every step selects anew, so answers may differ from
-    cached greedy decoding.
+    file in lmms-eval cuts off. Position ids are kept. Ties go to the lower index. The query is the prompt's last token:
+    `model.generate` tells where the prompt ends. In a loop of your own that feeds guessed tokens with the prompt it is
+    the last token fed.
 
     layer: "K" of the paper; the first decoder layer that runs on the pruned sequence, >= 1.
     """

@@ -1,0 +1,192 @@
+"""What stands in for methods of one model instance: it counts the calls that run, and cleans up however they end.
+
+PyTorch's hooks do not: not even those of always_call=True run for a KeyboardInterrupt.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from . import cache as kv
+from .compilers import outside
+from .covering import cover, standing
+from .types import VtpruneError
+
+if TYPE_CHECKING:
+    from .hooks import Session
+
+
+class Running:
+    """Which threads are inside a call of one patched model; a copy starts with none."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._calls: dict[int, int] = {}
+        self._closed = False
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """A call of this thread. While the patch is being removed, a thread that is in no call yet waits."""
+        me = threading.get_ident()
+        with self._changed:
+            while self._closed and me not in self._calls:
+                self._changed.wait()
+            self._calls[me] = self._calls.get(me, 0) + 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._calls[me] -= 1
+                if not self._calls[me]:
+                    del self._calls[me]
+                self._changed.notify_all()
+
+    @contextmanager
+    def none(self) -> Iterator[None]:
+        """A time without calls: waits for those that run. Raises VtpruneError inside a call, which would not end."""
+        with self._changed:
+            if threading.get_ident() in self._calls:
+                raise VtpruneError(
+                    "this thread is inside a call of the patched model, whose patch cannot be removed meanwhile: call "
+                    "handle.remove() after generate or forward has returned"
+                )
+            while self._closed:
+                self._changed.wait()
+            self._closed = True
+            try:
+                while self._calls:
+                    self._changed.wait()
+                yield
+            finally:
+                self._closed = False
+                self._changed.notify_all()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Running:
+        return Running()
+
+    def __reduce__(self) -> Any:
+        return Running, ()
+
+
+class Cover:
+    """Stands before a method of a module, on the instance, and calls what stood there."""
+
+    def __init__(self, session: Session, module: nn.Module, name: str) -> None:
+        self.session, self.module, self.__name__ = session, module, name
+        self.original = standing(module, name)
+
+    def install(self) -> Callable[[], None]:
+        """Stand there; the returned function undoes it, unless somebody stands before this by then."""
+        self._uncover = cover(self.module, self.__name__, self)
+        return self.remove  # bound, so that a copied model's undo undoes the copy
+
+    def remove(self) -> None:
+        """Let what stood there show again."""
+        if self.module.__dict__.get(self.__name__) is self:
+            self._uncover()
+
+    @property
+    def __signature__(self) -> Any:  # generate() reads the parameters to decide what to pass
+        return inspect.signature(self.original)
+
+    @property
+    def __wrapped__(self) -> Any:
+        return self.original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+class Forward(Cover):
+    """The forward of the base or the text model. A call from inside another leaves the cleaning to it.
+
+    A compiler sees decode steps as they are; a call that is pruned runs in plain Python.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        session = self.session
+        if session.removed or not torch.compiler.is_compiling():
+            return self._run(*args, **kwargs)
+        text = self.module is session.adapter.text
+        if session.busy() if text else session.may_prune(self.module, args, kwargs):
+            return self._run_outside(*args, **kwargs)
+        return self._traced(text, *args, **kwargs)
+
+    @outside
+    def _run_outside(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        session = self.session
+        with session.running.one():
+            if session.removed:  # while this call waited
+                return self.original(*args, **kwargs)
+            text, done = self.module is session.adapter.text, False
+            if not text and not session.local.depth:
+                session.local.clear()
+            session.local.depth += 1
+            held = kv.enter()
+            try:
+                args, kwargs = (args, kwargs) if text else session.base_pre(self.module, args, kwargs)
+                output, done = self.original(*args, **kwargs), True
+                return output if text else session.base_post(output)
+            finally:
+                session.local.depth -= 1
+                if text and not done:
+                    session.roll_back()
+                kv.leave(held)
+                if not session.local.depth and not (text and done):  # the hook behind it comes yet
+                    session.local.clear()
+
+    def _traced(self, text: bool, *args: Any, **kwargs: Any) -> Any:
+        """Without locks and clean-up, which cannot be traced: `generate` is counted already."""
+        session = self.session
+        kv.enter()
+        session.local.depth += 1
+        args, kwargs = (args, kwargs) if text else session.base_pre(self.module, args, kwargs)
+        output = self.original(*args, **kwargs)
+        session.local.depth -= 1
+        if not text:
+            session.local.clear()
+            kv.leave()
+        return output
+
+
+class Generate(Cover):
+    """`model.generate`, of which it notes where the prompt ends and which grids it was given.
+
+    Assisted decoding and prompt lookup feed guessed tokens with the prompt, and without a cache every step feeds the
+    answer so far: nothing in those calls themselves tells them from a prompt. And `generate` encodes images by itself,
+    but does not hand their grids on to the model.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        session, local = self.session, self.session.local
+        with session.running.one():
+            if session.removed:
+                return self.original(*args, **kwargs)
+            before = local.prompt, local.told  # an assistant may be this model as well
+            local.prompt, local.told = _end_of(args, kwargs), session.recognised(kwargs)
+            try:
+                return self.original(*args, **kwargs)
+            finally:
+                local.prompt, local.told = before
+
+
+def _end_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Tokens up to the end of the prompt; a mask counts those of earlier turns where the ids are the new ones."""
+    given = [kwargs.get("attention_mask"), kwargs.get("inputs_embeds"), kwargs.get("input_ids")]
+    given += [kwargs.get("inputs"), *args[:1]]
+    sizes = [x.shape[1] for x in given if torch.is_tensor(x) and x.dim() > 1]
+    if not sizes:
+        return None
+    cache: Any = kv.renamed(kwargs).get(kv.NAME)
+    past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+    return sizes[0] if sizes[0] > past else past + sizes[0]
