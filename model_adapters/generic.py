@@ -299,6 +299,8 @@ class Adapter:
                 return self._assign(modality, rows, None)
         if self.model_type == "llava_onevision" and modality == "video" and total % sum(features.sizes):
             features = _with_newline(features)  # older transformers (seen: 5.17) append it after encoding
+        if self.model_type in ("smolvlm", "idefics3"):
+            features = _by_tile(features)  # an entry is all that a row of pixels holds, which may be several samples
         captured = sum(features.sizes)
         # Beams and num_return_sequences repeat rows after the tower ran.
         repeat, rest = divmod(total, captured) if captured else (0, 1)
@@ -356,6 +358,20 @@ def _take(runs: list[tuple[int, int]], size: int) -> list[tuple[int, int]]:
         if take < length:
             runs.insert(0, (start + take, length - take))
     return taken
+
+
+def _by_tile(features: Features) -> Features:
+    """An entry for each raster where entries are nothing but rasters side by side."""
+    sizes, spans, signals = [], [], []
+    for n, parts, own in zip(features.sizes, features.spans, features.signals):
+        whole = sum(len(span) for span in parts) == n
+        for span in parts if whole else ():
+            sizes.append(len(span))
+            spans.append((Span(0, span.grid, span.newline, span.tiles),))
+            signals.append({k: v[span.start : span.start + len(span)] for k, v in own.items()})
+        if not whole:
+            sizes, spans, signals = [*sizes, n], [*spans, parts], [*signals, own]
+    return Features(sizes, spans, signals, elsewhere=features.elsewhere)
 
 
 def _splitruns_of(units: list[Unit]) -> list[Unit]:

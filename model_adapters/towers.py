@@ -317,11 +317,11 @@ class TowerSignals:
             if signal.kind == "hidden":
                 # GLM-4V's own output is merged already; its last norm shows the patches.
                 source = self.tower.post_layernorm if hasattr(self.tower, "downsample") else self.tower
-                undo.append(source.register_forward_hook(partial(self._hidden, signal)).remove)
+                detach = source.register_forward_hook(partial(self._hidden, signal)).remove
             else:
                 source = self.layers[index]
-                undo.append(attach(source, partial(self._sink, signal)))
-            undo.append(announce(source, self.busy))
+                detach = attach(source, partial(self._sink, signal))
+            undo.append(partial(_both, detach, announce(source, self.busy)))
         return undo
 
     def busy(self) -> bool:
@@ -427,3 +427,9 @@ def per_entry(f: TowerCall, layout: Layout, modality: Modality, x: Tensor) -> li
             "config"
         )
     return list(rows.split(sizes))
+
+
+def _both(first: Callable[[], None], second: Callable[[], None]) -> None:
+    """Two undos in one."""
+    first()
+    second()

@@ -304,13 +304,19 @@ def expected(model: Any, name: str, rows: Sequence[int], row: int, cuts: Any, to
 
 
 def cuts_of_chat(log: Sequence[Call], turns: Sequence[Sequence[Sequence[int]]]) -> dict[Any, list[Cut]]:
-    """Cuts of one row over several turns. turns: [turn][unit] -> positions; turn i is the i-th round of calls."""
+    """Cuts of one row over several turns. turns: [turn][unit] -> positions; each has a round of calls of its own."""
     out: dict[Any, list[Cut]] = {}
     rounds: dict[Any, list[Call]] = {}
     for call in log:
         rounds.setdefault(call.stage.where, []).append(call)
-    for i, units in enumerate(turns):
-        calls = [calls[i] for calls in rounds.values() if i < len(calls)]
+    for units in turns:
+        left = [len(unit) for unit in units]
+        calls = []
+        for waiting in rounds.values():
+            budgets = [waiting[0].stage.budgets([len(unit)])[0] if waiting else None for unit in units]
+            if waiting and any(b is None or b < n for b, n in zip(budgets, left, strict=True)):  # else it is not asked
+                calls.append(waiting.pop(0))
+                left = [n if b is None else min(b, n) for b, n in zip(budgets, left, strict=True)]
         for where, cuts in cuts_of_row(calls, [0], [units])[0].items():
             out.setdefault(where, []).extend(cuts)
     return out

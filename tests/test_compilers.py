@@ -130,7 +130,7 @@ def test_the_compiled_module_itself_is_patched() -> None:
     model = families.fresh("llava")
     compiled: Any = whole(model)
     with vtprune.patch(compiled, "divprune", keep=KEEP) as handle:
-        assert handle._model is model
+        assert handle._session.adapter.model is model
         close(logits(compiled, batch), pruned)
         with pytest.raises(ValueError, match="already patched"):
             vtprune.patch(model, "divprune", keep=KEEP)

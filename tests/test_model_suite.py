@@ -8,6 +8,7 @@ make the same call. A call that the stock model itself cannot take is skipped by
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,8 @@ STEPS = 4
 METHODS = ("divprune", "fastv")
 # Layers that see a window of the prompt admit no stage inside the LLM.
 NO_LAYERS = {"gemma3": "sliding_attention", "gemma3-window": "sliding_attention"}
+# Where hiding a token is not the same as dropping it: a window counts what is there, a state fades over it.
+NO_MASKING = ("gemma3-window", "qwen3_5")
 BIDIRECTIONAL = ("gemma3", "gemma3-window", "paligemma")
 
 
@@ -88,6 +91,7 @@ class TestPatchedModel:
         dense = model(**batch, output_hidden_states=True)
         with patched(model, family, method, keep) as (handle, log):
             out = model(**batch, output_hidden_states=True)
+            asked = list(log)
             base = model.base_model(**batch)
         assert out.logits.shape == dense.logits.shape
         assert base.last_hidden_state.shape[:2] == batch["input_ids"].shape
@@ -99,7 +103,7 @@ class TestPatchedModel:
             assert all(torch.equal(a, b) for a, b in zip(out.hidden_states, dense.hidden_states, strict=True))
             assert [len(unit.idx) for unit in handle.last.units] == [unit.n for unit in handle.last.units]
             return
-        close(out.logits[0, -1], last_logits(model, family, batch, log))
+        close(out.logits[0, -1], last_logits(model, family, batch, asked))
         first = batch.units[0][0][0]
         if family not in BIDIRECTIONAL:
             close(out.logits[:, :first], dense.logits[:, :first])  # what stands before the image never sees it
@@ -235,7 +239,7 @@ class TestPatchedModel:
         assert out.shape == dense.shape
         if keep == 1.0:
             assert torch.equal(out, dense)
-        elif family != "gemma3-window":  # a window counts what is there
+        elif family not in NO_MASKING:
             close(out[0, -1], reference.masked_logits(model, holes, cuts_of(log, batch))[-1])
 
     def test_mask_over_visual_tokens(self, family: str, method: str, keep: float) -> None:
@@ -254,7 +258,7 @@ class TestPatchedModel:
         assert out.shape == dense.shape
         if keep == 1.0:
             assert torch.equal(out, dense)
-        elif family != "gemma3-window":  # a window counts what is there
+        elif family not in NO_MASKING:
             everything = reference.Cut(torch.arange(out.shape[1]), vtprune.Assignment(kept))
             (where,) = {call.stage.where for call in log}
             close(out[0, -1], reference.masked_logits(model, holes, {where: [everything]})[-1])
@@ -369,14 +373,12 @@ def _right_padded(batch: families.Inputs) -> families.Inputs:
 
 
 def _features(model: Any, family: str, batch: families.Inputs) -> Callable[..., Any]:
-    """`get_*_features` of the model on what the batch brings."""
-    import inspect
-
+    """`get_*_features` of the model (Video-LLaVA: of its base model) on what the batch brings."""
     name = "get_video_features" if families.FAMILIES[family].video else "get_image_features"
-    call = getattr(model, name)
+    owner = model if hasattr(model, name) else model.base_model
     known = inspect.signature(getattr(model.base_model, name)).parameters
     given = {k: v for k, v in batch.items() if k in known and k not in ("input_ids", "attention_mask")}
-    return lambda **extra: getattr(model, name)(**given, **extra) if call else None
+    return lambda **extra: getattr(owner, name)(**given, **extra)
 
 
 def _tensors(value: Any) -> list[Tensor]:

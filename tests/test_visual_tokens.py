@@ -619,16 +619,19 @@ def test_units_that_keep_all_are_shown(family: str, method: str) -> None:
         assert unit.idx.tolist() == unit.assignment.idx.tolist() == list(range(unit.n))
 
 
-def test_units_that_keep_all_stand_beside_those_that_do_not() -> None:
-    """Six tokens a unit: the mosaic is cut, a smaller image of the same call is shown whole."""
+@pytest.mark.parametrize("keep", ["less", "most"])
+def test_units_that_keep_all_by_a_count(keep: str) -> None:
+    """A count that no image exceeds shows all of them whole; else those are shown of which the method was asked."""
     family = "mistral3"
     model, batch = families.model(family), families.inputs(family, rows=(2,))
     sizes = [len(unit) for unit in batch.units[0]]
-    stages, log = reference.spy([Stage("llm", vtprune.create("divprune"), keep=min(sizes))])
+    count = min(sizes) if keep == "less" else max(sizes)
+    stages, log = reference.spy([Stage("llm", vtprune.create("divprune"), keep=count)])
     with patch(model, stages) as handle:
         model(**batch)
-    assert [(u.n, len(u.idx)) for u in handle.last.units] == [(n, min(sizes)) for n in sizes]
-    assert [unit.n for unit in log[0].units] == [max(sizes)]
+    shown = [(u.n, len(u.idx)) for u in handle.last.units]
+    assert shown == ([(max(sizes), count)] if keep == "less" else [(n, n) for n in sizes])
+    assert [unit.n for call in log for unit in call.units] == ([max(sizes)] if keep == "less" else [])
 
 
 def test_frames_that_a_budget_leaves_empty_are_noted() -> None:

@@ -94,7 +94,7 @@ def test_the_model_inside_is_patched(wrapper: str, method: str) -> None:
     handle = vtprune.patch(model, method, keep=KEEP)
     close(logits(model, batch), right)
     assert handle.last is not None
-    inner = handle._model
+    inner = handle._session.adapter.model
     for again in (model, inner, inner.base_model):
         with pytest.raises(ValueError, match="already patched"):
             vtprune.patch(again, method, keep=KEEP)

@@ -88,7 +88,8 @@ class Last:
     """What the last prefill kept. Of packed rows every sample is a row of its own here, left-padded to the longest.
 
     index: [B, n] int64 positions in the rows as fed, after all stages. valid: [B, n] bool or None (no padding).
-    src: [B, L] int64, the slot that answers for each position fed. units: one `UnitResult` per unit and stage.
+    src: [B, L] int64, the slot that answers for each position fed. units: one `UnitResult` per unit and stage of which
+    the method was asked; where a stage leaves all units whole, these.
     lengths: tokens each decoder layer ran on. said: fallbacks that were used, see `notes`. policies: how each stage
     dealt out its budget. kernels: which implementation of each kernel ran, "reference" or "triton".
     tower_units, tower_lengths: if stages stand inside the vision tower, what each did to each crop (or packed image):
@@ -374,15 +375,13 @@ class Frame:
         views = [self._visual(number, stage, units[i], budgets[i]) for i in todo]
         asked = dict(zip(todo, zip(views, self._ask(stage, views) if views else ())))
         first = len(self.results)
-        for i, group in enumerate(units):
-            if i not in asked:
-                self._take_all(stage, group)
-                continue
-            view, answer = asked[i]
-            self._take(stage, group, view, answer)
+        for i, (view, answer) in asked.items():
+            self._take(stage, units[i], view, answer)
             note = view.state.get("note")
             if note and note not in self.notes:
                 self.notes.append(note)
+        for group in units if not asked else ():
+            self._take_all(stage, group)
         if stage.per == "sample":  # a method may have seen the clips of a row one by one
             self.results[first:] = _joined_by_row(self.results[first:])
         if stage.newlines == "drop":
