@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vtprune.cache import renamed
+from vtprune.core.units import Unit
 from vtprune.types import Signal, Span, UnsupportedCall, UnsupportedModel
 
 from .layouts import is_told, sizes_told, spans_of
@@ -65,31 +66,6 @@ MASKS_IN_BASE = ("gemma3", "paligemma")
 FRAMES_ARE_IMAGES = ("glm4v", "glm46v")
 # These name the types of tokens (1 where an image is) otherwise.
 IMAGE_TYPES = {"gemma3": "token_type_ids"}
-
-
-@dataclass
-class Unit:
-    """An image or a video of one row: where its n tokens stand, and what is known about them.
-
-    row: batch row. ranges: [(start, length)] in the row, in the unit's own order. spans: rasters inside the unit.
-    signals: tensors of first dimension n.
-    """
-
-    row: int
-    modality: str
-    ranges: list[tuple[int, int]]
-    spans: tuple[Span, ...] = ()
-    signals: dict[Signal, Tensor] = field(default_factory=dict)
-
-    @property
-    def n(self) -> int:
-        return sum(length for _, length in self.ranges)
-
-    @property
-    def grid(self) -> tuple[int, int, int] | None:
-        """(t, h, w) if the unit is one raster without separators."""
-        whole = len(self.spans) == 1 and not self.spans[0].newline and len(self.spans[0]) == self.n
-        return self.spans[0].grid if whole else None
 
 
 @dataclass

@@ -12,7 +12,7 @@ from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any, TypeVar
 
-from .types import Method
+from .core.method import Method
 
 M = TypeVar("M", bound=type[Method])
 SEAMS = ("pre_llm", "in_llm", "in_vit")

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..core.method import spread
+from ..core.visual import Assignment, Span, Visual
 from ..kernels import check_finite
-from ..types import Assignment, Span, Visual, spread
 from . import budget_of
 from .text import note
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..types import Span, Visual
+from ..core.visual import Span, Visual
 
 
 def crops(v: Visual) -> tuple[Tensor, list[int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..types import Assignment
+from ..core.visual import Assignment
 
 
 def density_peaks(x: Tensor, count: int) -> tuple[Tensor, Tensor]:

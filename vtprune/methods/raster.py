@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..types import Visual
+from ..core.visual import Visual
 
 Mode = Literal["average", "bilinear"]
 

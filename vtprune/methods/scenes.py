@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby, pairwise
 from typing import Literal, NamedTuple
 
-from ..types import spread
+from ..core.method import spread
 from .segments import Segment
 
 Variant = Literal["ov", "lv", "qwen"]

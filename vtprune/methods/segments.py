@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.method import spread
 from ..kernels import to_device
-from ..types import spread
 from . import best_first
 
 Segment = tuple[int, int]  # first and last frame

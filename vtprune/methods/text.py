@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..types import Visual
+from ..core.visual import Visual
 
 
 def prompt_similarity(v: Visual) -> Tensor:

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
+from ...core.method import Method, Per, Rounding, Stage
+from ...core.signal import Signal
+from ...core.visual import Assignment, Visual
 from ...kernels import check_finite
 from ...registry import register
-from ...types import Assignment, Method, Per, Rounding, Signal, Stage, Visual
 from .. import best_first, budget_of, select, signal_of
 from .schedule import check_one, tidy
 from .withdraw import Withdraw

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from ...core.method import Method, Per, Phase, Rounding, Where
+from ...core.signal import Signal
+from ...core.visual import Assignment, Visual
 from ...kernels import check_finite
 from ...registry import register
-from ...types import Assignment, Method, Per, Phase, Rounding, Signal, Visual, Where
 from .. import best_first, budget_of, check_choices, check_cosine, select, signal_of
 
 Similar = Literal["reuse", "all"]

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from vtprune.kernels import check_finite
 
+from ...core.method import Method, Where
+from ...core.signal import Signal
+from ...core.visual import Assignment, Visual
 from ...registry import register
-from ...types import Assignment, Method, Signal, Visual, Where
 from .. import budget_of, select
 
 LAST_ROW = Signal("last_row", -1)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ...core.method import Method, Per, Where
+from ...core.signal import Signal
+from ...core.visual import Assignment, Visual
 from ...kernels import check_finite
 from ...registry import register
-from ...types import Assignment, Method, Per, Signal, Visual, Where
 from .. import best_first, budget_of, select, signal_of
 
 ROW, VALUE, NORM = Signal("last_visual"), Signal("last_value"), Signal("value_norm")

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ...core.method import Method, Stage
+from ...core.signal import Signal
+from ...core.visual import Assignment, Visual
 from ...kernels import check_finite
 from ...registry import register
-from ...types import Assignment, Method, Signal, Stage, Visual
 from .. import best_first, budget_of, signal_of
 
 LAST_ROW = Signal("last_row", -1)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ...core.method import Method, Positions, Rounding, Stage, Where
+from ...core.signal import Signal
+from ...core.visual import Assignment, Visual
 from ...kernels import check_finite
 from ...registry import register
-from ...types import Assignment, Method, Positions, Rounding, Signal, Stage, Visual, Where
 from .. import best_first, budget_of, select, signal_of
 from .schedule import check_layers, check_one, check_shares, pyramid, quarters
 

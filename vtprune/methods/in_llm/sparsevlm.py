@@ -9,9 +9,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ...core.method import Method, Positions, Stage
+from ...core.signal import Signal
+from ...core.visual import Assignment, Visual
 from ...kernels import check_finite
 from ...registry import register
-from ...types import Assignment, Method, Positions, Signal, Stage, Visual
 from .. import best_first, budget_of, check_choices, select, signal_of
 from ..density_peaks import recycle
 from .schedule import check_layers, pyramid

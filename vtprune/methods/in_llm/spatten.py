@@ -9,8 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ...core.method import Method, Per, Stage, Where, check_keep
+from ...core.signal import Signal
+from ...core.visual import Assignment, Visual
 from ...registry import register
-from ...types import Assignment, Method, Per, Signal, Stage, Visual, Where, check_keep
 from .. import best_first
 from .schedule import check_layers, check_one, check_shares, in_steps_of
 from .spatten_heads import SpAttenHeads, best_of

@@ -9,8 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ...core.method import Method, Of
+from ...core.signal import Signal
+from ...core.visual import Assignment, Visual
 from ...kernels import check_finite
-from ...types import Assignment, Method, Of, Signal, Visual
 from .. import best_first, budget_of, signal_of
 
 SAID = Signal("head_output", -1)

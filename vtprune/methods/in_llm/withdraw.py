@@ -10,7 +10,9 @@ import torch
 
 from vtprune.kernels import check_finite
 
-from ...types import Assignment, Method, Per, Signal, Stage, Visual
+from ...core.method import Method, Per, Stage
+from ...core.signal import Signal
+from ...core.visual import Assignment, Visual
 from .. import signal_of
 
 FROM_TEXT, TO_TEXT = Signal("from_text", -1), Signal("to_text", -1)

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ...core.reduction import Reads, Reducer, Reduction, Tokens, keep_rows
 from ...kernels import best_first
-from ...reduction import Reads, Reducer, Reduction, Tokens, keep_rows
 from ...registry import register
 
 SMALLEST = 1e-3  # sizes shrink where sources point away from their destination; log needs a positive one

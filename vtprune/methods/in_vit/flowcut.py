@@ -11,9 +11,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ...core.method import Method, Newlines, Stage, Where
+from ...core.signal import Signal
+from ...core.visual import Assignment, Visual
 from ...kernels import check_finite
 from ...registry import register
-from ...types import Assignment, Method, Newlines, Signal, Stage, Visual, Where
 from .. import best_first, budget_of, check_choices, signal_of
 from ..in_llm.flowcut_llm import FlowCutLLM
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...reduction import Reads, Reducer, Reduction, Tokens, keep_best
+from ...core.reduction import Reads, Reducer, Reduction, Tokens, keep_best
 from ...registry import register
 
 

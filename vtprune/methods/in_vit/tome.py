@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ...core.reduction import Reads, Reducer, Reduction, Tokens
+from ...core.visual import Visual
 from ...kernels import best_first
-from ...reduction import Reads, Reducer, Reduction, Tokens
 from ...registry import register
-from ...types import Visual
 
 
 @register("tome", paper="https://arxiv.org/abs/2210.09461", seam="in_vit")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...reduction import Reads, Reducer, Reduction, Tokens, keep_best
+from ...core.reduction import Reads, Reducer, Reduction, Tokens, keep_best
 from ...registry import register
 from .schedule import check_places, stepwise
 

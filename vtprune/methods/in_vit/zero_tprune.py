@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtprune.kernels import best_first, page_rank
 
-from ...reduction import Reads, Reducer, Reduction, Tokens, keep_rows
+from ...core.reduction import Reads, Reducer, Reduction, Tokens, keep_rows
 from ...registry import register
 from .schedule import check_places, stepwise
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from vtprune.kernels import check_finite
 
+from ...core.method import Method
+from ...core.signal import Signal
+from ...core.visual import Assignment, Visual
 from ...registry import register
-from ...types import Assignment, Method, Signal, Visual
 from .. import Fallback, best_first, budget_of, check_fallback, cls_attention, cls_needs, select
 
 

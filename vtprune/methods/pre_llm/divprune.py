@@ -8,8 +8,9 @@ from typing import Literal
 
 from vtprune.kernels import farthest_point
 
+from ...core.method import Method
+from ...core.visual import Assignment, Visual
 from ...registry import register
-from ...types import Assignment, Method, Visual
 from .. import budget_of, select
 
 

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from vtprune.kernels import check_finite
 
+from ...core.method import Method, Newlines, Per
+from ...core.signal import Signal
+from ...core.visual import Assignment, Visual
 from ...registry import register
-from ...types import Assignment, Method, Newlines, Per, Signal, Visual
 from .. import best_first, budget_of, check_choices, select, signal_of
 from ..raster import views
 

@@ -8,8 +8,9 @@ import torch
 
 from vtprune.kernels import check_finite, to_device
 
+from ...core.method import Method
+from ...core.visual import Assignment, Visual
 from ...registry import register
-from ...types import Assignment, Method, Visual
 from .. import budget_of, select
 
 

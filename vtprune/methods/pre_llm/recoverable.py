@@ -12,8 +12,10 @@ from torch import Tensor
 
 from vtprune.kernels import check_finite
 
+from ...core.method import Method, Newlines
+from ...core.signal import Signal
+from ...core.visual import Assignment, Visual
 from ...registry import register
-from ...types import Assignment, Method, Newlines, Signal, Visual
 from .. import Fallback, budget_of, check_fallback, cls_attention, signal_of
 from ..absorb import absorb
 from ..counting import in_proportion, ranks

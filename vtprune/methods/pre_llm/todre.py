@@ -11,8 +11,10 @@ from torch import Tensor
 
 from vtprune.kernels import check_finite, farthest_point
 
+from ...core.method import Method, Stage
+from ...core.signal import Signal
+from ...core.visual import Assignment, Visual
 from ...registry import register
-from ...types import Assignment, Method, Signal, Stage, Visual
 from .. import budget_of, check_choices, select
 from ..in_llm.withdraw import withdrawals
 

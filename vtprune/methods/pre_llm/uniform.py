@@ -11,8 +11,9 @@ from torch import Tensor
 
 from vtprune.kernels import check_finite, to_device
 
+from ...core.method import Method, spread
+from ...core.visual import Assignment, Visual
 from ...registry import register
-from ...types import Assignment, Method, Visual, spread
 from .. import budget_of
 from ..raster import blocks, evenly
 

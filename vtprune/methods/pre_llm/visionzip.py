@@ -12,8 +12,10 @@ from torch.nn.functional import normalize
 
 from vtprune.kernels import check_finite
 
+from ...core.method import Method, Newlines, Per
+from ...core.signal import Signal
+from ...core.visual import Assignment, Visual
 from ...registry import register
-from ...types import Assignment, Method, Newlines, Per, Signal, Visual
 from .. import (
     Fallback,
     best_first,

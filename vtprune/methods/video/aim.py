@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ...core.method import Method, Newlines, Positions, Stage
+from ...core.signal import Signal
+from ...core.visual import Assignment, Visual
 from ...kernels import check_finite
 from ...registry import register
-from ...types import Assignment, Method, Newlines, Positions, Signal, Stage, Visual
 from .. import signal_of
 from ..clips import Clip, by_clip, flow
 from ..in_llm.aim_inllm import AIMInLLM

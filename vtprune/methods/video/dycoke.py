@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ... import registry
+from ...core.method import Method, Newlines, Positions, Stage
+from ...core.visual import Assignment, Visual
 from ...registry import register
-from ...types import Assignment, Method, Newlines, Positions, Stage, Visual
 from ..clips import Clip, by_clip, evenly_shared, likeness, ranks_in_rows
 from ..raster import evenly
 

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 import torch
 
+from ...core.method import Method, Newlines
+from ...core.visual import Assignment, Visual
 from ...registry import register
-from ...types import Assignment, Method, Newlines, Visual
 from ..clips import Clip, by_clip, check_ratio, likeness
 from ..raster import evenly
 

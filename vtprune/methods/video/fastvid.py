@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ...core.method import Method, Newlines
+from ...core.signal import Signal
+from ...core.visual import Assignment, Visual
 from ...kernels import check_finite, to_device
 from ...registry import register
-from ...types import Assignment, Method, Newlines, Signal, Visual
 from .. import check_cosine, check_counts, signal_of
 from ..clips import Clip, by_clip, check_ratio, likeness, places, ranks_in_rows
 from ..density_peaks import clusters

@@ -9,9 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ...core.method import Method, Newlines, Positions, Stage
+from ...core.signal import Signal
+from ...core.visual import Assignment, Visual
 from ...kernels import check_finite, to_device
 from ...registry import register
-from ...types import Assignment, Method, Newlines, Positions, Signal, Stage, Visual
 from .. import check_cosine, check_counts, signal_of
 from ..clips import Clip, by_clip, check_ratio, flow, likeness, ranks_in_rows
 from ..density_peaks import cluster_weights, clusters

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ...core.method import Method, Newlines
+from ...core.visual import Assignment, Visual
 from ...registry import register
-from ...types import Assignment, Method, Newlines, Visual
 from .. import best_first
 from ..clips import Clip, by_clip, check_ratio, places, ranks_in_rows
 from ..counting import apportion
