@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -23,9 +24,9 @@ PAPER = "https://example.org/paper"
 def _own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tests register into a copy."""
     vtprune.methods()
-    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
+    monkeypatch.setattr(registry.METHODS, "known", dict(registry.METHODS.known))
     yield
-    registry._load.cache_clear()
+    registry.METHODS.forget()
 
 
 class First(Method):
@@ -113,13 +114,13 @@ def test_an_unknown_option_lists_the_options() -> None:
         vtprune.create("uniform", seed=1)
 
 
-def install(folder: Path, name: str, code: str, entry: str) -> None:
+def install(folder: Path, name: str, code: str, entry: str, group: str = "vtprune.methods") -> None:
     """A minimal distribution, as pip would lay it out."""
     (folder / f"{name}.py").write_text(code)
     info = folder / f"{name}-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[vtprune.methods]\n{entry}\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\n{entry}\n")
 
 
 PLUGIN = '''
@@ -138,7 +139,7 @@ def test_plug_ins_are_found_by_entry_point(tmp_path: Path, monkeypatch: pytest.M
     decorator = f'@vtprune.register("last", paper="{PAPER}", seam="pre_llm")'
     install(tmp_path, "vtprune_last", PLUGIN.format(decorator=decorator), "last = vtprune_last:Last")
     monkeypatch.syspath_prepend(tmp_path)
-    registry._load.cache_clear()
+    registry.METHODS.forget()
     assert "last" in [cls.name for cls in vtprune.methods()]
     assert vtprune.create("last")(Visual(torch.zeros(5, 1), 2)).idx.tolist() == [3, 4]
 
@@ -147,7 +148,7 @@ def test_a_plug_in_may_name_its_module(tmp_path: Path, monkeypatch: pytest.Monke
     decorator = f'@vtprune.register("tail", paper="{PAPER}", seam="pre_llm")'
     install(tmp_path, "vtprune_tail", PLUGIN.format(decorator=decorator), "tail = vtprune_tail")
     monkeypatch.syspath_prepend(tmp_path)
-    registry._load.cache_clear()
+    registry.METHODS.forget()
     assert vtprune.create("tail").name == "tail"
 
 
@@ -190,7 +191,7 @@ def test_a_plug_in_that_fails_takes_nothing_else_down(
     decorator = f'@vtprune.register("sound", paper="{PAPER}", seam="pre_llm")'
     install(tmp_path, f"{module}_sound", PLUGIN.format(decorator=decorator), f"sound = {module}_sound")
     monkeypatch.syspath_prepend(tmp_path)
-    registry._load.cache_clear()
+    registry.METHODS.forget()
     with pytest.warns(RuntimeWarning, match=rf"(?s)plug-in 'faulty' \({module}.*{reason}") as warned:
         assert [cls.name for cls in vtprune.methods()] == sorted([*names, "sound"])
     with warnings.catch_warnings():  # told once
@@ -215,7 +216,7 @@ def test_two_plug_ins_of_one_name_are_both_told(tmp_path: Path, monkeypatch: pyt
     for name in ("vtprune_twin_a", "vtprune_twin_b"):
         install(tmp_path, name, PLUGIN.format(decorator=decorator), f"twin = {name}")
     monkeypatch.syspath_prepend(tmp_path)
-    registry._load.cache_clear()
+    registry.METHODS.forget()
     with pytest.warns(RuntimeWarning, match="plug-in 'twin'.*the name is taken by vtprune_twin_"):
         assert vtprune.create("twin").name == "twin"
 
@@ -225,6 +226,72 @@ def test_a_plug_in_whose_module_was_imported_before_is_sound(tmp_path: Path, mon
     install(tmp_path, "vtprune_early", PLUGIN.format(decorator=decorator), "early = vtprune_early")
     monkeypatch.syspath_prepend(tmp_path)
     import_module("vtprune_early")
-    registry._load.cache_clear()
+    registry.METHODS.forget()
     assert vtprune.create("early").name == "early"
     assert registry.failures() == []
+
+
+FAMILY = """
+from dataclasses import dataclass
+from vtprune.registry import {registry}
+
+@dataclass(frozen=True)
+class Family:
+    tokens: int
+
+{registry}.add({name!r}, Family(7), "add({name!r})")
+"""
+
+
+@pytest.mark.parametrize("name", ["FAMILIES", "SIGNALS"])
+def test_families_and_signals_come_by_entry_points_too(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, group = getattr(registry, name), {"FAMILIES": "vtprune.families", "SIGNALS": "vtprune.signals"}[name]
+    monkeypatch.setattr(made, "known", dict(made.known))
+    module = f"vtprune_{name.lower()}"
+    install(tmp_path, module, FAMILY.format(registry=name, name="toy"), f"toy = {module}", group)
+    install(tmp_path, f"{module}_bad", "raise RuntimeError('no licence')", f"bad = {module}_bad", group)
+    install(tmp_path, f"{module}_idle", "", f"idle = {module}_idle", group)
+    monkeypatch.syspath_prepend(tmp_path)
+    made.forget()
+    with pytest.warns(RuntimeWarning, match="was left out") as warned:
+        assert made.get("toy").tokens == 7
+    assert len(warned) == 2
+    with pytest.raises(ValueError, match=rf"{made.kind} 'bad' is not there: plug-in 'bad'.*RuntimeError: no licence"):
+        made.get("bad")
+    with pytest.raises(ValueError, match=f"'idle' is not there.*a module and registers no {made.kind}"):
+        made.get("idle")
+    with pytest.raises(ValueError, match=f"unknown {made.kind} 'toi' .*did you mean 'toy'.*choose one of: .*toy"):
+        made.get("toi")
+    made.forget()
+
+
+def test_two_instances_of_one_class_are_two_things() -> None:
+    """A name is taken, also by an instance of the class of the other; the names that are taken are listed."""
+    made: registry.Registry[Counter[str]] = registry.Registry("bag", "vtprune.bags")
+    one = Counter("a")
+    made.add("one", one, "add('one')")
+    made.add("two", Counter("b"), "add('two')")
+    made.add("one", one, "add('one')")
+    with pytest.raises(ValueError, match=r"add\('one'\): the name is taken by collections.Counter; .*taken: one, two"):
+        made.add("one", Counter("a"), "add('one')")
+    assert made.all() == [Counter("a"), Counter("b")]
+
+
+def test_trust_is_marked_and_neither_inherited_nor_read_from_a_name() -> None:
+    """A method of this package is trusted; one that derives from it, or stands in a module called so, is not."""
+    for cls in vtprune.methods():
+        assert not cls.__module__.startswith("vtprune.methods") or "_trusted" in cls.__dict__, cls
+    ours = vtprune.create("divprune")
+    assert ours.trusted
+
+    class Derived(type(ours)):  # type: ignore[misc]
+        pass
+
+    class Posing(First):
+        pass
+
+    Posing.__module__ = "vtprune.methods.posing"
+    assert not Derived().trusted
+    assert not vtprune.register("posing", paper=PAPER, seam="pre_llm")(Posing)().trusted

@@ -415,7 +415,7 @@ class Frame:
         if not capturing(self.hidden.device):  # a CUDA graph replays what its warm-up run has checked
             self.verdicts.append(Verdict(checks))
         # On a GPU the methods of this package, which never answer out of range, are judged when the LLM is under way.
-        if not self.hidden.is_cuda or not type(stage.method).__module__.startswith("vtprune."):
+        if not self.hidden.is_cuda or not stage.method.trusted:
             self.settle()
         return answers
 

@@ -271,7 +271,7 @@ class Step:
         if any(recall.memory):
             recall.note_step(self.length)
         self.verdicts.append(Verdict(checks))
-        if not type(stage.method).__module__.startswith("vtprune."):
+        if not stage.method.trusted:
             self.settle()
         return [answer.idx for answer in answers]
 

@@ -1,4 +1,4 @@
-"""The list of methods: registration by decorator, creation by name, plug-ins through entry points."""
+"""One list each of methods, families and signals: registration, look-up by name, plug-ins through entry points."""
 
 from __future__ import annotations
 
@@ -6,17 +6,181 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
-from functools import lru_cache
 from importlib import import_module, metadata
 from pkgutil import iter_modules
+from threading import RLock
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
-from .core.method import Method
+from .core.method import Method, trust
 
+T = TypeVar("T")
 M = TypeVar("M", bound=type[Method])
 SEAMS = ("pre_llm", "in_llm", "in_vit")
-_registry: dict[str, type[Method]] = {}
+
+
+class Registry(Generic[T]):
+    """Things known by name: those of this package, and those that plug-ins bring by an entry point.
+
+    kind: what one of them is called in messages, "method". group: the group of entry points that brings more; an entry
+        names one of the things or the module that registers some, and nothing is called.
+    package: the package whose modules register our own; it is imported when the first name is looked up.
+    accepts: true of what an entry may name, in place of a module; None: whatever is registered.
+    check: called with each thing that a plug-in brought; what it raises leaves the plug-in out.
+    how: how one is registered, for messages.
+
+    A plug-in is code of somebody else: one that fails is warned of by name and takes nothing else down.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        group: str,
+        *,
+        package: str | None = None,
+        accepts: Callable[[Any], bool] | None = None,
+        check: Callable[[T], object] = str,
+        how: str = "register it",
+    ) -> None:
+        self.kind, self.group = kind, group
+        self._package, self._accepts, self._check, self._how = package, accepts, check, how
+        self.known: dict[str, T] = {}
+        self._failed: dict[str, str] | None = None
+        self._lock = RLock()
+
+    def add(self, name: str, thing: T, where: str) -> None:
+        """Make a thing known. where: the call that did it, for messages. A reload may bring the same thing again.
+
+        Raises ValueError if the name is taken; the message lists the names that are.
+        """
+        known = self.known.get(name)
+        if known is not None and not _same(known, thing):
+            raise ValueError(
+                f"{where}: the name is taken by {_path(known)}; these names are taken: {', '.join(sorted(self.known))}"
+            )
+        self.known[name] = thing
+
+    def get(self, name: str) -> T:
+        """The thing of that name. Raises ValueError on an unknown name and lists the known ones."""
+        failed = self.load()
+        if name in self.known:
+            return self.known[name]
+        if name in failed:
+            raise ValueError(f"{self.kind} {name!r} is not there: {failed[name]}")
+        near = get_close_matches(name, self.known, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(
+            f"unknown {self.kind} {name!r}{hint}; choose one of: {', '.join(sorted(self.known)) or 'none'}"
+        )
+
+    def all(self) -> list[T]:
+        """All of them, sorted by name."""
+        self.load()
+        return [self.known[name] for name in sorted(self.known)]
+
+    def failures(self) -> list[str]:
+        """One sentence for every plug-in that was left out, with the reason."""
+        return list(dict.fromkeys(self.load().values()))
+
+    def forget(self) -> None:
+        """Look for plug-ins again when the next name is looked up."""
+        self._failed = None
+
+    def load(self) -> dict[str, str]:
+        """Import our own modules and every plug-in, once; what failed, by the plug-in's name and those it began."""
+        with self._lock:
+            if self._failed is None:
+                failed: dict[str, str] = {}
+                for module in _walk(self._package) if self._package else ():
+                    import_module(module)
+                self._failed = failed  # a plug-in may look up names while it is imported
+                for entry in metadata.entry_points(group=self.group):
+                    self._load_one(entry, failed)
+            return self._failed
+
+    def _load_one(self, entry: metadata.EntryPoint, failed: dict[str, str]) -> None:
+        before = dict(self.known)
+        try:
+            loaded = entry.load()
+            why = "" if self._registers(loaded, before) else self._missing(loaded)
+            for name in [name for name in self.known if name not in before]:
+                self._check(self.known[name])
+        except (Exception, SystemExit) as error:
+            why = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
+        if not why:
+            return
+        names = [entry.name, *(name for name in self.known if name not in before)]
+        self.known.clear()
+        self.known.update(before)  # half a plug-in is none
+        whose = f" of {entry.dist.name} {entry.dist.version}" if entry.dist else ""
+        told = f"plug-in {entry.name!r} ({entry.value}){whose} was left out: {why}"
+        for name in names:
+            failed[name] = f"{failed[name]}; {told}" if name in failed else told
+        warnings.warn(told, RuntimeWarning, stacklevel=5)
+
+    def _registers(self, loaded: Any, before: dict[str, T]) -> bool:
+        """Whether an entry gave things: it is one, or its module brings some (imported now or earlier)."""
+        if not isinstance(loaded, ModuleType) and any(thing is loaded for thing in self.known.values()):
+            return True
+        if self._accepts is not None and self._accepts(loaded):
+            return False
+        module = loaded.__name__ if isinstance(loaded, ModuleType) else getattr(loaded, "__module__", None)
+        homes = (_home(thing) for thing in self.known.values())
+        inside = (home == module or home.startswith(f"{module}.") for home in homes)
+        return self.known.keys() != before.keys() or any(inside)
+
+    def _missing(self, loaded: Any) -> str:
+        if self._accepts is not None and self._accepts(loaded):
+            return f"the class is not registered: decorate it with {self._how}"
+        kind = "a module" if isinstance(loaded, ModuleType) else f"{type(loaded).__name__} {loaded!r:.80}"
+        return (
+            f"it is {kind} and registers no {self.kind}: name a class decorated with {self._how}, or the module that "
+            "holds it; nothing is called"
+        )
+
+
+def _home(thing: Any) -> str:
+    """The module that defines a class, or an instance's class."""
+    return str(getattr(thing, "__module__", None) or type(thing).__module__)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether both are one thing, or a class (or function) and the one that a reload of its module made."""
+    reloaded = hasattr(one, "__qualname__") and hasattr(other, "__qualname__") and _path(one) == _path(other)
+    return one is other or reloaded
+
+
+def _path(thing: Any) -> str:
+    return f"{_home(thing)}.{getattr(thing, '__qualname__', None) or type(thing).__qualname__}"
+
+
+def _walk(package: str) -> Iterator[str]:
+    for info in iter_modules(import_module(package).__path__, package + "."):
+        yield info.name
+        if info.ispkg:
+            yield from _walk(info.name)
+
+
+def _is_method(thing: Any) -> bool:
+    return isinstance(thing, type) and issubclass(thing, Method)
+
+
+def _ask_needs(cls: type[Method]) -> None:
+    """Ask what every list of methods asks, of a class that can be made without options."""
+    if not required(cls):
+        str(cls().needs)
+
+
+METHODS: Registry[type[Method]] = Registry(
+    "method",
+    "vtprune.methods",
+    package="vtprune.methods",
+    accepts=_is_method,
+    check=_ask_needs,
+    how="@vtprune.register(name, paper=..., seam=...)",
+)
+FAMILIES: Registry[Any] = Registry("family", "vtprune.families")
+SIGNALS: Registry[Any] = Registry("signal", "vtprune.signals")
 
 
 def register(name: str, *, paper: str, seam: str) -> Callable[[M], M]:
@@ -34,72 +198,29 @@ def register(name: str, *, paper: str, seam: str) -> Callable[[M], M]:
     """
 
     def add(cls: M) -> M:
-        if not (isinstance(cls, type) and issubclass(cls, Method)):
+        if not _is_method(cls):
             raise TypeError(f"@register({name!r}): {cls!r} must be a class derived from vtprune.Method")
         if seam not in SEAMS:
             raise ValueError(f"@register({name!r}): seam={seam!r}, choose one of {', '.join(SEAMS)}")
         if not paper.startswith("http"):
             raise ValueError(f"@register({name!r}): paper={paper!r} must be a URL")
-        known = _registry.get(name)
-        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"@register({name!r}): the name is taken by {known.__module__}.{known.__qualname__}")
+        made = cls
         if "__dataclass_fields__" not in cls.__dict__:
-            cls = dataclasses.dataclass(frozen=True)(cls)  # type: ignore[assignment]
-        cls.name, cls.paper, cls.seam = name, paper, seam
-        _registry[name] = cls
-        return cls
+            made = dataclasses.dataclass(frozen=True)(cls)  # type: ignore[assignment]
+        METHODS.add(name, made, f"@register({name!r})")
+        made.name, made.paper, made.seam = name, paper, seam
+        return made
 
     return add
 
 
-@lru_cache(maxsize=1)
-def _load() -> dict[str, str]:
-    """Import every module below vtprune.methods and every plug-in, once; what failed, by the plug-in's name.
+def register_own(name: str, *, paper: str, seam: str) -> Callable[[M], M]:
+    """`register` for the methods of this package, whose tests show what `Method.trusted` says."""
 
-    A plug-in is code of somebody else: one that fails is warned of by name and takes nothing else down.
-    """
-    for module in _walk("vtprune.methods"):
-        import_module(module)
-    failed: dict[str, str] = {}
-    for entry in metadata.entry_points(group="vtprune.methods"):
-        before = dict(_registry)
-        try:
-            loaded = entry.load()
-            why = "" if _registers(loaded, before) else _missing(loaded)
-            for cls in (cls for name, cls in _registry.items() if name not in before and not required(cls)):
-                str(cls().needs)  # what every list of methods asks
-        except (Exception, SystemExit) as error:
-            why = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
-        if not why:
-            continue
-        names = [entry.name, *(name for name in _registry if name not in before)]
-        _registry.clear()
-        _registry.update(before)  # half a plug-in is none
-        whose = f" of {entry.dist.name} {entry.dist.version}" if entry.dist else ""
-        told = f"plug-in {entry.name!r} ({entry.value}){whose} was left out: {why}"
-        for name in names:
-            failed[name] = f"{failed[name]}; {told}" if name in failed else told
-        warnings.warn(told, RuntimeWarning, stacklevel=2)
-    return failed
+    def add(cls: M) -> M:
+        return trust(register(name, paper=paper, seam=seam)(cls))
 
-
-def _registers(loaded: Any, before: dict[str, type[Method]]) -> bool:
-    """Whether an entry point gave methods: it is one, or its module brings some (imported now or earlier)."""
-    if isinstance(loaded, type) and issubclass(loaded, Method):
-        return any(cls is loaded for cls in _registry.values())
-    module = loaded.__name__ if isinstance(loaded, ModuleType) else getattr(loaded, "__module__", None)
-    inside = (cls.__module__ == module or cls.__module__.startswith(f"{module}.") for cls in _registry.values())
-    return _registry.keys() != before.keys() or any(inside)
-
-
-def _missing(loaded: Any) -> str:
-    if isinstance(loaded, type) and issubclass(loaded, Method):
-        return "the class is not registered: decorate it with @vtprune.register(name, paper=..., seam=...)"
-    kind = "a module" if isinstance(loaded, ModuleType) else f"{type(loaded).__name__} {loaded!r:.80}"
-    return (
-        f"it is {kind} and registers no method: name a class decorated with @vtprune.register(name, paper=..., "
-        "seam=...), or the module that holds it; nothing is called"
-    )
+    return add
 
 
 def required(cls: type[Method]) -> list[str]:
@@ -108,41 +229,31 @@ def required(cls: type[Method]) -> list[str]:
     return [f.name for f in options if f.init and f.default is missing and f.default_factory is missing]
 
 
+def options(cls: type[Method]) -> list[str]:
+    """The names of the options of a method."""
+    return [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
+
+
 def failures() -> list[str]:
-    """One sentence for every plug-in that was left out, with the reason."""
-    return list(dict.fromkeys(_load().values()))
-
-
-def _walk(package: str) -> Iterator[str]:
-    for info in iter_modules(import_module(package).__path__, package + "."):
-        yield info.name
-        if info.ispkg:
-            yield from _walk(info.name)
+    """One sentence for every plug-in of methods that was left out, with the reason."""
+    return METHODS.failures()
 
 
 def get(name: str) -> type[Method]:
-    """The class registered under `name`; KeyError-free: an unknown name lists the known ones."""
-    failed = _load()
-    if name not in _registry and name in failed:
-        raise ValueError(f"method {name!r} is not there: {failed[name]}")
-    if name not in _registry:
-        near = get_close_matches(name, _registry, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"unknown method {name!r}{hint}; choose one of: {', '.join(sorted(_registry))}")
-    return _registry[name]
+    """The class registered under `name`. Raises ValueError on an unknown name and lists the known ones."""
+    return METHODS.get(name)
 
 
-def create(name: str, **options: Any) -> Method:
+def create(name: str, **given: Any) -> Method:
     """Make a method by name; an unknown option raises TypeError with the valid ones."""
     cls = get(name)
-    valid = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
-    for option in options:
+    valid = options(cls)
+    for option in given:
         if option not in valid:
             raise TypeError(f"{name} has no option {option!r}; valid options: {', '.join(valid) or 'none'}")
-    return cls(**options)
+    return cls(**given)
 
 
 def methods() -> list[type[Method]]:
     """All registered methods, sorted by name; each carries `.name`, `.seam`, `.paper` and `.needs`."""
-    _load()
-    return [_registry[name] for name in sorted(_registry)]
+    return METHODS.all()

@@ -442,7 +442,7 @@ class VitSession:
 
 def _check(method: Reducer, step: Reduction, n: int) -> None:
     """Raise unless a method that is not of this package answers a reduction of n rows; its own are tested for that."""
-    if isinstance(method, EachImage) or type(method).__module__.startswith("vtprune."):
+    if isinstance(method, EachImage) or method.trusted:
         return
     weights = step.w if step.matrix is None else step.matrix
     inside = bool((step.index >= 0).all()) and bool((step.index < n).all())

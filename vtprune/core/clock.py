@@ -34,7 +34,7 @@ class Clock:
         if not self.events:
             return self.end - self.begin
         self.events[1].synchronize()
-        return self.events[0].elapsed_time(self.events[1]) / 1e3
+        return float(self.events[0].elapsed_time(self.events[1])) / 1e3
 
 
 def capturing(device: torch.device) -> bool:

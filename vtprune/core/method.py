@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from torch import Tensor
 
@@ -21,6 +21,7 @@ Phase = Literal["prefill", "decode"]
 Of = Literal["tokens", "heads"]
 Rounding = Literal["nearest", "down"]
 Where = str | int | tuple[str, int | slice]
+M = TypeVar("M", bound="type[Method]")
 
 
 class Method(ABC):
@@ -78,6 +79,15 @@ class Method(ABC):
         """False if an answer may hold fewer tokens than its budget or all there are, as a few official codes do."""
         return True
 
+    @property
+    def trusted(self) -> bool:
+        """True if tests show that it never changes its input nor answers out of range, so checks need not wait.
+
+        Its answers are then judged once the device has worked on, and tensors of inference mode are not copied to see
+        whether they changed. It is a mark of the class itself (`trust`), which a class derived from it does not have.
+        """
+        return "_trusted" in type(self).__dict__
+
     @abstractmethod
     def __call__(self, v: Visual) -> Assignment:
         """Choose (or merge into) exactly `v.budget` tokens."""
@@ -95,16 +105,22 @@ class Method(ABC):
         return "llm"
 
 
+def trust(cls: M) -> M:
+    """Mark a class of methods as `Method.trusted`."""
+    cls._trusted = True  # type: ignore[attr-defined]
+    return cls
+
+
 @dataclass(frozen=True)
 class Stage:
     """One place where tokens are dropped or merged.
 
-    where: "llm" (between projector and LLM), an int k (the hidden states entering decoder layer k), or ("vit", k)
-        (those entering block k of the vision tower; k = depth: leaving its last block). Only blocks whose output is
-        used count, a negative k counts from the last of them. ("vit", slice) is a schedule: the method is asked at
-        every block of the slice and has to reach its budget at the last (a stop beyond depth includes k = depth). In
-        the tower a token is what becomes one visual token (2 x 2 patches in Qwen2-VL), and budgets are per crop (row
-        of the tower's batch) or packed image.
+    where: "pre_llm" (between projector and LLM; stored as "llm", the older word for the same place), an int k (the
+        hidden states entering decoder layer k), or ("vit", k) (those entering block k of the vision tower; k = depth:
+        leaving its last block). Only blocks whose output is used count, a negative k counts from the last of them.
+        ("vit", slice) is a schedule: the method is asked at every block of the slice and has to reach its budget at the
+        last (a stop beyond depth includes k = depth). In the tower a token is what becomes one visual token (2 x 2
+        patches in Qwen2-VL), and budgets are per crop (row of the tower's batch) or packed image.
     method: the rule.
     keep: float in (0, 1] = share of a unit's visual tokens as the model sees them unpruned, made a count as
         `Method.rounding` says; int >= 1 = tokens per unit (more than there are keeps all); None = the method decides.
@@ -144,6 +160,8 @@ class Stage:
         object.__setattr__(self, "keep_total", check_keep(self.keep_total, "keep_total"))
         if isinstance(self.where, Integral) and not isinstance(self.where, bool):
             object.__setattr__(self, "where", int(self.where))
+        if self.where == "pre_llm":
+            object.__setattr__(self, "where", "llm")
         if self.keep is not None and self.keep_total is not None:
             raise TypeError(f"keep={self.keep} and keep_total={self.keep_total}: give one of them")
         for name, valid in (("per", get_args(Per)), ("newlines", get_args(Newlines))):

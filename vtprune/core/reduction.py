@@ -14,7 +14,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..kernels import best_first, check_finite, full_precision, merge, recorded
+from ..kernels import best_first, check_finite, full_precision, recorded
+from ..kernels.merge import merge
 from .method import Method, Where, budget
 from .reading import budget_of, cls_attention, signal_of
 from .signal import Signal
@@ -108,7 +109,8 @@ class Reduction:
         own = torch.ones(batch * m, device=x.device).index_add(0, dst, -self.w.flatten())
         pairs = torch.arange(batch * m, device=x.device)
         weights = torch.cat([own, self.w.flatten()])
-        return merge(rows, torch.cat([at, src]), torch.cat([pairs, dst]), weights, batch * m).view(batch, m, width)
+        merged: Tensor = merge(rows, torch.cat([at, src]), torch.cat([pairs, dst]), weights, batch * m)
+        return merged.view(batch, m, width)
 
     def _of_plain_operations(self, x: Tensor) -> Tensor:
         """`apply` of what other runtimes know, a product with the sources of every row in place of adding in place."""

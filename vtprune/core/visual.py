@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..kernels import merge
+from ..kernels.merge import merge
 from .signal import Signal
 
 
@@ -89,4 +89,5 @@ class Assignment:
         """x [N, ...] -> [K, ...]; merges accumulate in float32 and return in x's dtype."""
         if self.src is None or self.dst is None or self.w is None:
             return x.index_select(0, self.idx)
-        return merge(x, self.src, self.dst, self.w, self.idx.shape[0])
+        merged: Tensor = merge(x, self.src, self.dst, self.w, self.idx.shape[0])
+        return merged

@@ -10,7 +10,7 @@ from ...core.method import Method, Per, Rounding, Stage
 from ...core.signal import Signal
 from ...core.visual import Assignment, Visual
 from ...kernels import check_finite
-from ...registry import register
+from ...registry import register_own as register
 from .. import best_first, budget_of, select, signal_of
 from .schedule import check_one, tidy
 from .withdraw import Withdraw

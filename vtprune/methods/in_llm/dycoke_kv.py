@@ -14,7 +14,7 @@ from ...core.method import Method, Per, Phase, Rounding, Where
 from ...core.signal import Signal
 from ...core.visual import Assignment, Visual
 from ...kernels import check_finite
-from ...registry import register
+from ...registry import register_own as register
 from .. import best_first, budget_of, check_choices, check_cosine, select, signal_of
 
 Similar = Literal["reuse", "all"]

@@ -9,7 +9,7 @@ from vtprune.kernels import check_finite
 from ...core.method import Method, Where
 from ...core.signal import Signal
 from ...core.visual import Assignment, Visual
-from ...registry import register
+from ...registry import register_own as register
 from .. import budget_of, select
 
 LAST_ROW = Signal("last_row", -1)

@@ -9,7 +9,7 @@ from ...core.method import Method, Per, Where
 from ...core.signal import Signal
 from ...core.visual import Assignment, Visual
 from ...kernels import check_finite
-from ...registry import register
+from ...registry import register_own as register
 from .. import best_first, budget_of, select, signal_of
 
 ROW, VALUE, NORM = Signal("last_visual"), Signal("last_value"), Signal("value_norm")

@@ -12,7 +12,7 @@ from ...core.method import Method, Stage
 from ...core.signal import Signal
 from ...core.visual import Assignment, Visual
 from ...kernels import check_finite
-from ...registry import register
+from ...registry import register_own as register
 from .. import best_first, budget_of, signal_of
 
 LAST_ROW = Signal("last_row", -1)

@@ -13,7 +13,7 @@ from ...core.method import Method, Positions, Stage
 from ...core.signal import Signal
 from ...core.visual import Assignment, Visual
 from ...kernels import check_finite
-from ...registry import register
+from ...registry import register_own as register
 from .. import best_first, budget_of, check_choices, select, signal_of
 from ..density_peaks import recycle
 from .schedule import check_layers, pyramid

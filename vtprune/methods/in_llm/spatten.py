@@ -12,7 +12,7 @@ from torch import Tensor
 from ...core.method import Method, Per, Stage, Where, check_keep
 from ...core.signal import Signal
 from ...core.visual import Assignment, Visual
-from ...registry import register
+from ...registry import register_own as register
 from .. import best_first
 from .schedule import check_layers, check_one, check_shares, in_steps_of
 from .spatten_heads import SpAttenHeads, best_of

@@ -13,7 +13,7 @@ from ...core.method import Method, Positions, Rounding, Stage, Where
 from ...core.signal import Signal
 from ...core.visual import Assignment, Visual
 from ...kernels import check_finite
-from ...registry import register
+from ...registry import register_own as register
 from .. import best_first, budget_of, select, signal_of
 from .schedule import check_layers, check_one, check_shares, in_steps_of
 

@@ -15,7 +15,7 @@ from ...core.method import Method, Newlines, Stage, Where
 from ...core.signal import Signal
 from ...core.visual import Assignment, Visual
 from ...kernels import check_finite
-from ...registry import register
+from ...registry import register_own as register
 from .. import best_first, budget_of, check_choices, signal_of
 from ..in_llm.flowcut_llm import FlowCutLLM
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core.reduction import Reads, Reducer, Reduction, Tokens, keep_best
-from ...registry import register
+from ...registry import register_own as register
 
 
 @register("token_transforming", paper="https://arxiv.org/abs/2506.05709", seam="in_vit")

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...core.reduction import Reads, Reducer, Reduction, Tokens
 from ...core.visual import Visual
 from ...kernels import best_first
-from ...registry import register
+from ...registry import register_own as register
 
 
 @register("tome", paper="https://arxiv.org/abs/2210.09461", seam="in_vit")

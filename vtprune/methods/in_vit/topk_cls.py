@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ...core.reduction import Reads, Reducer, Reduction, Tokens, keep_best
-from ...registry import register
+from ...registry import register_own as register
 from .schedule import check_places, stepwise
 
 

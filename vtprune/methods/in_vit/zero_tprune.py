@@ -11,7 +11,7 @@ from torch import Tensor
 from vtprune.kernels import best_first, page_rank
 
 from ...core.reduction import Reads, Reducer, Reduction, Tokens, keep_rows
-from ...registry import register
+from ...registry import register_own as register
 from .schedule import check_places, stepwise
 
 

@@ -14,7 +14,7 @@ from vtprune.kernels import check_finite
 from ...core.method import Method, Newlines, Per
 from ...core.signal import Signal
 from ...core.visual import Assignment, Visual
-from ...registry import register
+from ...registry import register_own as register
 from .. import best_first, budget_of, check_choices, select, signal_of
 from ..raster import views
 

@@ -15,7 +15,7 @@ from vtprune.kernels import check_finite
 from ...core.method import Method, Newlines
 from ...core.signal import Signal
 from ...core.visual import Assignment, Visual
-from ...registry import register
+from ...registry import register_own as register
 from .. import Fallback, budget_of, check_fallback, cls_attention, signal_of
 from ..absorb import absorb
 from ..counting import in_proportion, ranks

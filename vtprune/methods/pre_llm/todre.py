@@ -14,7 +14,7 @@ from vtprune.kernels import check_finite, farthest_point
 from ...core.method import Method, Stage
 from ...core.signal import Signal
 from ...core.visual import Assignment, Visual
-from ...registry import register
+from ...registry import register_own as register
 from .. import budget_of, check_choices, select
 from ..in_llm.withdraw import withdrawals
 

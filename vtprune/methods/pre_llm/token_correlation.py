@@ -14,7 +14,7 @@ from vtprune.kernels import check_finite, to_device
 from ...core.method import Method
 from ...core.signal import Signal
 from ...core.visual import Assignment, Visual
-from ...registry import register
+from ...registry import register_own as register
 from .. import Fallback, best_first, budget_of, check_fallback, cls_attention, cls_needs, select, signal_of
 from ..crops import crops
 

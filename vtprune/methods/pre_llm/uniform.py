@@ -13,7 +13,7 @@ from vtprune.kernels import check_finite, to_device
 
 from ...core.method import Method, spread
 from ...core.visual import Assignment, Visual
-from ...registry import register
+from ...registry import register_own as register
 from .. import budget_of
 from ..raster import blocks, evenly
 

@@ -15,7 +15,7 @@ from ...core.method import Method, Newlines, Positions, Stage
 from ...core.signal import Signal
 from ...core.visual import Assignment, Visual
 from ...kernels import check_finite
-from ...registry import register
+from ...registry import register_own as register
 from .. import signal_of
 from ..clips import Clip, by_clip, flow
 from ..in_llm.aim_inllm import AIMInLLM

@@ -11,7 +11,7 @@ from torch import Tensor
 from ... import registry
 from ...core.method import Method, Newlines, Positions, Stage
 from ...core.visual import Assignment, Visual
-from ...registry import register
+from ...registry import register_own as register
 from ..clips import Clip, by_clip, evenly_shared, likeness, ranks_in_rows
 from ..raster import evenly
 

@@ -9,7 +9,7 @@ import torch
 
 from ...core.method import Method, Newlines
 from ...core.visual import Assignment, Visual
-from ...registry import register
+from ...registry import register_own as register
 from ..clips import Clip, by_clip, check_ratio, likeness
 from ..raster import evenly
 

@@ -14,7 +14,7 @@ from ...core.method import Method, Newlines
 from ...core.signal import Signal
 from ...core.visual import Assignment, Visual
 from ...kernels import check_finite, to_device
-from ...registry import register
+from ...registry import register_own as register
 from .. import check_cosine, check_counts, signal_of
 from ..clips import Clip, by_clip, check_ratio, likeness, places, ranks_in_rows
 from ..density_peaks import clusters

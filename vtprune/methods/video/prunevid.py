@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from ...core.method import Method, Newlines, Positions
 from ...core.visual import Assignment, Visual
 from ...kernels import to_device
-from ...registry import register
+from ...registry import register_own as register
 from .. import check_cosine, check_counts
 from ..clips import Clip, by_clip, check_ratio, flow, likeness
 from ..density_peaks import cluster_weights, clusters

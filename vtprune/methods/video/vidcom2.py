@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from ...core.method import Method, Newlines
 from ...core.visual import Assignment, Visual
-from ...registry import register
+from ...registry import register_own as register
 from .. import best_first
 from ..clips import Clip, by_clip, check_ratio, places, ranks_in_rows
 from ..counting import apportion
