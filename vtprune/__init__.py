@@ -3,8 +3,11 @@
 >>> handle = vtprune.patch(model, "divprune", keep=0.25)
 """
 
+from .core.select import Selected
 from .handle import Handle, patch, unpatch
+from .recipe import Recipe
 from .registry import create, methods, register
+from .selection import select
 from .types import (
     Assignment,
     Method,
@@ -23,6 +26,8 @@ __all__ = [
     "Assignment",
     "Handle",
     "Method",
+    "Recipe",
+    "Selected",
     "Signal",
     "Span",
     "Stage",
@@ -34,5 +39,6 @@ __all__ = [
     "methods",
     "patch",
     "register",
+    "select",
     "unpatch",
 ]

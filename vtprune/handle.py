@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import registry
-from .types import Method, Stage, check_keep
+from .core.method import Method, Stage, check_keep
+from .recipe import Recipe, given_stages, method_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,6 +35,14 @@ class Handle:
     def stages(self) -> list[Stage]:
         """The stages in force."""
         return list(self._session.stages)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The stages in force as a document that `patch` takes: `handle.recipe.save("recipe.json")`.
+
+        Raises ValueError where a stage holds a method that is not registered.
+        """
+        return Recipe.of(self.stages)
 
     @property
     def last(self) -> Any:
@@ -82,7 +90,7 @@ class Handle:
 
 def patch(
     model: nn.Module,
-    method: str | Method | Stage | Sequence[Stage],
+    method: str | Method | Stage | Sequence[Stage] | Recipe,
     *,
     keep: float | int | None = None,
     add: bool = False,
@@ -97,7 +105,7 @@ def patch(
     (`pretrained_model`) or a pipeline. Then the model inside is patched, whose own calls are pruned, whoever makes
     them. `torch.compile` breaks its graph around a prompt that is pruned, and compiles decode steps whole.
 
-    method: a name from `vtprune.methods()`, a `Method`, a `Stage`, or a list of `Stage`s.
+    method: a name from `vtprune.methods()`, a `Method`, a `Stage`, a list of `Stage`s, or a `Recipe`.
     keep: float in (0, 1] = share of a unit's visual tokens, int >= 1 = tokens per unit (more than there are keeps
         all). 1.0 computes exactly what the unpatched model computes. Required with a name or a `Method`, unless the
         method decides by itself (`Method.adaptive`) or `keep_total` is given.
@@ -116,8 +124,9 @@ def patch(
     Raises UnsupportedModel for a model that cannot be pruned exactly, ValueError or TypeError for bad options.
 
     >>> handle = vtprune.patch(model, "divprune", keep=0.25)
-    >>> first = Stage("llm", vtprune.create("divprune"), keep=0.5)
+    >>> first = Stage("pre_llm", vtprune.create("divprune"), keep=0.5)
     >>> vtprune.patch(model, [first, Stage(8, vtprune.create("fastv"), keep=0.25)])
+    >>> vtprune.patch(model, vtprune.Recipe.load("recipe.json"))
     """
     from .model_adapters.vits import vit_of
     from .model_adapters.wrappers import unwrapped
@@ -171,29 +180,11 @@ def _stages(
     model: nn.Module, method: Any, keep: float | int | None, options: dict[str, Any], plain: bool
 ) -> list[Stage]:
     """plain: the model is a vision transformer alone, every block of which a method given by name may use."""
-    if isinstance(method, Stage) or (isinstance(method, Sequence) and not isinstance(method, str)):
-        stages = [method] if isinstance(method, Stage) else list(method)
-        if keep is not None or options:
-            given = ", ".join(["keep"] * (keep is not None) + list(options))
-            raise TypeError(f"{given} cannot be combined with stages: set them on each Stage")
-        for stage in stages:
-            if not isinstance(stage, Stage):
-                raise TypeError(f"{stage!r} is no Stage; a list must hold vtprune.Stage objects only")
-        if not stages:
-            raise ValueError("an empty list of stages prunes nothing; pass at least one Stage")
+    stages = given_stages(method, keep, options)
+    if stages is not None:
         return stages
     where = {k: options.pop(k) for k in _STAGE_OPTIONS if k in options}
-    if isinstance(method, str):
-        made = registry.create(method, **options)
-    elif isinstance(method, Method):
-        if options:
-            raise TypeError(f"{', '.join(options)}: a Method instance already carries its options")
-        made = method
-    else:
-        names = ", ".join(m.name for m in registry.methods())
-        raise TypeError(f"method={method!r}: pass a name ({names}), a Method, a Stage or a list of Stages")
-    if keep is None and where.get("keep_total") is None and not made.adaptive:
-        raise TypeError(f"{made.name}: keep is missing; use a float in (0, 1] (share) or an int >= 1 (tokens)")
+    made = method_of(method, keep, where.get("keep_total"), options)
     keep = check_keep(keep)
     if plain:
         if where:

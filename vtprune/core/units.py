@@ -215,6 +215,29 @@ def _rasters(span: Span, per: Per, newlines: Newlines, video: bool) -> Iterator[
         yield ids, replace(span, start=0, newline=ends)
 
 
+def tokens_of(group: Sequence[Alive]) -> tuple[Tensor, Tensor | None]:
+    """Positions in the row of all tokens of a unit; for parts of an image also the order that makes them ascend."""
+    if len(group) == 1:
+        return group[0].positions, None
+    positions = torch.cat([a.positions for a in group])
+    if not any(a.part is not None or a.separator for a in group):
+        return positions, None
+    order = positions.argsort()
+    return positions.index_select(0, order), order
+
+
+def joined_spans(group: Sequence[Alive]) -> tuple[Span, ...]:
+    """Spans of several whole images side by side; none once one was cut or divided."""
+    if not all(a.whole and a.n == a.unit.n for a in group):
+        return ()
+    spans: list[Span] = []
+    start = 0
+    for a in group:
+        spans += [replace(span, start=span.start + start) for span in a.spans]
+        start += a.n
+    return tuple(spans)
+
+
 def kept_by_crop(spans: tuple[Span, ...], n: int, idx: Tensor) -> list[int]:
     """How many of the kept tokens idx [K] of an image of n tokens lie in each of its crops."""
     parts = parts_of(spans, n, "crop", "drop", False)
