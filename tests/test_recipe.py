@@ -164,7 +164,7 @@ BAD: list[tuple[str, Any, type[Exception], str]] = [
         "stages.0.where",
         ["vit", {"begin": 1}],
         ValueError,
-        "unknown key 'begin' in where of stage 0; .*start, stop, step",
+        "unknown key 'begin' in where .*: start, stop, step",
     ),
     ("stages.0.where", 1.5, ValueError, "where=1.5"),
     ("stages.0.where", True, ValueError, "where=True"),
@@ -218,7 +218,12 @@ def test_what_cannot_be_written() -> None:
 
     with pytest.raises(ValueError, match=r"Mine is not the method registered as ''.*@vtprune\.register"):
         Recipe.of(Stage("llm", Mine(), keep=0.5))
-    with pytest.raises(TypeError, match="pass a sequence of vtprune.Stage"):
+    with pytest.raises(TypeError, match=r"pass a sequence of vtprune\.Stage"):
         Recipe.of([vtprune.create("divprune")])  # type: ignore[list-item]
     with pytest.raises(ValueError, match=r"where='middle': choose 'pre_llm'"):
         Recipe.of(Stage("middle", METHOD, keep=0.5))
+    recoverable = vtprune.create("recoverable", text_similarity=lambda v: v.x[:, 0])
+    with pytest.raises(ValueError, match=r"option 'text_similarity' of recoverable is <function .*finite numbers"):
+        Recipe.of(Stage("llm", recoverable, keep=0.5))
+    with pytest.raises(ValueError, match=r"option 'seed' of random is nan"):
+        Recipe.of(Stage("llm", vtprune.create("random", seed=float("nan")), keep=0.5))

@@ -22,7 +22,8 @@ class Recipe:
     """Stages that can be written down, sent and read again: `vtprune.patch(model, recipe)`.
 
     stages: a tuple of `Stage`, of registered methods. made_with: the version of vtprune that wrote it, for people.
-    All options are written, also those at their defaults, so a default that changes later changes no recipe.
+    All options are written, also those at their defaults, so a default that changes later changes no recipe; only a
+    function that is a default is left out, and another function is refused.
 
     >>> recipe = vtprune.Recipe.of([vtprune.Stage("pre_llm", vtprune.create("divprune"), keep=0.25)])
     >>> vtprune.Recipe.from_json(recipe.to_json()) == recipe
@@ -41,8 +42,8 @@ class Recipe:
         for stage in self.stages:
             _check_known(stage.method)
             _written_where(stage.where)
-            for name in registry.options(type(stage.method)):
-                _plain(getattr(stage.method, name), f"option {name!r} of {stage.method.name}")
+            for name, value in _written_options(stage.method).items():
+                _plain(value, f"option {name!r} of {stage.method.name}")
 
     @classmethod
     def of(cls, stages: Stage | Sequence[Stage]) -> Recipe:
@@ -144,13 +145,20 @@ def _version() -> str:
 
 def _written_stage(stage: Stage) -> dict[str, Any]:
     method = stage.method
-    options = {name: getattr(method, name) for name in registry.options(type(method))}
     entry = {name: getattr(stage, name) for name in STAGE[3:]}
-    return {"where": _written_where(stage.where), "method": method.name, "options": options, **entry}
+    head = {"where": _written_where(stage.where), "method": method.name, "options": _written_options(method)}
+    return head | entry
+
+
+def _written_options(method: Method) -> dict[str, Any]:
+    """All options, but for functions that are the default: these have no form in JSON."""
+    fields = [f for f in dataclasses.fields(method) if f.init]  # type: ignore[arg-type]
+    values = {f.name: (getattr(method, f.name), f.default) for f in fields}
+    return {name: value for name, (value, default) in values.items() if not (callable(value) and value is default)}
 
 
 def _written_where(where: Where) -> Any:
-    if isinstance(where, str | int) and not isinstance(where, bool):
+    if where == "llm" or type(where) is int:
         return where
     if isinstance(where, tuple) and len(where) == 2 and isinstance(where[0], str):
         tower, k = where
@@ -167,8 +175,9 @@ def _written_where(where: Where) -> Any:
 
 def _check_known(method: Method) -> None:
     """Raise ValueError unless the name of a method gives its class."""
-    known = registry.METHODS.load() is not None and registry.METHODS.known.get(method.name)
-    if known is not type(method):
+    known = registry.METHODS
+    known.load()
+    if type(method) not in (known.known.get(method.name), known.parts.get(method.name)):
         raise ValueError(
             f"{type(method).__name__} is not the method registered as {method.name!r}, so a recipe cannot name it: "
             "decorate the class with @vtprune.register(name, paper=..., seam=...)"
@@ -221,13 +230,14 @@ def _read_stage(entry: Any, what: str) -> Stage:
     name, options = entry["method"], entry["options"]
     if not isinstance(name, str):
         raise TypeError(f"method={name!r} in {what}: it is the name of a method, a string")
-    valid = registry.options(registry.get(name))
+    cls = registry.METHODS.get(name, parts=True)
+    valid = registry.options(cls)
     if not isinstance(options, dict):
         raise TypeError(f"options={options!r:.80} in {what}: it is an object with options of {name}")
     for option in options:
         if option not in valid:
             raise ValueError(f"{name} has no option {option!r} in {what}; valid options: {', '.join(valid) or 'none'}")
-    method = registry.create(name, **{option: _tuples(value) for option, value in options.items()})
+    method = registry.make(cls, {option: _tuples(value) for option, value in options.items()})
     clips = entry["clips"]
     rest = {key: entry[key] for key in ("keep", "keep_total", "per", "newlines", "positions")}
     return Stage(_read_where(entry["where"], what), method, **rest, clips=None if clips is None else _tuples(clips))

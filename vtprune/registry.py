@@ -45,6 +45,7 @@ class Registry(Generic[T]):
         self.kind, self.group = kind, group
         self._package, self._accepts, self._check, self._how = package, accepts, check, how
         self.known: dict[str, T] = {}
+        self.parts: dict[str, T] = {}
         self._failed: dict[str, str] | None = None
         self._lock = RLock()
 
@@ -60,11 +61,16 @@ class Registry(Generic[T]):
             )
         self.known[name] = thing
 
-    def get(self, name: str) -> T:
-        """The thing of that name. Raises ValueError on an unknown name and lists the known ones."""
+    def get(self, name: str, parts: bool = False) -> T:
+        """The thing of that name. Raises ValueError on an unknown name and lists the known ones.
+
+        parts: those too that are no more than a part of another one, which lists leave out.
+        """
         failed = self.load()
         if name in self.known:
             return self.known[name]
+        if parts and name in self.parts:
+            return self.parts[name]
         if name in failed:
             raise ValueError(f"{self.kind} {name!r} is not there: {failed[name]}")
         near = get_close_matches(name, self.known, n=1)
@@ -223,6 +229,15 @@ def register_own(name: str, *, paper: str, seam: str) -> Callable[[M], M]:
     return add
 
 
+def part(cls: M) -> M:
+    """Class decorator: a method that is only a stage of another one's schedule; it carries name, paper, seam itself.
+
+    Recipes know it by its name; `create` and `methods` do not.
+    """
+    METHODS.parts[cls.name] = cls
+    return cls
+
+
 def required(cls: type[Method]) -> list[str]:
     """The options without which a method cannot be made."""
     missing, options = dataclasses.MISSING, dataclasses.fields(cls)  # type: ignore[arg-type]
@@ -246,11 +261,15 @@ def get(name: str) -> type[Method]:
 
 def create(name: str, **given: Any) -> Method:
     """Make a method by name; an unknown option raises TypeError with the valid ones."""
-    cls = get(name)
+    return make(get(name), given)
+
+
+def make(cls: type[Method], given: dict[str, Any]) -> Method:
+    """Make a method of its options; an unknown one raises TypeError with the valid ones."""
     valid = options(cls)
     for option in given:
         if option not in valid:
-            raise TypeError(f"{name} has no option {option!r}; valid options: {', '.join(valid) or 'none'}")
+            raise TypeError(f"{cls.name} has no option {option!r}; valid options: {', '.join(valid) or 'none'}")
     return cls(**given)
 
 

@@ -9,15 +9,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...core.method import Method, Of
+from ...core.method import Method, Of, trust
 from ...core.signal import Signal
 from ...core.visual import Assignment, Visual
 from ...kernels import check_finite
+from ...registry import part
 from .. import best_first, budget_of, signal_of
 
 SAID = Signal("head_output", -1)
 
 
+@trust
+@part
 @dataclass(frozen=True)
 class SpAttenHeads(Method):
     """Cascade head pruning: the heads whose |output|, summed over channels, tokens and layers so far, is largest."""

@@ -10,14 +10,17 @@ import torch
 
 from vtprune.kernels import check_finite
 
-from ...core.method import Method, Per, Stage
+from ...core.method import Method, Per, Stage, trust
 from ...core.signal import Signal
 from ...core.visual import Assignment, Visual
+from ...registry import part
 from .. import signal_of
 
 FROM_TEXT, TO_TEXT = Signal("from_text", -1), Signal("to_text", -1)
 
 
+@trust
+@part
 @dataclass(frozen=True)
 class Withdraw(Method):
     """Stage 2 of ToDRE (https://arxiv.org/abs/2505.18757), and with threshold=None visual tokens withdrawal
