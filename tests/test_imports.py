@@ -1,0 +1,136 @@
+"""Imports run downwards only, and in no circle: read from the source, with the folders that pyproject.toml maps."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = None
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def packages() -> dict[str, Path]:
+    """Every package that is shipped, and its folder."""
+    if tomllib is None:
+        pytest.skip("the standard library reads TOML from Python 3.11 on")
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = {}
+    for package in tool["packages"]:
+        base = max((b for b in tool["package-dir"] if package == b or package.startswith(b + ".")), key=len)
+        found[package] = ROOT / tool["package-dir"][base] / package[len(base) + 1 :].replace(".", "/")
+    return found
+
+
+def modules() -> dict[str, Path]:
+    """Every module that is shipped, by its name."""
+    found = {}
+    for package, folder in packages().items():
+        for file in folder.glob("*.py"):
+            found[package if file.stem == "__init__" else f"{package}.{file.stem}"] = file
+    return found
+
+
+def imports(tree: ast.AST, functions: bool) -> Iterator[ast.Import | ast.ImportFrom]:
+    """The imports that run; those of functions only if asked for, those under TYPE_CHECKING never."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            yield from (part for child in node.orelse for part in imports(ast.Module([child], []), functions))
+        elif functions or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from imports(node, functions)
+
+
+def targets(name: str, file: Path, known: dict[str, Path], functions: bool) -> set[str]:
+    """What a module imports: our modules by name, others by the name of their package."""
+    package = name if file.stem == "__init__" else name.rpartition(".")[0]
+    found = set()
+    for node in imports(ast.parse(file.read_text()), functions):
+        if isinstance(node, ast.Import):
+            full = [alias.name for alias in node.names]
+        else:
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            full = [f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base for alias in node.names]
+        found |= {one if one.split(".")[0] == "vtprune" else one.split(".")[0] for one in full}
+    return found - {name}
+
+
+KNOWN = modules() if tomllib else {}
+LAZY = {name: targets(name, file, KNOWN, functions=True) for name, file in KNOWN.items()}
+EAGER = {name: targets(name, file, KNOWN, functions=False) for name, file in KNOWN.items()}
+STANDARD = sys.stdlib_module_names if tomllib else frozenset()
+
+# Folder: what its modules may import of ours, and which packages of others; function-level imports count too.
+RULES: dict[str, tuple[str, str]] = {
+    "vtprune.kernels": (r"vtprune\.kernels(\..*)?", r"torch|triton"),
+    "vtprune.core": (r"vtprune\.(kernels|core)(\..*)?", r"torch"),
+    "vtprune.registry": (r"vtprune\.core(\..*)?", r""),
+    "vtprune.methods": (r"vtprune\.(kernels|core|methods)(\..*)?|vtprune\.registry", r"torch"),
+    "vtprune.recipe": (r"vtprune\.core(\..*)?|vtprune\.registry", r""),
+    "vtprune.selection": (r"vtprune\.core(\..*)?|vtprune\.recipe", r"torch"),
+    "vtprune.model_adapters": (r"vtprune\.(?!methods|evals|cli|handle|recipe|registry)[a-z_.]+", r"(?!rich|typer).+"),
+}
+# (module, what it imports): why it may.
+ALLOWED: dict[tuple[str, str], str] = {
+    ("vtprune.recipe", "vtprune"): "the version that is written into a recipe, read when one is made",
+}
+
+
+@pytest.mark.parametrize("folder", RULES)
+def test_arrows_run_downwards(folder: str) -> None:
+    ours, others = RULES[folder]
+    inside = [name for name in KNOWN if name == folder or name.startswith(folder + ".")]
+    assert inside
+    wrong = []
+    for name in inside:
+        for target in sorted(LAZY[name]):
+            rule = ours if target.split(".")[0] == "vtprune" else others
+            standard = target in STANDARD or target == "__future__"
+            if not standard and not re.fullmatch(rule, target) and (name, target) not in ALLOWED:
+                wrong.append(f"{name} imports {target}")
+    assert not wrong
+
+
+def test_exceptions_are_still_needed() -> None:
+    for name, target in ALLOWED:
+        assert target in LAZY[name], f"{name} no longer imports {target}"
+
+
+def test_no_circle() -> None:
+    """Of what modules import as they are imported. A package stands for its `__init__` alone."""
+    left = {name: {t for t in found if t in KNOWN} for name, found in EAGER.items()}
+    while free := [name for name, found in left.items() if not found & left.keys()]:
+        for name in free:
+            del left[name]
+    # What is left leads into a circle or stands in one: take away what only leads there.
+    while outer := [name for name in left if not any(name in found for other, found in left.items() if other != name)]:
+        for name in outer:
+            del left[name]
+    assert not left, {name: sorted(found & left.keys()) for name, found in left.items()}
+
+
+def test_the_reader_sees_what_there_is(tmp_path: Path) -> None:
+    """Relative imports, names that are modules, functions, and what only a type checker reads."""
+    file = tmp_path / "b.py"
+    file.write_text(
+        "from __future__ import annotations\nimport os.path\nfrom . import c\nfrom .c import name\nfrom ..d import e\n"
+        "from vtprune.x import y\ndef f():\n    from . import late\nif TYPE_CHECKING:\n    from . import typed\n"
+        "else:\n    from . import real\nclass A:\n    import torch.nn\n"
+        "try:\n    import numpy\nexcept ImportError:\n    pass\n"
+    )
+    known = {f"vtprune.{name}": file for name in ("a.c", "a.late", "a.typed", "a.real", "d.e", "x.y")}
+    eager = targets("vtprune.a.b", file, known, functions=False)
+    assert eager == {
+        "__future__", "os", "torch", "numpy", "vtprune.a.c", "vtprune.d.e", "vtprune.x.y", "vtprune.a.real",
+    }  # fmt: skip
+    assert targets("vtprune.a.b", file, known, functions=True) == eager | {"vtprune.a.late"}
