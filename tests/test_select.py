@@ -133,6 +133,35 @@ def test_it_keeps_what_a_patched_model_keeps(
     compare(name, rows, method, options, stage)
 
 
+BEFORE = [cls.name for cls in vtprune.methods() if cls.seam == "pre_llm"]
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "llava_onevision"])
+@pytest.mark.parametrize("method", BEFORE)
+def test_every_method_before_the_llm(method: str, name: str) -> None:
+    """One stage of each method that the registry holds, as the same stage of a patched model answers."""
+    model, batch = families.model(name), families.inputs(name, (1, 2))
+    made = vtprune.create(method)
+    for keep in [0.5, None] if made.adaptive else [0.5]:
+        stage = Stage("pre_llm", made, keep=keep)
+        seen = shown(model, batch, made.needs)
+        expected, _ = kept(model, batch, stage)
+        owners = [row for row, count in enumerate(batch.units) for _ in count]
+        with torch.no_grad():
+            found = vtprune.select(
+                [v.x for v in seen],
+                stage,
+                spans=[v.spans for v in seen],
+                video=[v.video for v in seen],
+                signals=[dict(v.signals) for v in seen],
+                text=[seen[owners.index(row)].text for row in range(2)],
+                rows=owners,
+            )
+        for image, want in zip(found, expected, strict=True):
+            assert image.idx.tolist() == want.idx
+            assert torch.equal(image.features, want.features)
+
+
 VIDEOS = [name for name in families.FAMILIES if "video" in name]
 
 
@@ -227,7 +256,10 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"signals": {"cls": torch.rand(8)}}, ValueError, r"signal 'cls' of image 0 is \[8\] float32.*not \[9, \.\.\.\]"),
     ({"text": torch.zeros(3, 5)}, ValueError, r"text is \[3, 5\].*\[M, 4\]"),
     ({"rows": [1]}, ValueError, "rows=\\[1\\]"),
-    ({"method": "fastv"}, ValueError, r"fastv acts at 2, inside a model.*seam 'pre_llm'"),
+    ({"method": "fastv"}, ValueError, r"fastv acts inside a model \(seam 'in_llm'\).*seam 'pre_llm'"),
+    ({"method": "sparsevlm"}, ValueError, r"sparsevlm acts inside a model \(seam 'in_llm'\)"),
+    ({"method": "tome"}, ValueError, r"tome acts inside a model \(seam 'in_vit'\)"),
+    ({"method": Stage("llm", vtprune.create("fastv"), keep=3), "keep": None}, ValueError, "needs the signal last_row"),
     ({"method": "divprun"}, ValueError, "did you mean 'divprune'"),
     ({"seed": 1}, TypeError, "divprune has no option 'seed'"),
     ({"keep": None}, TypeError, "divprune: keep is missing"),

@@ -86,10 +86,9 @@ def _stages(method: Any, keep: Any, where: dict[str, Any], options: dict[str, An
     if stages is not None:
         return stages
     made = method_of(method, keep, where.get("keep_total"), options)
-    place = made.default_where()
-    if place != "llm":
+    if made.seam != "pre_llm" or made.default_where() != "llm":
         raise ValueError(
-            f"{made.name} acts at {place!r}, inside a model, and features alone stand before the LLM: choose a method "
+            f"{made.name} acts inside a model (seam {made.seam!r}), and features alone stand before the LLM: choose a method "
             "of seam 'pre_llm' (see vtprune.methods()), or pass Stage('pre_llm', ...) if you have the signals it reads"
         )
     return [Stage("pre_llm", made, keep=keep, **where)]
