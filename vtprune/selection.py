@@ -88,8 +88,8 @@ def _stages(method: Any, keep: Any, where: dict[str, Any], options: dict[str, An
     made = method_of(method, keep, where.get("keep_total"), options)
     if made.seam != "pre_llm" or made.default_where() != "llm":
         raise ValueError(
-            f"{made.name} acts inside a model (seam {made.seam!r}), and features stand before the LLM: choose a method of "
-            "seam 'pre_llm' (see vtprune.methods()), or pass Stage('pre_llm', ...) if you have the signals it reads"
+            f"{made.name} acts inside a model (seam {made.seam!r}), and features stand before the LLM: choose one "
+            "of seam 'pre_llm' (see vtprune.methods()), or pass Stage('pre_llm', ...) if you have the signals it reads"
         )
     return [Stage("pre_llm", made, keep=keep, **where)]
 

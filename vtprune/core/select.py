@@ -70,7 +70,7 @@ def run_stages(
     Raises ValueError for a stage at another place, and what the methods raise; VtpruneError for a wrong answer.
     """
     for stage in stages:
-        _check(stage, units)
+        _check(stage)
     rows: list[list[Tensor]] = [[] for _ in text]
     for x, unit in zip(features, units):
         rows[unit.row].append(x)
@@ -83,7 +83,7 @@ def run_stages(
     return [_selected(run, i) for i in range(len(units))]
 
 
-def _check(stage: Stage, units: Sequence[Unit]) -> None:
+def _check(stage: Stage) -> None:
     name = stage.method.name or type(stage.method).__name__
     if stage.where != "llm":
         raise ValueError(
@@ -94,12 +94,6 @@ def _check(stage: Stage, units: Sequence[Unit]) -> None:
         raise ValueError(
             f"{name} chooses among {stage.method.of} at {' and '.join(stage.method.phases)}, not among tokens before "
             "the LLM: choose a method of seam 'pre_llm', see vtprune.methods()"
-        )
-
-    missing = [need for need in stage.method.needs if not all(need in unit.signals for unit in units)]
-    if stage.method.seam == "in_llm" and missing:  # those of other seams know what to do without, or say so themselves
-        raise ValueError(
-            f"{name} needs the signal {missing[0]}, which some image lacks: pass it in signals, a tensor of N rows each"
         )
 
 

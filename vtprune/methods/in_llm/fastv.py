@@ -10,7 +10,7 @@ from ...core.method import Method, Where
 from ...core.signal import Signal
 from ...core.visual import Assignment, Visual
 from ...registry import register_own as register
-from .. import budget_of, select
+from .. import budget_of, select, signal_of
 
 LAST_ROW = Signal("last_row", -1)
 
@@ -45,6 +45,6 @@ class FastV(Method):
         return self.layer
 
     def __call__(self, v: Visual) -> Assignment:
-        row = v.signals[LAST_ROW].float()
+        row = signal_of(v, LAST_ROW, self.name)
         check_finite([row], "last-query attention rows")
         return select(row.argsort(descending=True, stable=True)[: budget_of(v, self.name)], scores=row)
