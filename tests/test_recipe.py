@@ -10,6 +10,7 @@ from typing import Any
 import families
 import pytest
 import torch
+import vits
 
 import vtprune
 from vtprune import Assignment, Method, Recipe, Stage, Visual, registry
@@ -141,6 +142,14 @@ def test_patch_takes_a_recipe_and_the_handle_gives_one(tmp_path: Path) -> None:
         assert again.stages == handle.stages
     with pytest.raises(TypeError, match=r"keep, per cannot be combined with stages"):
         vtprune.patch(model, handle.recipe, keep=0.5, per="crop")
+
+
+def test_a_plain_vision_transformer_takes_one_too() -> None:
+    model, images = vits.model("timm-deit"), vits.images()
+    with torch.no_grad(), vtprune.patch(model, "tome", keep=0.5) as handle:
+        wanted, recipe = vits.run(model, images), handle.recipe
+    with torch.no_grad(), vtprune.patch(model, Recipe.from_json(recipe.to_json())):
+        assert torch.equal(vits.run(model, images), wanted)
 
 
 GOOD = json.loads(Recipe.of(Stage("llm", METHOD, keep=0.25)).to_json())
