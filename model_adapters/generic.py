@@ -362,7 +362,9 @@ def _take(runs: list[tuple[int, int]], size: int) -> list[tuple[int, int]]:
 
 def _by_tile(features: Features) -> Features:
     """An entry for each raster where entries are nothing but rasters side by side."""
-    sizes, spans, signals = [], [], []
+    sizes: list[int] = []
+    spans: list[tuple[Span, ...]] = []
+    signals: list[dict[Signal, Tensor]] = []
     for n, parts, own in zip(features.sizes, features.spans, features.signals):
         whole = sum(len(span) for span in parts) == n
         for span in parts if whole else ():
