@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from vtprune.types import Signal, Span, UnsupportedCall, UnsupportedModel
 from .layouts import is_told, sizes_told, spans_of
 from .vits import WORKING
 
-MODALITIES = ("image", "video")
+MODALITIES: tuple[Literal["image", "video"], ...] = ("image", "video")
 # By model_type. "tested": in our conformance suite; "same shape": read in transformers' source, same call shape.
 TESTED = [
     "llava",
