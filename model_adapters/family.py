@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module, metadata
 from pkgutil import iter_modules
+from threading import RLock
 from types import ModuleType
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -143,13 +144,16 @@ class Known:
     family: type[Family]
 
 
-_known: dict[str, Known] = {}
+_known: dict[str, type[Family]] = {}
+_failed: dict[str, str] | None = None
+_lock = RLock()
 
 
 def family(cls: F) -> F:
     """Class decorator: make a `Family` known under each of the model types that it lists.
 
-    Raises TypeError if the class is no `Family` or lists no model types, ValueError if one of them is taken.
+    Raises TypeError if the class is no `Family` or lists no model types, ValueError if one of them is taken or listed
+    twice.
 
     >>> @family
     ... class MyFamily(Llava):
@@ -159,37 +163,43 @@ def family(cls: F) -> F:
         raise TypeError(f"@family: {cls!r} must be a class derived from vtprune.model_adapters.Family")
     if not _ours(cls.__module__):
         _load_ours()  # a name that one of our families has is refused here, and not when ours are imported
-    rows = _rows(cls)
-    for row in rows:
-        known = _known.get(row.model_type)
-        if known is not None and _path(known.family) != _path(cls):
+    for name in _names(cls):
+        known = _known.get(name)
+        if known is not None and _path(known) != _path(cls):
             raise ValueError(
-                f"@family: {_path(cls)} lists {row.model_type!r}, but the name is taken by {_path(known.family)}; "
-                f"these names are taken: {', '.join(sorted(_known))}"
+                f"@family: {_path(cls)} lists {name!r}, but the name is taken by {_path(known)}; these names are "
+                f"taken: {', '.join(sorted(_known))}"
             )
-    _known.update({row.model_type: row for row in rows})
+    _known.update(dict.fromkeys(_names(cls), cls))
     return cls
 
 
-def _rows(cls: type[Family]) -> list[Known]:
-    """What a class itself says of its model types."""
-    rows: list[Known] = []
-    statuses: tuple[tuple[str, Status], ...] = (("tested", "tested"), ("same_shape", "same shape"))
-    for attribute, status in statuses:
-        names = cls.__dict__.get(attribute, ())
-        if isinstance(names, str):
-            raise TypeError(f"@family: {_path(cls)}.{attribute}={names!r} must be a tuple of model types: ({names!r},)")
-        rows += [Known(name, status, cls.note, cls) for name in names]
-    rows += [Known(name, "refused", why, cls) for name, why in cls.__dict__.get("refused", {}).items()]
-    names = [row.model_type for row in rows]
+def _names(cls: type[Family]) -> list[str]:
+    """The model types that a class itself lists. Raises TypeError and ValueError as `family` does."""
+    names: list[str] = []
+    for attribute in ("tested", "same_shape", "refused"):
+        listed = cls.__dict__.get(attribute, ())
+        if isinstance(listed, str):
+            raise TypeError(
+                f"@family: {_path(cls)}.{attribute}={listed!r} must be a tuple of model types: ({listed!r},)"
+            )
+        names += listed
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"@family: {_path(cls)} lists {', '.join(map(repr, twice))} more than once")
-    if not rows:
+    if not names:
         raise TypeError(
             f"@family: {_path(cls)} lists no model types: set tested, same_shape or refused in the class itself"
         )
-    return rows
+    return names
+
+
+def _known_as(name: str) -> Known:
+    """What the class that lists a name says of it."""
+    cls = _known[name]
+    if name in cls.__dict__.get("refused", {}):
+        return Known(name, "refused", cls.refused[name], cls)
+    return Known(name, "tested" if name in cls.__dict__.get("tested", ()) else "same shape", cls.note, cls)
 
 
 def _path(cls: type) -> str:
@@ -206,42 +216,54 @@ def _load_ours() -> None:
         import_module(info.name)
 
 
-@lru_cache(maxsize=1)
 def _load() -> dict[str, str]:
     """Import our families and every plug-in, once; what failed, by the names of plug-ins and of what they began.
 
     A plug-in is code of somebody else: one that fails is warned of by name and takes nothing else down.
     """
-    _load_ours()
-    failed: dict[str, str] = {}
-    for entry in metadata.entry_points(group=GROUP):
-        before = dict(_known)
-        try:
-            loaded = entry.load()
-            why = "" if _registers(loaded, before) else _missing(loaded)
-            for known in (known for name, known in _known.items() if name not in before):
-                known.family()  # every look-up makes one
-        except (Exception, SystemExit) as error:
-            why = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
-        if not why:
-            continue
-        names = [entry.name, *(name for name in _known if name not in before)]
-        _known.clear()
-        _known.update(before)  # half a plug-in is none
-        whose = f" of {entry.dist.name} {entry.dist.version}" if entry.dist else ""
-        told = f"plug-in {entry.name!r} ({entry.value}){whose} was left out: {why}"
-        for name in names:
-            failed[name] = f"{failed[name]}; {told}" if name in failed else told
-        warnings.warn(told, RuntimeWarning, stacklevel=2)
-    return failed
+    global _failed
+    with _lock:
+        if _failed is None:
+            _load_ours()
+            _failed = {}  # a plug-in may look up families while it is imported
+            for entry in metadata.entry_points(group=GROUP):
+                _load_one(entry, _failed)
+        return _failed
 
 
-def _registers(loaded: Any, before: dict[str, Known]) -> bool:
+def forget() -> None:
+    """Look for plug-ins again when the next family is looked up."""
+    global _failed
+    _failed = None
+
+
+def _load_one(entry: metadata.EntryPoint, failed: dict[str, str]) -> None:
+    before = dict(_known)
+    try:
+        loaded = entry.load()
+        why = "" if _registers(loaded, before) else _missing(loaded)
+        for cls in (cls for name, cls in _known.items() if name not in before):
+            cls()  # every look-up makes one
+    except (Exception, SystemExit) as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
+    if not why:
+        return
+    names = [entry.name, *(name for name in _known if name not in before)]
+    _known.clear()
+    _known.update(before)  # half a plug-in is none
+    whose = f" of {entry.dist.name} {entry.dist.version}" if entry.dist else ""
+    told = f"plug-in {entry.name!r} ({entry.value}){whose} was left out: {why}"
+    for name in names:
+        failed[name] = f"{failed[name]}; {told}" if name in failed else told
+    warnings.warn(told, RuntimeWarning, stacklevel=5)
+
+
+def _registers(loaded: Any, before: dict[str, type[Family]]) -> bool:
     """Whether an entry gave families: it is one, or its module brings some (imported now or earlier)."""
     if isinstance(loaded, type) and issubclass(loaded, Family):
-        return any(known.family is loaded for known in _known.values())
+        return any(cls is loaded for cls in _known.values())
     module = loaded.__name__ if isinstance(loaded, ModuleType) else getattr(loaded, "__module__", None)
-    homes = (known.family.__module__ for known in _known.values())
+    homes = (cls.__module__ for cls in _known.values())
     inside = (home == module or home.startswith(f"{module}.") for home in homes)
     return _known.keys() != before.keys() or any(inside)
 
@@ -257,7 +279,7 @@ def _missing(loaded: Any) -> str:
 def families() -> list[Known]:
     """All model types that are known, sorted by name, with their status, a note and the class of their family."""
     _load()
-    return [_known[name] for name in sorted(_known)]
+    return [_known_as(name) for name in sorted(_known)]
 
 
 def failures() -> list[str]:
@@ -273,7 +295,7 @@ def model_types(status: Status) -> list[str]:
 def is_supported(model_type: Any) -> bool:
     """Whether models of this type can be pruned."""
     _load()
-    return model_type in _known and _known[model_type].status != "refused"
+    return model_type in _known and _known_as(model_type).status != "refused"
 
 
 def family_of(model: Any, model_type: str, otherwise: str = "") -> Family:
@@ -282,7 +304,7 @@ def family_of(model: Any, model_type: str, otherwise: str = "") -> Family:
     model: the model, for messages. otherwise: what else works, for messages.
     """
     failed = _load()
-    known = _known.get(model_type)
+    known = _known_as(model_type) if model_type in _known else None
     if known is not None and known.status != "refused":
         return known.family()
     name, tested = f"{type(model).__name__} ({model_type})", ", ".join(model_types("tested"))

@@ -6,6 +6,7 @@ The rows of the mosaic end with a newline token. The model's own packing tells w
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -145,6 +146,13 @@ def _packed(base: Any, size: tuple[int, int], call: Call) -> Tensor:
         **{name: value for name, value in packing.items() if name in known},
     )
     return flat[0][:, 0]
+
+
+def unpadded(x: Tensor, size: Sequence[int]) -> Tensor:
+    """x [C, h, w] of a mosaic without the rows or columns that only pad an image of size (height, width)."""
+    from transformers.models.llava_next.modeling_llava_next import unpad_image
+
+    return unpad_image(x, list(size))
 
 
 def _tiles(mosaic: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | tuple[()]:
