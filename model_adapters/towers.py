@@ -7,12 +7,10 @@ where it has one, by the mean over the merged patches elsewhere.
 
 from __future__ import annotations
 
-import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,203 +21,28 @@ from vtprune.compilers import announce, outside_while_busy
 from vtprune.tap import attach, interface_of, read
 from vtprune.types import Signal, UnsupportedCall, UnsupportedModel
 
-Modality = Literal["image", "video"]
-Call = dict[str, Any]
+from .family import families
+from .tower_layout import Call, Layout, Modality, TowerCall, per_entry, sizes_of, tower_of
+
 CLS_KINDS = ("cls", "cls_full", "cls_value")
 PER_QUERY = ("received", "mean_query")  # where packed, sums: windows and images of different length are comparable
 VECTORS = ("queries", "keys", "mean_keys", "values", "hidden")
 CLS_NAMES = ("class_embedding", "cls_token", "class_token")
 
 
-@dataclass(frozen=True)
-class TowerCall:
-    """One call of `get_image_features` or `get_video_features`, and what its tower showed.
-
-    base: the VLM's base model. call: the call's bound arguments. grid: name of its grid argument.
-    sizes: tokens of every entry of `pooler_output`, as the LLM sees them.
-    """
-
-    base: Any
-    tower: Any
-    call: Call
-    grid: str
-    sizes: Sequence[int]
-
-    def option(self, name: str) -> Any:
-        """An argument of the call; where the call leaves it open, the model's default."""
-        value = self.call.get(name)
-        return getattr(self.base.config, name) if value is None else value
-
-
-# Maps [T, N, C] (T tiles of N tower tokens; packed towers: T = 1 and all patches in a row) to [n, C] in the
-# order of the LLM's visual tokens, all entries one after the other.
-Pack = Callable[[TowerCall, Tensor], Tensor]
-
-
-def _patches(f: TowerCall, x: Tensor) -> Tensor:
-    """[T, N, C] without the CLS token, if the LLM does not see it."""
-    return x[:, 1:] if f.option("vision_feature_select_strategy") == "default" else x
-
-
-def _pool(x: Tensor, kernel: int) -> Tensor:
-    """[T, N, C] square tiles -> [T, N / kernel^2, C]: mean over blocks of kernel x kernel patches."""
-    side = round(x.shape[1] ** 0.5)
-    return F.avg_pool2d(x.mT.unflatten(2, (side, side)), kernel).flatten(2).mT
-
-
-def _plain(f: TowerCall, x: Tensor) -> Tensor:
-    return _patches(f, x).flatten(0, 1)
-
-
-def _every_token(f: TowerCall, x: Tensor) -> Tensor:
-    return x.flatten(0, 1)
-
-
-def _tiles_of_images(f: TowerCall, x: Tensor) -> list[Tensor]:
-    """Any-resolution input: the tiles of every image, the base view first."""
-    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
-    sizes, config = f.call["image_sizes"], f.base.config
-    images = f.call.get("batch_num_images")
-    # LLaVA-OneVision does not tile the images of a prompt that holds several.
-    tiled = [True] * len(sizes) if images is None else [n == 1 for n in images for _ in range(n)]
-    counts = [
-        image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size) if tile else 1
-        for size, tile in zip(sizes, tiled)
-    ]
-    return list(_patches(f, x).split(counts))
-
-
-def _mosaic(f: TowerCall, x: Tensor) -> Tensor:
-    strategy = f.option("vision_feature_select_strategy")
-    newline = x.new_zeros(x.shape[-1])
-    packed, _ = f.base.pack_image_features(
-        _tiles_of_images(f, x), f.call["image_sizes"], strategy, image_newline=newline
-    )
-    return torch.cat(packed)
-
-
-def _mosaic_onevision(f: TowerCall, x: Tensor) -> Tensor:
-    packed, _ = f.base.pack_image_features(
-        _tiles_of_images(f, x),
-        f.call["image_sizes"],
-        image_newline=x.new_zeros(x.shape[-1]),
-        vision_aspect_ratio=f.option("vision_aspect_ratio"),
-    )
-    return torch.cat(packed)
-
-
-def _frames_onevision(f: TowerCall, x: Tensor) -> Tensor:
-    frames = f.base.apply_pooling(_patches(f, x))
-    videos = frames.reshape(len(f.sizes), -1, x.shape[-1])
-    return F.pad(videos, (0, 0, 0, 1)).flatten(0, 1)  # the newline that ends each video
-
-
-def _frames_next_video(f: TowerCall, x: Tensor) -> Tensor:
-    return _pool(_patches(f, x), f.base.config.spatial_pool_stride).flatten(0, 1)
-
-
-def _shuffled_internvl(f: TowerCall, x: Tensor) -> Tensor:
-    return _pool(_patches(f, x), round(1 / f.base.config.downsample_ratio)).flatten(0, 1)
-
-
-def _shuffled_idefics(f: TowerCall, x: Tensor) -> Tensor:
-    return _pool(x, f.base.connector.scale_factor).flatten(0, 1)
-
-
-def _pooled_gemma(f: TowerCall, x: Tensor) -> Tensor:
-    return _pool(x, f.base.multi_modal_projector.kernel_size).flatten(0, 1)
-
-
-def _merged(f: TowerCall, x: Tensor) -> Tensor:
-    """Consecutive patches form one token; the tower puts them in that order before its first block."""
-    return x[0].unflatten(0, (-1, f.tower.spatial_merge_size**2)).mean(1)
-
-
-def _merged_windows(f: TowerCall, x: Tensor) -> Tensor:
-    """Qwen2.5-VL: the same, but its blocks see the tokens window by window."""
-    from transformers.vision_utils import get_vision_window_index
-
-    tower = f.tower
-    index, _ = get_vision_window_index(
-        f.call[f.grid],
-        spatial_merge_size=tower.spatial_merge_size,
-        window_size=tower.window_size,
-        patch_size=tower.patch_size,
-    )
-    return _merged(f, x)[torch.argsort(index).to(x.device)]
-
-
-def _by_image_size(f: TowerCall, x: Tensor) -> Tensor:
-    """Pixtral: images of any size in one row, each a raster of its own."""
-    merge = getattr(f.base.config, "spatial_merge_size", 1)
-    grids = [(int(h) // f.tower.patch_size, int(w) // f.tower.patch_size) for h, w in f.call["image_sizes"]]
-    images = x[0].split([h * w for h, w in grids])
-    rasters = (image.T.unflatten(1, grid) for image, grid in zip(images, grids))
-    return torch.cat([F.avg_pool2d(raster, merge).flatten(1).T for raster in rasters])
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How one family lays out visual tokens.
-
-    packed: its tower runs many images as one row of patches.
-    newline: every entry ends with a newline, which transformers 5.17 appends only after the features call.
-    """
-
-    pack: Pack
-    packed: bool = False
-    newline: bool = False
-
-
-LAYOUTS: dict[tuple[str, Modality], Layout] = {
-    ("llava", "image"): Layout(_plain),
-    ("llava_next", "image"): Layout(_mosaic),
-    ("llava_next_video", "image"): Layout(_mosaic),
-    ("llava_next_video", "video"): Layout(_frames_next_video),
-    ("llava_onevision", "image"): Layout(_mosaic_onevision),
-    ("llava_onevision", "video"): Layout(_frames_onevision, newline=True),
-    ("video_llava", "image"): Layout(_plain),
-    ("video_llava", "video"): Layout(_every_token),
-    ("internvl", "image"): Layout(_shuffled_internvl),
-    ("smolvlm", "image"): Layout(_shuffled_idefics),
-    ("idefics3", "image"): Layout(_shuffled_idefics),
-    ("gemma3", "image"): Layout(_pooled_gemma),
-    ("paligemma", "image"): Layout(_every_token),
-    ("mistral3", "image"): Layout(_by_image_size, packed=True),
-    ("qwen2_5_vl", "image"): Layout(_merged_windows, packed=True),
-    ("qwen2_5_vl", "video"): Layout(_merged_windows, packed=True),
-    **{
-        (family, modality): Layout(_merged, packed=True)
-        for family in ("qwen2_vl", "qwen3_vl", "qwen3_5", "glm4v")
-        for modality in ("image", "video")
-    },
-}
-
-
 def layout_of(base: nn.Module, modality: Modality) -> Layout:
     """The layout of a base model; UnsupportedModel, naming the family, if none is known."""
-    family = cast(Any, base).config.model_type
-    known = LAYOUTS.get((family, modality))
-    if family == "llava" and tower_of(base, modality).config.model_type == "pixtral":
-        known = Layout(_by_image_size, packed=True)
-    if known is None:
-        families = ", ".join(sorted(name for name, what in LAYOUTS if what == modality))
+    model_type = cast(Any, base).config.model_type
+    tested = {known.model_type: known.family for known in families() if known.status == "tested"}
+    layout = tested[model_type]().layout(base, modality) if model_type in tested else None
+    if layout is None:
+        names = ", ".join(name for name, family in tested.items() if getattr(family, f"{modality}_layout") is not None)
         raise UnsupportedModel(
-            f"no {modality} layout is known for model type {family!r}, so neither tower signals nor stages in the "
+            f"no {modality} layout is known for model type {model_type!r}, so neither tower signals nor stages in the "
             "tower can be mapped to its visual tokens; choose a method that needs neither (`vtprune methods`) or one "
-            f"of: {families}"
+            f"of: {names}"
         )
-    return known
-
-
-def tower_of(base: Any, modality: Modality) -> Any:
-    """The vision tower that sees this modality."""
-    own = getattr(base, f"{modality}_tower", None)  # Video-LLaVA has one tower each
-    tower = base.get_encoder(modality=modality) if own is None else own
-    if tower is base:
-        raise UnsupportedModel(f"{type(base).__name__} has no vision tower that transformers can name")
-    return tower
+    return layout
 
 
 def attention_modules(tower: nn.Module) -> list[nn.Module]:
@@ -315,8 +138,7 @@ class TowerSignals:
         undo: list[Callable[[], None]] = []
         for signal, index in self.index.items():
             if signal.kind == "hidden":
-                # GLM-4V's own output is merged already; its last norm shows the patches.
-                source = self.tower.post_layernorm if hasattr(self.tower, "downsample") else self.tower
+                source = self.layout.states(self.tower)
                 detach = source.register_forward_hook(partial(self._hidden, signal)).remove
             else:
                 source = self.layers[index]
@@ -407,26 +229,6 @@ class TowerSignals:
             merged = x.shape[1] // sum(map(len, scores))
             return [score / (merged * len(score)) for score in scores]
         return scores
-
-
-def sizes_of(output: Any) -> list[int]:
-    """Visual tokens of every entry of a features call's output."""
-    # An entry is [n, D]; transformers 5.17 gives a video of LLaVA-NeXT-Video as [frames, n, D].
-    return [math.prod(entry.shape[:-1]) for entry in output.pooler_output]
-
-
-def per_entry(f: TowerCall, layout: Layout, modality: Modality, x: Tensor) -> list[Tensor]:
-    """What the tower's tokens carry, x [T, N, C], for the visual tokens of every entry, [n, C] each; newlines: 0."""
-    rows, sizes = layout.pack(f, x), list(f.sizes)
-    if layout.newline and rows.shape[0] == sum(sizes) + len(sizes):
-        sizes = [size + 1 for size in sizes]
-    if rows.shape[0] != sum(sizes):
-        raise UnsupportedModel(
-            f"{f.base.config.model_type}: {rows.shape[0]} mapped tokens against {sum(sizes)} visual tokens "
-            f"({modality}); this version of transformers lays them out differently, please report it with the model's "
-            "config"
-        )
-    return list(rows.split(sizes))
 
 
 def _both(first: Callable[[], None], second: Callable[[], None]) -> None:

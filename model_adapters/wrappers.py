@@ -8,8 +8,8 @@ from torch import nn
 
 from vtprune.types import UnsupportedModel
 
-from .generic import SAME_SHAPE, TESTED
-from .vits import vit_of
+from .family import is_supported
+from .vit_blocks import vit_of
 
 # By library and class: the attribute that holds the model, on whose own calls the hooks act.
 HOLDERS = {
@@ -73,7 +73,7 @@ def _check_shards(model: nn.Module) -> None:
 
 def _is_vlm(model: Any) -> bool:
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind not in TESTED + SAME_SHAPE or not hasattr(type(model), "get_decoder"):
+    if not is_supported(kind) or not hasattr(type(model), "get_decoder"):
         return False
     return hasattr(type(getattr(model, "base_model", None)), "get_image_features")
 
