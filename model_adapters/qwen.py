@@ -18,7 +18,7 @@ class Qwen(Family):
 
 
 def _window_order(f: TowerCall) -> Tensor:
-    """Where each merged token stands in the order of windows in which the blocks see them, on the host."""
+    """Where each merged token stands in the order of windows in which the blocks see them."""
     from transformers.vision_utils import get_vision_window_index
 
     tower = f.tower
