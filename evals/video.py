@@ -19,10 +19,13 @@ from numpy.typing import NDArray
 STRATEGIES = ("uniform", "fps")
 # Times in a file are rounded, to a millisecond at worst where its frame rate is constant (Matroska, FLV).
 ROUNDING = 1.001e-3
+# Packets: the way to the next frame asked for is skipped where it is longer than that to the key frame before it.
+GAP = 100
 # FFmpeg opens these as films of a frame or of text, and playlists as the files or addresses that they name.
 STILLS = re.compile(r"_pipe$|^(image2|ico|gem|fits|dpx)$")
 TEXTS = {"ansi", "bintext", "xbin", "idf"}
-REPORTING = threading.Lock()  # FFmpeg has one log level for all
+# Errors that decoders report about what accompanies the pictures.
+ASIDE = re.compile(r"SEI|APP|EXIF|ICC|user data|metadata|timecode", re.IGNORECASE)
 PLAYLISTS = {"hls", "dash", "concat", "imf", "sdp"}
 
 
@@ -155,6 +158,28 @@ def _rewound(file: Any) -> Any:
     return file
 
 
+_listeners: list[tuple[Any, bool]] = []  # what to go back to, once for each read that listens
+_listeners_lock = threading.Lock()
+
+
+@contextmanager
+def _listening(logging: Any) -> Iterator[None]:
+    """FFmpeg's errors are on, which is one switch for all threads: the last one out puts it back."""
+    with _listeners_lock:
+        _listeners.append(_listeners[0] if _listeners else (logging.get_level(), logging.get_skip_repeated()))
+        if len(_listeners) == 1:
+            logging.set_level(logging.ERROR)
+            logging.set_skip_repeated(False)  # else the second reading of a damaged file hears nothing
+    try:
+        yield
+    finally:
+        with _listeners_lock:
+            level, skips = _listeners.pop()
+            if not _listeners:
+                logging.set_level(level)
+                logging.set_skip_repeated(skips)
+
+
 class _Source:
     """A video that can be opened as often as needed: its name in messages and in commands, and how to open it."""
 
@@ -166,9 +191,11 @@ class _Source:
         self.av: Any = av
         self.name, self._short, self._content = name, short, content
         self.rates: list[float] = []
+        self._base = 1.0  # seconds of a tick, the unit of its times
         self._first = 0  # packet at which decoding begins
-        self._key: int | None = None  # the time of its picture
+        self._own: list[tuple[int | None, bool]] = []  # of each packet the time of its picture and whether it is a key
         self._begin: int | None = None  # the time of the first picture on screen that does not come before that one
+        self._ticks: NDArray[np.int64] | None = None  # of all pictures in order, where the packets leave no doubt
         self._slots: NDArray[np.float64] | None = None  # the start of each frame where only their order is stated
 
     def remedy(self, options: str = "-c:v libx264", target: str = "out.mp4", before: str = "") -> str:
@@ -195,19 +222,12 @@ class _Source:
 
     @contextmanager
     def _reports(self) -> Iterator[list[Any]]:
-        """What FFmpeg reports as errors in this thread: the only trace of data that a container had to skip.
+        """What FFmpeg reports as errors in this thread: the only trace of data that it had to skip or to guess.
 
-        Not while something decodes in threads of its own: they would wait for Python's lock, and Python for them.
+        Nothing may decode in threads of its own meanwhile: they would wait for Python's lock, and Python for them.
         """
-        logging = self.av.logging
-        with REPORTING:
-            level = logging.get_level()
-            logging.set_level(logging.ERROR)
-            try:
-                with logging.Capture() as log:
-                    yield log
-            finally:
-                logging.set_level(level)
+        with _listening(self.av.logging), self.av.logging.Capture() as log:
+            yield log
 
     def _stream(self, container: Any) -> Any:
         """The first video stream that is a film in a form with times."""
@@ -244,10 +264,10 @@ class _Source:
     def _codec(stream: Any) -> str:
         return stream.codec_context.codec.canonical_name if stream.codec_context else "unknown"
 
-    def _packets(self, container: Any) -> Iterator[Any]:
-        """All packets, of sound too: a file may go on after its film."""
+    def _packets(self, container: Any, *streams: Any) -> Iterator[Any]:
+        """The packets of some streams, or all, of sound too: a file may go on after its film."""
         try:
-            yield from container.demux()
+            yield from container.demux(*streams)
         except self.av.error.FFmpegError as error:
             raise self.damaged(f"it cannot be read to its end ({error.strerror})") from error
 
@@ -264,7 +284,8 @@ class _Source:
                     end = max(end, float((last + (packet.duration or 0)) * packet.time_base))
                 if packet.stream_index == stream.index and packet.size:
                     own.append((packet.pts, packet.dts, packet.is_keyframe, packet.is_discard))
-            form, base, codec = container.format.name, float(stream.time_base), self._codec(stream)
+            form, codec = container.format.name, self._codec(stream)
+            base = self._base = float(stream.time_base)
             self.rates = [float(r) for r in (stream.average_rate, stream.guessed_rate) if r]
             stated = (container.duration or 0) / self.av.time_base
         told = [message.strip() for _, name, message in log if name == form]
@@ -276,64 +297,150 @@ class _Source:
             raise ValueError(f"{self.name} holds a video stream ({codec}) without a frame: record or download it again")
         if "mpeg" in form:  # a broadcast may be cut anywhere; other files begin with a key frame
             self._first = next((i for i, packet in enumerate(own) if packet[2]), 0)
+        self._own = [(pts, is_key) for pts, _, is_key, _ in own]
         key = own[self._first][0]
         own = own[self._first :]
         times = [pts for pts, _, _, hidden in own if pts is not None and not hidden]
-        self._key = key
         self._begin = min((pts for pts in times if key is not None and pts >= key), default=None)
         if form == "avi":  # it holds one picture after the other, and what FFmpeg makes of their times can be wrong
             times = [dts for _, dts, _, _ in own if dts is not None]
             self._slots = np.unique(times) * base
-        starts = np.unique(np.array(times, np.int64)) * base
-        return starts - starts[0] if len(starts) else np.zeros(1)
+        elif self._begin is not None:
+            times = [pts for pts in times if pts >= self._begin]
+        ticks = np.unique(np.array(times, np.int64))
+        doubtful = self._begin is None or self._slots is not None or None in (pts for pts, *_ in own)
+        self._ticks = None if doubtful or len(ticks) < len(times) else ticks
+        return (ticks - ticks[0]) * base if len(ticks) else np.zeros(1)
 
     def decode(self, wanted: NDArray[np.int64]) -> tuple[NDArray[np.float64], dict[int, NDArray[np.uint8]]]:
         """(seconds [n] at which the frames come on screen, the pictures of those wanted by their number)."""
-        asked = set(wanted.tolist())
+        pictures = self._in_runs(self._runs(wanted))
+        if pictures is None or self._ticks is None:
+            return self._whole(set(wanted.tolist()))
+        return (self._ticks - self._ticks[0]) * self._base, self._alike(pictures)
+
+    def _whole(self, asked: set[int]) -> tuple[NDArray[np.float64], dict[int, NDArray[np.uint8]]]:
+        """`decode` from start to end, which takes the times from the frames."""
         times: list[int | None] = []
         pictures: dict[int, NDArray[np.uint8]] = {}
-        with self._opened() as (container, stream):
-            codec, base = self._codec(stream), float(stream.time_base)
-            for frame in self._frames(container, stream):
-                if frame.is_corrupt:
-                    raise self.damaged(f"frame {len(times)} is incomplete")
-                again = bool(times) and frame.pts is not None and frame.pts == times[-1]  # the later one covers it
-                if not again:
-                    times.append(frame.pts)
-                if len(times) - 1 in asked:
-                    pictures[len(times) - 1] = self._upright(frame)
+        with self._reports() as log, self._opened() as (container, stream):
+            codec = self._codec(stream)
+            for number, packet in self._coded(container, stream):
+                if number < self._first:
+                    continue
+                for frame in self._decoded(packet, number, self._first, log):
+                    again = bool(times) and frame.pts is not None and frame.pts == times[-1]  # the later one covers it
+                    if not again:
+                        times.append(frame.pts)
+                    if len(times) - 1 in asked:
+                        pictures[len(times) - 1] = self._upright(frame)
         if not times:
             raise ValueError(
                 f"{self.name} holds video of the codec {codec}, of which FFmpeg can decode no frame here: copy or "
                 f"download it again, or convert it where it plays: {self.remedy()}"
             )
+        return self._starts(times, self._base, codec), self._alike(pictures)
+
+    def _alike(self, pictures: dict[int, NDArray[np.uint8]]) -> dict[int, NDArray[np.uint8]]:
         if len({picture.shape for picture in pictures.values()}) > 1:
             sizes = sorted({f"{picture.shape[1]} x {picture.shape[0]}" for picture in pictures.values()})
             raise ValueError(f"{self.name} changes its size ({', '.join(sizes)}): bring it to one with {self.remedy()}")
-        return self._starts(times, base, codec), pictures
+        return pictures
 
-    def _frames(self, container: Any, stream: Any) -> Iterator[Any]:
-        """Frames in the order of display from the first key frame on, where a film begins that was cut anywhere."""
-        stream.codec_context.options = {"err_detect": "explode"}
-        stream.thread_type = "AUTO"
-        if self.av.logging.get_level() is not None:  # someone listens: see _reports
-            stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+    def _runs(self, wanted: NDArray[np.int64]) -> list[tuple[int, list[int]]]:
+        """(packet to begin with, numbers of the frames to take) of each run of packets to decode.
+
+        A frame needs what follows the last key frame that comes on screen, and in the file, no later than it does.
+        """
+        if self._ticks is None:
+            return []
+        places = {pts: place for place, (pts, _) in enumerate(self._own)}
+        keys = np.array([[i, pts] for i, (pts, key) in enumerate(self._own) if key and i >= self._first], np.int64)
+        runs: list[tuple[int, list[int]]] = []
+        end = -1
+        for number, tick in zip(wanted.tolist(), self._ticks[wanted].tolist(), strict=True):
+            fit = keys[(keys[:, 0] <= places[tick]) & (keys[:, 1] <= tick), 0]
+            if not len(fit):
+                return []
+            if runs and fit[-1] - end <= GAP:
+                runs[-1][1].append(number)
+            else:
+                runs.append((int(fit[-1]), [number]))
+            end = places[tick]
+        return runs
+
+    def _in_runs(self, runs: list[tuple[int, list[int]]]) -> dict[int, NDArray[np.uint8]] | None:
+        """The pictures of several runs of packets, with what lies between them read but not decoded.
+
+        None in any doubt: where a run shows other pictures, or at other times, than its packets announce, or one that
+        cannot be decoded, only the whole film says what is on screen when.
+        """
+        if len(runs) < 2 or self._ticks is None:
+            return None
+        pictures: dict[int, NDArray[np.uint8]] = {}
+        with self._reports() as log, self._opened() as (container, stream):
+            packets = self._coded(container, stream)
+            for run, (begin, asked) in enumerate(runs):
+                key = self._own[begin][0]
+                at = int(np.searchsorted(self._ticks, key))
+                limit = runs[run + 1][0] if run + 1 < len(runs) else len(self._own) + 1
+                for number, packet in packets:
+                    if number < begin:
+                        continue
+                    if number >= limit or (number == begin and packet.pts != key):
+                        return None
+                    try:
+                        frames = self._decoded(packet, number, begin, log)
+                    except ValueError:  # the whole film is tried, and says what is wrong with it
+                        return None
+                    for frame in frames:
+                        if run and frame.pts is not None and frame.pts < key:
+                            continue  # refers to what was skipped
+                        if at >= len(self._ticks) or frame.pts != self._ticks[at]:
+                            return None
+                        if at in asked:
+                            pictures[at] = self._upright(frame)
+                        at += 1
+                    if at > asked[-1]:
+                        stream.codec_context.flush_buffers()
+                        break
+        return pictures if len(pictures) == sum(len(asked) for _, asked in runs) else None
+
+    def _coded(self, container: Any, stream: Any) -> Iterator[tuple[int, Any]]:
+        """The packets of the stream by their number, and one more that ends it, for a decoder set up to check them."""
+        stream.codec_context.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
+        stream.thread_type, stream.codec_context.thread_count = "NONE", 1  # see _reports
         number = -1
-        for packet in self._packets(container):
-            if packet.stream_index != stream.index or (not packet.size and packet.dts is not None):
-                continue
-            number += bool(packet.size)
-            if number < self._first:
-                continue
-            if packet.is_corrupt:
-                raise self.damaged(f"packet {number} of its video is incomplete")
-            # Of pictures before the first key frame some refer to what was cut away.
-            leads = number > self._first and None not in (packet.pts, self._key) and packet.pts < self._key
-            try:
-                yield from packet.decode()
-            except self.av.error.FFmpegError as error:
-                if not leads:
-                    raise self.damaged(f"packet {number} of its video cannot be decoded ({error.strerror})") from error
+        for packet in self._packets(container, stream):
+            if packet.size or packet.dts is None:
+                number += 1
+                yield number, packet
+
+    def _decoded(self, packet: Any, number: int, begin: int, log: list[Any]) -> list[Any]:
+        """The frames that a packet completes, in the order of display, where decoding began at the packet `begin`."""
+        if packet.is_corrupt:
+            raise self.damaged(f"packet {number} of its video is incomplete")
+        # Of pictures before the key frame at which decoding began some refer to what is not there.
+        key = self._own[begin][0]
+        leads = number > begin and packet.pts is not None and key is not None and packet.pts < key
+        log.clear()
+        try:
+            frames = packet.decode()
+        except self.av.error.FFmpegError as error:
+            if leads:
+                return []
+            raise self.damaged(f"packet {number} of its video cannot be decoded ({error.strerror})") from error
+        decoder = packet.stream.codec_context.name
+        told = [text.strip() for _, name, text in log if name == decoder and not ASIDE.search(text)]
+        if told and not leads:
+            raise self.damaged(f"of packet {number} of its video FFmpeg reports {told[0]!r}")
+        whole = []
+        for frame in frames:
+            if not frame.is_corrupt:
+                whole.append(frame)
+            elif key is None or frame.pts is None or frame.pts >= key:
+                raise self.damaged(f"the frame at {frame.time} seconds is incomplete")
+        return whole
 
     def _starts(self, times: list[int | None], base: float, codec: str) -> NDArray[np.float64]:
         """Seconds at which the frames come on screen, the first at 0."""
