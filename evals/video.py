@@ -308,7 +308,7 @@ class _Source:
         elif self._begin is not None:
             times = [pts for pts in times if pts >= self._begin]
         ticks = np.unique(np.array(times, np.int64))
-        doubtful = self._begin is None or self._slots is not None or None in (pts for pts, *_ in own)
+        doubtful = self._begin is None or any(p is None or form == "avi" and p != dts for p, dts, *_ in own)
         self._ticks = None if doubtful or len(ticks) < len(times) else ticks
         return (ticks - ticks[0]) * base if len(ticks) else np.zeros(1)
 
