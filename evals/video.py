@@ -314,10 +314,11 @@ class _Source:
 
     def decode(self, wanted: NDArray[np.int64]) -> tuple[NDArray[np.float64], dict[int, NDArray[np.uint8]]]:
         """(seconds [n] at which the frames come on screen, the pictures of those wanted by their number)."""
-        pictures = self._in_runs(self._runs(wanted))
-        if pictures is None or self._ticks is None:
-            return self._whole(set(wanted.tolist()))
-        return (self._ticks - self._ticks[0]) * self._base, self._alike(pictures)
+        for back in (0, 1):
+            pictures = self._in_runs(self._runs(wanted, back))
+            if pictures is not None and self._ticks is not None:
+                return (self._ticks - self._ticks[0]) * self._base, self._alike(pictures)
+        return self._whole(set(wanted.tolist()))
 
     def _whole(self, asked: set[int]) -> tuple[NDArray[np.float64], dict[int, NDArray[np.uint8]]]:
         """`decode` from start to end, which takes the times from the frames."""
@@ -347,29 +348,32 @@ class _Source:
             raise ValueError(f"{self.name} changes its size ({', '.join(sizes)}): bring it to one with {self.remedy()}")
         return pictures
 
-    def _runs(self, wanted: NDArray[np.int64]) -> list[tuple[int, list[int]]]:
-        """(packet to begin with, numbers of the frames to take) of each run of packets to decode.
+    def _runs(self, wanted: NDArray[np.int64], back: int) -> list[tuple[int, int, list[int]]]:
+        """(packet to begin with, key frame from which it counts, frames to take by number) of each run of packets.
 
         A frame needs what follows the last key frame that comes on screen, and in the file, no later than it does.
+        Some H.264 decoders need what came before, too, to know what a key frame in the middle of the film refers to no
+        more: `back` is how many key frames earlier a run begins.
         """
         if self._ticks is None:
             return []
         places = {pts: place for place, (pts, _) in enumerate(self._own)}
         keys = np.array([[i, pts] for i, (pts, key) in enumerate(self._own) if key and i >= self._first], np.int64)
-        runs: list[tuple[int, list[int]]] = []
+        runs: list[tuple[int, int, list[int]]] = []
         end = -1
         for number, tick in zip(wanted.tolist(), self._ticks[wanted].tolist(), strict=True):
             fit = keys[(keys[:, 0] <= places[tick]) & (keys[:, 1] <= tick), 0]
             if not len(fit):
                 return []
-            if runs and fit[-1] - end <= GAP:
-                runs[-1][1].append(number)
+            begin, key = int(fit[-1 - back :][0]), int(fit[-1])
+            if runs and begin - end <= GAP:
+                runs[-1][2].append(number)
             else:
-                runs.append((int(fit[-1]), [number]))
+                runs.append((begin, key, [number]))
             end = places[tick]
         return runs
 
-    def _in_runs(self, runs: list[tuple[int, list[int]]]) -> dict[int, NDArray[np.uint8]] | None:
+    def _in_runs(self, runs: list[tuple[int, int, list[int]]]) -> dict[int, NDArray[np.uint8]] | None:
         """The pictures of several runs of packets, with what lies between them read but not decoded.
 
         None in any doubt: where a run shows other pictures, or at other times, than its packets announce, or one that
@@ -380,21 +384,21 @@ class _Source:
         pictures: dict[int, NDArray[np.uint8]] = {}
         with self._reports() as log, self._opened() as (container, stream):
             packets = self._coded(container, stream)
-            for run, (begin, asked) in enumerate(runs):
-                key = self._own[begin][0]
-                at = int(np.searchsorted(self._ticks, key))
+            for run, (begin, key, asked) in enumerate(runs):
+                since = self._own[key][0]
+                at = int(np.searchsorted(self._ticks, since))
                 limit = runs[run + 1][0] if run + 1 < len(runs) else len(self._own) + 1
                 for number, packet in packets:
                     if number < begin:
                         continue
-                    if number >= limit or (number == begin and packet.pts != key):
+                    if number >= limit or (number == key and packet.pts != since):
                         return None
                     try:
-                        frames = self._decoded(packet, number, begin, log)
+                        frames = self._decoded(packet, number, key, log)
                     except ValueError:  # the whole film is tried, and says what is wrong with it
                         return None
                     for frame in frames:
-                        if run and frame.pts is not None and frame.pts < key:
+                        if run and frame.pts is not None and frame.pts < since:
                             continue  # refers to what was skipped
                         if at >= len(self._ticks) or frame.pts != self._ticks[at]:
                             return None
@@ -404,7 +408,7 @@ class _Source:
                     if at > asked[-1]:
                         stream.codec_context.flush_buffers()
                         break
-        return pictures if len(pictures) == sum(len(asked) for _, asked in runs) else None
+        return pictures if len(pictures) == sum(len(asked) for *_, asked in runs) else None
 
     def _coded(self, container: Any, stream: Any) -> Iterator[tuple[int, Any]]:
         """The packets of the stream by their number, and one more that ends it, for a decoder set up to check them."""
@@ -416,13 +420,13 @@ class _Source:
                 number += 1
                 yield number, packet
 
-    def _decoded(self, packet: Any, number: int, begin: int, log: list[Any]) -> list[Any]:
-        """The frames that a packet completes, in the order of display, where decoding began at the packet `begin`."""
+    def _decoded(self, packet: Any, number: int, key: int, log: list[Any]) -> list[Any]:
+        """The frames that a packet completes, in the order of display; they count from the one of the packet `key`."""
         if packet.is_corrupt:
             raise self.damaged(f"packet {number} of its video is incomplete")
-        # Of pictures before the key frame at which decoding began some refer to what is not there.
-        key = self._own[begin][0]
-        leads = number > begin and packet.pts is not None and key is not None and packet.pts < key
+        # Of pictures before the key frame some refer to what is not there.
+        since = self._own[key][0]
+        leads = number != key and None not in (packet.pts, since) and (number < key or packet.pts < since)
         log.clear()
         try:
             frames = packet.decode()
@@ -438,7 +442,7 @@ class _Source:
         for frame in frames:
             if not frame.is_corrupt:
                 whole.append(frame)
-            elif key is None or frame.pts is None or frame.pts >= key:
+            elif since is None or frame.pts is None or frame.pts >= since:
                 raise self.damaged(f"the frame at {frame.time} seconds is incomplete")
         return whole
 
