@@ -196,7 +196,9 @@ class _Source:
         self._own: list[tuple[int | None, bool]] = []  # of each packet the time of its picture and whether it is a key
         self._begin: int | None = None  # the time of the first picture on screen that does not come before that one
         self._ticks: NDArray[np.int64] | None = None  # of all pictures in order, where the packets leave no doubt
-        self._slots: NDArray[np.float64] | None = None  # the start of each frame where only their order is stated
+        self._slots: NDArray[np.int64] | None = (
+            None  # the start of each frame in ticks where only their order is stated
+        )
 
     def remedy(self, options: str = "-c:v libx264", target: str = "out.mp4", before: str = "") -> str:
         return f"`ffmpeg {before}-i {shlex.quote(self._short)} {options} {target}`"
@@ -286,6 +288,7 @@ class _Source:
                     own.append((packet.pts, packet.dts, packet.is_keyframe, packet.is_discard))
             form, codec = container.format.name, self._codec(stream)
             base = self._base = float(stream.time_base)
+            reorders = stream.codec_context.has_b_frames
             self.rates = [float(r) for r in (stream.average_rate, stream.guessed_rate) if r]
             stated = (container.duration or 0) / self.av.time_base
         told = [message.strip() for _, name, message in log if name == form]
@@ -304,13 +307,26 @@ class _Source:
         self._begin = min((pts for pts in times if key is not None and pts >= key), default=None)
         if form == "avi":  # it holds one picture after the other, and what FFmpeg makes of their times can be wrong
             times = [dts for _, dts, _, _ in own if dts is not None]
-            self._slots = np.unique(times) * base
+            self._slots = np.unique(np.array(times, np.int64))
         elif self._begin is not None:
             times = [pts for pts in times if pts >= self._begin]
         ticks = np.unique(np.array(times, np.int64))
-        doubtful = self._begin is None or any(p is None or form == "avi" and p != dts for p, dts, *_ in own)
-        self._ticks = None if doubtful or len(ticks) < len(times) else ticks
+        self._ticks = self._sure(own, reorders)
         return (ticks - ticks[0]) * base if len(ticks) else np.zeros(1)
+
+    def _sure(self, own: list[tuple[int | None, int | None, bool, bool]], reorders: bool) -> NDArray[np.int64] | None:
+        """Times [n] in ticks at which the pictures come on screen, in order, if there is no doubt about any of them."""
+        announced = [pts for pts, *_ in own]
+        shown = [pts for pts, _, _, hidden in own if pts is not None and not hidden]
+        shown = [pts for pts in shown if self._begin is not None and pts >= self._begin]
+        ticks = np.unique(np.array(shown, np.int64))
+        if None in announced or not shown or len(ticks) < len(shown):
+            return None
+        if self._slots is not None:
+            told = not reorders or announced != sorted(announced, key=int)  # type: ignore[arg-type]
+            if not told or not np.array_equal(ticks - ticks[0], self._slots - self._slots[0]):
+                return None
+        return ticks
 
     def decode(self, wanted: NDArray[np.int64]) -> tuple[NDArray[np.float64], dict[int, NDArray[np.uint8]]]:
         """(seconds [n] at which the frames come on screen, the pictures of those wanted by their number)."""
@@ -449,7 +465,7 @@ class _Source:
     def _starts(self, times: list[int | None], base: float, codec: str) -> NDArray[np.float64]:
         """Seconds at which the frames come on screen, the first at 0."""
         if self._slots is not None and len(self._slots) == len(times):
-            return self._slots - self._slots[0]
+            return (self._slots - self._slots[0]) * base
         if None in times:
             raise ValueError(
                 f"{self.name} does not say when its frame {times.index(None)} ({codec}) is shown: write it anew with "
