@@ -196,9 +196,7 @@ class _Source:
         self._own: list[tuple[int | None, bool]] = []  # of each packet the time of its picture and whether it is a key
         self._begin: int | None = None  # the time of the first picture on screen that does not come before that one
         self._ticks: NDArray[np.int64] | None = None  # of all pictures in order, where the packets leave no doubt
-        self._slots: NDArray[np.int64] | None = (
-            None  # the start of each frame in ticks where only their order is stated
-        )
+        self._slots: NDArray[np.int64] | None = None  # of each frame, where only their order is stated
 
     def remedy(self, options: str = "-c:v libx264", target: str = "out.mp4", before: str = "") -> str:
         return f"`ffmpeg {before}-i {shlex.quote(self._short)} {options} {target}`"
@@ -374,14 +372,14 @@ class _Source:
         if self._ticks is None:
             return []
         places = {pts: place for place, (pts, _) in enumerate(self._own)}
-        keys = np.array([[i, pts] for i, (pts, key) in enumerate(self._own) if key and i >= self._first], np.int64)
+        keys = [(i, pts) for i, (pts, key) in enumerate(self._own) if key and pts is not None and i >= self._first]
         runs: list[tuple[int, int, list[int]]] = []
         end = -1
         for number, tick in zip(wanted.tolist(), self._ticks[wanted].tolist(), strict=True):
-            fit = keys[(keys[:, 0] <= places[tick]) & (keys[:, 1] <= tick), 0]
-            if not len(fit):
+            fit = [i for i, pts in keys if i <= places[tick] and pts <= tick][-1 - back :]
+            if not fit:
                 return []
-            begin, key = int(fit[-1 - back :][0]), int(fit[-1])
+            begin, key = fit[0], fit[-1]
             if runs and begin - end <= GAP:
                 runs[-1][2].append(number)
             else:
@@ -401,7 +399,7 @@ class _Source:
         with self._reports() as log, self._opened() as (container, stream):
             packets = self._coded(container, stream)
             for run, (begin, key, asked) in enumerate(runs):
-                since = self._own[key][0]
+                since = self._own[key][0] or 0
                 at = int(np.searchsorted(self._ticks, since))
                 limit = runs[run + 1][0] if run + 1 < len(runs) else len(self._own) + 1
                 for number, packet in packets:
