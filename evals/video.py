@@ -6,6 +6,7 @@ import io
 import os
 import re
 import shlex
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 STRATEGIES = ("uniform", "fps")
 # Times in a file are rounded, to a millisecond at worst where its frame rate is constant (Matroska, FLV).
 ROUNDING = 1.001e-3
+BOXES = {b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"mfra", b"free", b"skip", b"wide", b"sidx", b"uuid", b"meta"}
 # Packets: the way to the next frame asked for is skipped where it is longer than that to the key frame before it.
 GAP = 100
 # FFmpeg opens these as films of a frame or of text, and playlists as the files or addresses that they name.
@@ -153,6 +155,67 @@ def _source(path: Any) -> _Source:
     return _Source(str(file), file.name, lambda: f"file:{file.absolute()}")
 
 
+def _cut(file: IO[bytes], form: str) -> str | None:
+    """What says that the end of a file is missing: the lengths that its outermost parts state."""
+    file.seek(0, io.SEEK_END)
+    size, at, ended = file.tell(), 8 * (form == "apng"), form != "apng"
+    layout = "<4xI" if form == "avi" else ">I4x" if form == "apng" or "mov" in form else ""
+    while layout and at + 8 <= size:
+        file.seek(at)
+        head = file.read(16)
+        name = head[:4] if form == "avi" else head[4:8]
+        length = struct.unpack(layout, head[:8])[0]
+        if form == "avi":
+            if name != b"RIFF" or length == 0:  # a recording that was broken off states none
+                break
+            length += 8
+        elif form == "apng":
+            length, ended = length + 12, ended or name == b"IEND"
+        elif name not in BOXES or length == 0:  # the last one goes on to the end
+            break
+        elif length == 1 and len(head) == 16:
+            length = struct.unpack(">Q", head[8:])[0]
+        if at + length > size:
+            return f"its part {name.decode()!r} announces {length} bytes and {size - at} are there"
+        at += max(length, 8)
+    return None if ended else "its last part, 'IEND', is missing"
+
+
+def _lost(file: IO[bytes], program: int) -> tuple[str | None, int]:
+    """What says that packets of MPEG-TS are missing: they are counted, of which FFmpeg does not tell all that it knows.
+
+    A jump right at a key frame harms nothing that follows: so begin segments that were joined, whose number is second.
+    """
+    file.seek(0)
+    start = np.frombuffer(file.read(1 << 16), np.uint8)
+    grids = [(step, at) for step in (188, 192, 204) for at in range(step) if (start[at::step][:4] == 0x47).all()]
+    if not grids or len(start) < 4 * 204:
+        return None, 0
+    step, at = grids[0]
+    last, joints = -1, 0
+    while True:
+        file.seek(at)
+        block = np.frombuffer(file.read(step * 8192), np.uint8)
+        if len(block) < step:
+            return None, joints
+        packets = block[: len(block) // step * step].reshape(-1, step)
+        if (packets[:, 0] != 0x47).any():
+            return f"no packet begins at byte {at + step * int(np.argmax(packets[:, 0] != 0x47))}", joints
+        own = (packets[:, 1] & 31) * np.uint16(256) + packets[:, 2] == program
+        where = np.flatnonzero(own & (packets[:, 3] & 16 > 0))  # those with content, which alone are counted
+        rows = packets[where].astype(int)
+        flags = np.where((rows[:, 3] & 32 > 0) & (rows[:, 4] > 0), rows[:, 5], 0)
+        counts = np.append(last if last >= 0 or not len(rows) else (rows[0, 3] - 1) % 16, rows[:, 3] & 15)
+        jumps = np.diff(counts) % 16 > 1  # the same number again is the same packet again
+        joint = jumps & ((flags & 0x80 > 0) | (flags & 0x40 > 0) & (rows[:, 1] & 0x40 > 0))
+        lost = jumps & ~joint | (rows[:, 1] & 0x80 > 0)
+        if lost.any():
+            return f"packets are missing before byte {at + step * int(where[np.argmax(lost)])}", joints
+        joints += int(joint.sum())
+        last = int(counts[-1])
+        at += packets.size
+
+
 def _rewound(file: Any) -> Any:
     file.seek(0)
     return file
@@ -192,6 +255,7 @@ class _Source:
         self.name, self._short, self._content = name, short, content
         self.rates: list[float] = []
         self._base = 1.0  # seconds of a tick, the unit of its times
+        self._joints = 0  # of segments of MPEG-TS, of which FFmpeg thinks that packets are missing
         self._first = 0  # packet at which decoding begins
         self._own: list[tuple[int | None, bool]] = []  # of each packet the time of its picture and whether it is a key
         self._begin: int | None = None  # the time of the first picture on screen that does not come before that one
@@ -207,6 +271,15 @@ class _Source:
             f"{self.name} is truncated or damaged: {what}; copy or download it again, or keep what "
             f"is left of it with {again}"
         )
+
+    @contextmanager
+    def _raw(self) -> Iterator[IO[bytes]]:
+        content = self._content()
+        if not isinstance(content, str):
+            yield content
+            return
+        with open(content.removeprefix("file:"), "rb") as file:
+            yield file
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[Any, Any]]:
@@ -242,15 +315,25 @@ class _Source:
             kinds = ", ".join(sorted({s.type for s in container.streams}))
             cover = " and a cover picture" if container.streams.video else ""
             raise ValueError(f"{self.name} holds no video stream, only {kinds}{cover}: name a file with pictures")
-        stream = films[0]
+        codec = self._codec(films[0])
+        if "mov" in form:  # the items of AVIF and HEIC, which stand next to the film where there is one
+            films = [s for s in films if s.frames != 1 or s.duration is not None]
+        stream = films[0] if films else None
+        if stream is None or STILLS.search(form):
+            with self._raw() as file:
+                moves = b"ANIM" in file.read(64)
+            raise ValueError(
+                f"{self.name} is an animated picture ({codec}) that FFmpeg does not decode: take its frames from "
+                "PIL.ImageSequence.Iterator(PIL.Image.open(...))"
+                if moves and codec == "webp"
+                else f"{self.name} is a still picture ({codec}), not a video: open it with PIL.Image.open"
+            )
         codec = self._codec(stream)
         if stream.codec_context is None:
             raise ValueError(
                 f"{self.name} holds video of the codec {codec}, which this FFmpeg does not know; convert it where it "
                 f"plays: {self.remedy()}"
             )
-        if STILLS.search(form):
-            raise ValueError(f"{self.name} is a still picture ({codec}), not a video: open it with PIL.Image.open")
         if codec in TEXTS:
             raise ValueError(f"{self.name} is text ({codec}), not a video")
         if int(container.format.flags) & self.av.format.Flags.no_timestamps.value:
@@ -286,9 +369,15 @@ class _Source:
                     own.append((packet.pts, packet.dts, packet.is_keyframe, packet.is_discard))
             form, codec = container.format.name, self._codec(stream)
             base = self._base = float(stream.time_base)
-            reorders = stream.codec_context.has_b_frames
+            reorders, program = stream.codec_context.has_b_frames, stream.id
             self.rates = [float(r) for r in (stream.average_rate, stream.guessed_rate) if r]
             stated = (container.duration or 0) / self.av.time_base
+        with self._raw() as file:
+            missing = _cut(file, form)
+            if missing is None and form == "mpegts":
+                missing, self._joints = _lost(file, program)
+        if missing:
+            raise self.damaged(missing)
         told = [message.strip() for _, name, message in log if name == form]
         if told:
             raise self.damaged(f"FFmpeg reports {told[0]!r}")
@@ -436,7 +525,7 @@ class _Source:
 
     def _decoded(self, packet: Any, number: int, key: int, log: list[Any]) -> list[Any]:
         """The frames that a packet completes, in the order of display; they count from the one of the packet `key`."""
-        if packet.is_corrupt:
+        if packet.is_corrupt and not self._joints:
             raise self.damaged(f"packet {number} of its video is incomplete")
         # Of pictures before the key frame some refer to what is not there.
         since = self._own[key][0]
@@ -454,7 +543,7 @@ class _Source:
             raise self.damaged(f"of packet {number} of its video FFmpeg reports {told[0]!r}")
         whole = []
         for frame in frames:
-            if not frame.is_corrupt:
+            if self._joints or not frame.is_corrupt:
                 whole.append(frame)
             elif since is None or frame.pts is None or frame.pts >= since:
                 raise self.damaged(f"the frame at {frame.time} seconds is incomplete")
@@ -478,7 +567,14 @@ class _Source:
                 f"{self.name} is damaged or put together from several: the time of frame {at} ({codec}) is before that "
                 f"of the frame it follows; write it anew with {self.remedy()}"
             )
-        return (starts - starts[0]) * base
+        seconds = (starts - starts[0]) * base
+        if self._joints and np.diff(seconds).max(initial=0) > 1:  # MPEG-TS states a time every 0.7 seconds at least
+            at = int(np.argmax(np.diff(seconds)))
+            raise ValueError(
+                f"{self.name} is put together from several: the time of its frames jumps from {seconds[at]:.2f} to "
+                f"{seconds[at + 1]:.2f} seconds; write it anew with {self.remedy()}"
+            )
+        return seconds
 
     def _upright(self, frame: Any) -> NDArray[np.uint8]:
         """uint8 [height, width, 3], turned and mirrored by multiples of a quarter as the display matrix says."""
