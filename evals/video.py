@@ -75,11 +75,17 @@ def read(
     are 8-bit RGB in the pixels that the file stores: not stretched to the aspect ratio of the pixels, fields of an
     interlaced film woven, transparency dropped, HDR not tone-mapped.
 
-    The file is decoded from start to end, because only that tells in every container which pictures are shown and when;
-    no more than the frames asked for are held. Raises FileNotFoundError, and ValueError with the reason and the way out
-    for what cannot be decoded, or not without a doubt: a URL, an empty, truncated or damaged file, no video, a still
-    picture, a raw stream without times. Damage that a decoder bridges without an error (lost packets of MPEG-TS,
-    altered pixels of codecs without checks) is not noticed. Needs the `video` extra.
+    The first of several films in a file is taken. All of it is read, to know which pictures are shown and when; decoded
+    is what leads to the frames asked for, from the key frame before each, where the rest is long and the file leaves no
+    doubt, else everything, from start to end. No more than the frames asked for are held.
+
+    Raises FileNotFoundError, and ValueError with the reason and the way out for what cannot be decoded, or not without
+    a doubt: a URL, an empty, truncated or damaged file, no video, a still picture, a raw stream without times, a stream
+    joined from several whose times jump. Damage is what FFmpeg reports as an error, what is shorter than it announces,
+    and what is missing of MPEG-TS. Not noticed is damage in parts that need not be decoded; altered pixels where a
+    codec has no checks (uncompressed, HuffYUV, QuickTime animation, and many single bytes of others); a changed header
+    that makes sense; the missing end of a form that states no length (MPEG, NUT, IVF, Y4M, MXF, ASF, up to three frames
+    of FLV). Needs the `video` extra.
     """
     if frames < 1:
         raise ValueError(f"frames={frames} must be at least 1")
@@ -166,7 +172,7 @@ def _cut(file: IO[bytes], form: str) -> str | None:
         name = head[:4] if form == "avi" else head[4:8]
         length = struct.unpack(layout, head[:8])[0]
         if form == "avi":
-            if name != b"RIFF" or length == 0:  # a recording that was broken off states none
+            if name != b"RIFF" or length in (0, 2**32 - 1):  # written where one cannot go back to state it
                 break
             length += 8
         elif form == "apng":
@@ -381,7 +387,8 @@ class _Source:
         told = [message.strip() for _, name, message in log if name == form]
         if told:
             raise self.damaged(f"FFmpeg reports {told[0]!r}")
-        if stated - end > max(3 * end / max(len(own), 1), 0.02 * stated):
+        tolerance = max(3 * end / max(len(own), 1), 0.02 * stated, 0.1)
+        if tolerance < stated - end < 1e8:  # seconds; beyond is what stands for an unknown number
             raise self.damaged(f"it announces {stated:.2f} seconds and ends after {end:.2f}")
         if not own:
             raise ValueError(f"{self.name} holds a video stream ({codec}) without a frame: record or download it again")
@@ -403,17 +410,32 @@ class _Source:
 
     def _sure(self, own: list[tuple[int | None, int | None, bool, bool]], reorders: bool) -> NDArray[np.int64] | None:
         """Times [n] in ticks at which the pictures come on screen, in order, if there is no doubt about any of them."""
-        announced = [pts for pts, *_ in own]
+        told = [pts for pts, *_ in own if pts is not None]
         shown = [pts for pts, _, _, hidden in own if pts is not None and not hidden]
         shown = [pts for pts in shown if self._begin is not None and pts >= self._begin]
         ticks = np.unique(np.array(shown, np.int64))
-        if None in announced or not shown or len(ticks) < len(shown):
+        if not shown or len(told) < len(own) or len(ticks) < len(shown):
+            return None
+        # In one film the key frames follow each other, and no other picture goes back to before the last but one.
+        before = last = latest = min(told) - 1
+        for pts, (_, _, is_key, _) in zip(told, own, strict=True):
+            if pts < before or (is_key and pts <= latest):
+                return None
+            if is_key:
+                before, last = last, pts
+            latest = max(latest, pts)
+        if self._jump(ticks) is not None:
             return None
         if self._slots is not None:
-            told = not reorders or announced != sorted(announced, key=int)  # type: ignore[arg-type]
-            if not told or not np.array_equal(ticks - ticks[0], self._slots - self._slots[0]):
+            ordered = not reorders or told != sorted(told)
+            if not ordered or not np.array_equal(ticks - ticks[0], self._slots - self._slots[0]):
                 return None
         return ticks
+
+    def _jump(self, ticks: NDArray[np.int64]) -> int | None:
+        """The frame after which joined segments of MPEG-TS, which states a time every 0.7 seconds, jump in time."""
+        gaps = np.diff(ticks) * self._base
+        return int(np.argmax(gaps)) if self._joints and gaps.max(initial=0) > 1 else None
 
     def decode(self, wanted: NDArray[np.int64]) -> tuple[NDArray[np.float64], dict[int, NDArray[np.uint8]]]:
         """(seconds [n] at which the frames come on screen, the pictures of those wanted by their number)."""
@@ -568,11 +590,11 @@ class _Source:
                 f"of the frame it follows; write it anew with {self.remedy()}"
             )
         seconds = (starts - starts[0]) * base
-        if self._joints and np.diff(seconds).max(initial=0) > 1:  # MPEG-TS states a time every 0.7 seconds at least
-            at = int(np.argmax(np.diff(seconds)))
+        jump = self._jump(starts)
+        if jump is not None:
             raise ValueError(
-                f"{self.name} is put together from several: the time of its frames jumps from {seconds[at]:.2f} to "
-                f"{seconds[at + 1]:.2f} seconds; write it anew with {self.remedy()}"
+                f"{self.name} is put together from several: the time of its frames jumps from {seconds[jump]:.2f} to "
+                f"{seconds[jump + 1]:.2f} seconds; write it anew with {self.remedy()}"
             )
         return seconds
 
