@@ -8,7 +8,7 @@ import re
 import shlex
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ GAP = 100
 STILLS = re.compile(r"_pipe$|^(image2|ico|gem|fits|dpx)$")
 TEXTS = {"ansi", "bintext", "xbin", "idf"}
 # Errors that decoders report about what accompanies the pictures.
-ASIDE = re.compile(r"SEI|APP|EXIF|ICC|user data|metadata|timecode", re.IGNORECASE)
+ASIDE = re.compile(r"\bSEI\b|\bAPP|E(xif|XIF)|\bICC\b|user data|timecode")
 PLAYLISTS = {"hls", "dash", "concat", "imf", "sdp"}
 
 
@@ -117,6 +117,14 @@ def choose(starts: NDArray[np.float64], frames: int, strategy: str, rate: float)
     return np.unique(shown.clip(0))
 
 
+def _even(ticks: Sequence[int | None]) -> NDArray[np.int64] | None:
+    """`ticks` as an array if they are those of a constant rate, which steps of one tick more or less round."""
+    if None in ticks or len(ticks) < 2:
+        return None
+    steps = np.diff(np.array(ticks, np.int64))
+    return np.array(ticks, np.int64) if steps.min() > 0 and np.ptp(steps) <= 1 else None
+
+
 def _rate(starts: NDArray[np.float64], stated: list[float]) -> float:
     """Frames per second: the number that gives every start if the rate is constant, else the mean."""
     if len(starts) == 1:
@@ -182,7 +190,7 @@ def _cut(file: IO[bytes], form: str) -> str | None:
         elif length == 1 and len(head) == 16:
             length = struct.unpack(">Q", head[8:])[0]
         if at + length > size:
-            return f"its part {name.decode()!r} announces {length} bytes and {size - at} are there"
+            return f"its part {name.decode('latin1')!r} announces {length} bytes and {size - at} are there"
         at += max(length, 8)
     return None if ended else "its last part, 'IEND', is missing"
 
@@ -260,6 +268,7 @@ class _Source:
         self.av: Any = av
         self.name, self._short, self._content = name, short, content
         self.rates: list[float] = []
+        self._mixed = False  # whether the times of some frames are those of others
         self._base = 1.0  # seconds of a tick, the unit of its times
         self._joints = 0  # of segments of MPEG-TS, of which FFmpeg thinks that packets are missing
         self._first = 0  # packet at which decoding begins
@@ -402,6 +411,10 @@ class _Source:
         if form == "avi":  # it holds one picture after the other, and what FFmpeg makes of their times can be wrong
             times = [dts for _, dts, _, _ in own if dts is not None]
             self._slots = np.unique(np.array(times, np.int64))
+        elif form == "mpeg" and (slots := _even([dts for _, dts, _, _ in own])) is not None:
+            # Where two pictures begin in one packet of this form FFmpeg gives the time of the second to the first.
+            self._mixed = _even(sorted(times)) is None or len(times) < len(own)
+            self._slots, times = (slots, slots.tolist()) if self._mixed else (None, times)
         elif self._begin is not None:
             times = [pts for pts in times if pts >= self._begin]
         ticks = np.unique(np.array(times, np.int64))
@@ -456,7 +469,7 @@ class _Source:
                     continue
                 for frame in self._decoded(packet, number, self._first, log):
                     again = bool(times) and frame.pts is not None and frame.pts == times[-1]  # the later one covers it
-                    if not again:
+                    if self._mixed or not again:
                         times.append(frame.pts)
                     if len(times) - 1 in asked:
                         pictures[len(times) - 1] = self._upright(frame)
