@@ -6,8 +6,9 @@ import io
 import os
 import re
 import shlex
+import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,14 @@ from numpy.typing import NDArray
 STRATEGIES = ("uniform", "fps")
 # Times in a file are rounded, to a millisecond at worst where its frame rate is constant (Matroska, FLV).
 ROUNDING = 1.001e-3
+BOXES = {b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"mfra", b"free", b"skip", b"wide", b"sidx", b"uuid", b"meta"}
+# Packets: the way to the next frame asked for is skipped where it is longer than that to the key frame before it.
+GAP = 100
 # FFmpeg opens these as films of a frame or of text, and playlists as the files or addresses that they name.
 STILLS = re.compile(r"_pipe$|^(image2|ico|gem|fits|dpx)$")
 TEXTS = {"ansi", "bintext", "xbin", "idf"}
-REPORTING = threading.Lock()  # FFmpeg has one log level for all
+# Errors that decoders report about what accompanies the pictures.
+ASIDE = re.compile(r"\bSEI\b|\bAPP|E(xif|XIF)|\bICC\b|user data|timecode")
 PLAYLISTS = {"hls", "dash", "concat", "imf", "sdp"}
 
 
@@ -70,11 +75,17 @@ def read(
     are 8-bit RGB in the pixels that the file stores: not stretched to the aspect ratio of the pixels, fields of an
     interlaced film woven, transparency dropped, HDR not tone-mapped.
 
-    The file is decoded from start to end, because only that tells in every container which pictures are shown and when;
-    no more than the frames asked for are held. Raises FileNotFoundError, and ValueError with the reason and the way out
-    for what cannot be decoded, or not without a doubt: a URL, an empty, truncated or damaged file, no video, a still
-    picture, a raw stream without times. Damage that a decoder bridges without an error (lost packets of MPEG-TS,
-    altered pixels of codecs without checks) is not noticed. Needs the `video` extra.
+    The first of several films in a file is taken. All of it is read, to know which pictures are shown and when; decoded
+    is what leads to the frames asked for, from the key frame before each, where the rest is long and the file leaves no
+    doubt, else everything, from start to end. No more than the frames asked for are held.
+
+    Raises FileNotFoundError, and ValueError with the reason and the way out for what cannot be decoded, or not without
+    a doubt: a URL, an empty, truncated or damaged file, no video, a still picture, a raw stream without times, a stream
+    joined from several whose times jump. Damage is what FFmpeg reports as an error, what is shorter than it announces,
+    and what is missing of MPEG-TS. Not noticed is damage in parts that need not be decoded; altered pixels where a
+    codec has no checks (uncompressed, HuffYUV, QuickTime animation, and many single bytes of others); a changed header
+    that makes sense; the missing end of a form that states no length (MPEG, NUT, IVF, Y4M, MXF, ASF, up to three frames
+    of FLV). Needs the `video` extra.
     """
     if frames < 1:
         raise ValueError(f"frames={frames} must be at least 1")
@@ -104,6 +115,14 @@ def choose(starts: NDArray[np.float64], frames: int, strategy: str, rate: float)
     # A millisecond of grace: files round times to their time base.
     shown = np.searchsorted(starts, moments + 1e-3, side="right") - 1
     return np.unique(shown.clip(0))
+
+
+def _even(ticks: Sequence[int | None]) -> NDArray[np.int64] | None:
+    """`ticks` as an array if they are those of a constant rate, which steps of one tick more or less round."""
+    if None in ticks or len(ticks) < 2:
+        return None
+    steps = np.diff(np.array(ticks, np.int64))
+    return np.array(ticks, np.int64) if steps.min() > 0 and np.ptp(steps) <= 1 else None
 
 
 def _rate(starts: NDArray[np.float64], stated: list[float]) -> float:
@@ -150,9 +169,92 @@ def _source(path: Any) -> _Source:
     return _Source(str(file), file.name, lambda: f"file:{file.absolute()}")
 
 
+def _cut(file: IO[bytes], form: str) -> str | None:
+    """What says that the end of a file is missing: the lengths that its outermost parts state."""
+    file.seek(0, io.SEEK_END)
+    size, at, ended = file.tell(), 8 * (form == "apng"), form != "apng"
+    layout = "<4xI" if form == "avi" else ">I4x" if form == "apng" or "mov" in form else ""
+    while layout and at + 8 <= size:
+        file.seek(at)
+        head = file.read(16)
+        name = head[:4] if form == "avi" else head[4:8]
+        length = struct.unpack(layout, head[:8])[0]
+        if form == "avi":
+            if name != b"RIFF" or length in (0, 2**32 - 1):  # written where one cannot go back to state it
+                break
+            length += 8
+        elif form == "apng":
+            length, ended = length + 12, ended or name == b"IEND"
+        elif name not in BOXES or length == 0:  # the last one goes on to the end
+            break
+        elif length == 1 and len(head) == 16:
+            length = struct.unpack(">Q", head[8:])[0]
+        if at + length > size:
+            return f"its part {name.decode('latin1')!r} announces {length} bytes and {size - at} are there"
+        at += max(length, 8)
+    return None if ended else "its last part, 'IEND', is missing"
+
+
+def _lost(file: IO[bytes], program: int) -> tuple[str | None, int]:
+    """What says that packets of MPEG-TS are missing: they are counted, of which FFmpeg does not tell all that it knows.
+
+    A jump right at a key frame harms nothing that follows: so begin segments that were joined, whose number is second.
+    """
+    file.seek(0)
+    start = np.frombuffer(file.read(1 << 16), np.uint8)
+    grids = [(step, at) for step in (188, 192, 204) for at in range(step) if (start[at::step][:4] == 0x47).all()]
+    if not grids or len(start) < 4 * 204:
+        return None, 0
+    step, at = grids[0]
+    last, joints = -1, 0
+    while True:
+        file.seek(at)
+        block = np.frombuffer(file.read(step * 8192), np.uint8)
+        if len(block) < step:
+            return None, joints
+        packets = block[: len(block) // step * step].reshape(-1, step)
+        if (packets[:, 0] != 0x47).any():
+            return f"no packet begins at byte {at + step * int(np.argmax(packets[:, 0] != 0x47))}", joints
+        own = (packets[:, 1] & 31) * np.uint16(256) + packets[:, 2] == program
+        where = np.flatnonzero(own & (packets[:, 3] & 16 > 0))  # those with content, which alone are counted
+        rows = packets[where].astype(int)
+        flags = np.where((rows[:, 3] & 32 > 0) & (rows[:, 4] > 0), rows[:, 5], 0)
+        counts = np.append(last if last >= 0 or not len(rows) else (rows[0, 3] - 1) % 16, rows[:, 3] & 15)
+        jumps = np.diff(counts) % 16 > 1  # the same number again is the same packet again
+        joint = jumps & ((flags & 0x80 > 0) | (flags & 0x40 > 0) & (rows[:, 1] & 0x40 > 0))
+        lost = jumps & ~joint | (rows[:, 1] & 0x80 > 0)
+        if lost.any():
+            return f"packets are missing before byte {at + step * int(where[np.argmax(lost)])}", joints
+        joints += int(joint.sum())
+        last = int(counts[-1])
+        at += packets.size
+
+
 def _rewound(file: Any) -> Any:
     file.seek(0)
     return file
+
+
+_listeners: list[tuple[Any, bool]] = []  # what to go back to, once for each read that listens
+_listeners_lock = threading.Lock()
+
+
+@contextmanager
+def _listening(logging: Any) -> Iterator[None]:
+    """FFmpeg's errors are on, which is one switch for all threads: the last one out puts it back."""
+    with _listeners_lock:
+        _listeners.append(_listeners[0] if _listeners else (logging.get_level(), logging.get_skip_repeated()))
+        if len(_listeners) == 1:
+            logging.set_level(logging.ERROR)
+            logging.set_skip_repeated(False)  # else the second reading of a damaged file hears nothing
+    try:
+        yield
+    finally:
+        with _listeners_lock:
+            level, skips = _listeners.pop()
+            if not _listeners:
+                logging.set_level(level)
+                logging.set_skip_repeated(skips)
 
 
 class _Source:
@@ -166,10 +268,14 @@ class _Source:
         self.av: Any = av
         self.name, self._short, self._content = name, short, content
         self.rates: list[float] = []
+        self._mixed = False  # whether the times of some frames are those of others
+        self._base = 1.0  # seconds of a tick, the unit of its times
+        self._joints = 0  # of segments of MPEG-TS, of which FFmpeg thinks that packets are missing
         self._first = 0  # packet at which decoding begins
-        self._key: int | None = None  # the time of its picture
+        self._own: list[tuple[int | None, bool]] = []  # of each packet the time of its picture and whether it is a key
         self._begin: int | None = None  # the time of the first picture on screen that does not come before that one
-        self._slots: NDArray[np.float64] | None = None  # the start of each frame where only their order is stated
+        self._ticks: NDArray[np.int64] | None = None  # of all pictures in order, where the packets leave no doubt
+        self._slots: NDArray[np.int64] | None = None  # of each frame, where only their order is stated
 
     def remedy(self, options: str = "-c:v libx264", target: str = "out.mp4", before: str = "") -> str:
         return f"`ffmpeg {before}-i {shlex.quote(self._short)} {options} {target}`"
@@ -180,6 +286,15 @@ class _Source:
             f"{self.name} is truncated or damaged: {what}; copy or download it again, or keep what "
             f"is left of it with {again}"
         )
+
+    @contextmanager
+    def _raw(self) -> Iterator[IO[bytes]]:
+        content = self._content()
+        if not isinstance(content, str):
+            yield content
+            return
+        with open(content.removeprefix("file:"), "rb") as file:
+            yield file
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[Any, Any]]:
@@ -195,19 +310,12 @@ class _Source:
 
     @contextmanager
     def _reports(self) -> Iterator[list[Any]]:
-        """What FFmpeg reports as errors in this thread: the only trace of data that a container had to skip.
+        """What FFmpeg reports as errors in this thread: the only trace of data that it had to skip or to guess.
 
-        Not while something decodes in threads of its own: they would wait for Python's lock, and Python for them.
+        Nothing may decode in threads of its own meanwhile: they would wait for Python's lock, and Python for them.
         """
-        logging = self.av.logging
-        with REPORTING:
-            level = logging.get_level()
-            logging.set_level(logging.ERROR)
-            try:
-                with logging.Capture() as log:
-                    yield log
-            finally:
-                logging.set_level(level)
+        with _listening(self.av.logging), self.av.logging.Capture() as log:
+            yield log
 
     def _stream(self, container: Any) -> Any:
         """The first video stream that is a film in a form with times."""
@@ -222,15 +330,25 @@ class _Source:
             kinds = ", ".join(sorted({s.type for s in container.streams}))
             cover = " and a cover picture" if container.streams.video else ""
             raise ValueError(f"{self.name} holds no video stream, only {kinds}{cover}: name a file with pictures")
-        stream = films[0]
+        codec = self._codec(films[0])
+        if "mov" in form:  # the items of AVIF and HEIC, which stand next to the film where there is one
+            films = [s for s in films if s.frames != 1 or s.duration is not None]
+        stream = films[0] if films else None
+        if stream is None or STILLS.search(form):
+            with self._raw() as file:
+                moves = b"ANIM" in file.read(64)
+            raise ValueError(
+                f"{self.name} is an animated picture ({codec}) that FFmpeg does not decode: take its frames from "
+                "PIL.ImageSequence.Iterator(PIL.Image.open(...))"
+                if moves and codec == "webp"
+                else f"{self.name} is a still picture ({codec}), not a video: open it with PIL.Image.open"
+            )
         codec = self._codec(stream)
         if stream.codec_context is None:
             raise ValueError(
                 f"{self.name} holds video of the codec {codec}, which this FFmpeg does not know; convert it where it "
                 f"plays: {self.remedy()}"
             )
-        if STILLS.search(form):
-            raise ValueError(f"{self.name} is a still picture ({codec}), not a video: open it with PIL.Image.open")
         if codec in TEXTS:
             raise ValueError(f"{self.name} is text ({codec}), not a video")
         if int(container.format.flags) & self.av.format.Flags.no_timestamps.value:
@@ -244,10 +362,10 @@ class _Source:
     def _codec(stream: Any) -> str:
         return stream.codec_context.codec.canonical_name if stream.codec_context else "unknown"
 
-    def _packets(self, container: Any) -> Iterator[Any]:
-        """All packets, of sound too: a file may go on after its film."""
+    def _packets(self, container: Any, *streams: Any) -> Iterator[Any]:
+        """The packets of some streams, or all, of sound too: a file may go on after its film."""
         try:
-            yield from container.demux()
+            yield from container.demux(*streams)
         except self.av.error.FFmpegError as error:
             raise self.damaged(f"it cannot be read to its end ({error.strerror})") from error
 
@@ -264,81 +382,212 @@ class _Source:
                     end = max(end, float((last + (packet.duration or 0)) * packet.time_base))
                 if packet.stream_index == stream.index and packet.size:
                     own.append((packet.pts, packet.dts, packet.is_keyframe, packet.is_discard))
-            form, base, codec = container.format.name, float(stream.time_base), self._codec(stream)
+            form, codec = container.format.name, self._codec(stream)
+            base = self._base = float(stream.time_base)
+            reorders, program = stream.codec_context.has_b_frames, stream.id
             self.rates = [float(r) for r in (stream.average_rate, stream.guessed_rate) if r]
             stated = (container.duration or 0) / self.av.time_base
+        with self._raw() as file:
+            missing = _cut(file, form)
+            if missing is None and form == "mpegts":
+                missing, self._joints = _lost(file, program)
+        if missing:
+            raise self.damaged(missing)
         told = [message.strip() for _, name, message in log if name == form]
         if told:
             raise self.damaged(f"FFmpeg reports {told[0]!r}")
-        if stated - end > max(3 * end / max(len(own), 1), 0.02 * stated):
+        tolerance = max(3 * end / max(len(own), 1), 0.02 * stated, 0.1)
+        if tolerance < stated - end < 1e8:  # seconds; beyond is what stands for an unknown number
             raise self.damaged(f"it announces {stated:.2f} seconds and ends after {end:.2f}")
         if not own:
             raise ValueError(f"{self.name} holds a video stream ({codec}) without a frame: record or download it again")
         if "mpeg" in form:  # a broadcast may be cut anywhere; other files begin with a key frame
             self._first = next((i for i, packet in enumerate(own) if packet[2]), 0)
+        self._own = [(pts, is_key) for pts, _, is_key, _ in own]
         key = own[self._first][0]
         own = own[self._first :]
         times = [pts for pts, _, _, hidden in own if pts is not None and not hidden]
-        self._key = key
         self._begin = min((pts for pts in times if key is not None and pts >= key), default=None)
         if form == "avi":  # it holds one picture after the other, and what FFmpeg makes of their times can be wrong
             times = [dts for _, dts, _, _ in own if dts is not None]
-            self._slots = np.unique(times) * base
-        starts = np.unique(np.array(times, np.int64)) * base
-        return starts - starts[0] if len(starts) else np.zeros(1)
+            self._slots = np.unique(np.array(times, np.int64))
+        elif form == "mpeg" and (slots := _even([dts for _, dts, _, _ in own])) is not None:
+            # Where two pictures begin in one packet of this form FFmpeg gives the time of the second to the first.
+            self._mixed = _even(sorted(times)) is None or len(times) < len(own)
+            self._slots, times = (slots, slots.tolist()) if self._mixed else (None, times)
+        elif self._begin is not None:
+            times = [pts for pts in times if pts >= self._begin]
+        ticks = np.unique(np.array(times, np.int64))
+        self._ticks = self._sure(own, reorders)
+        return (ticks - ticks[0]) * base if len(ticks) else np.zeros(1)
+
+    def _sure(self, own: list[tuple[int | None, int | None, bool, bool]], reorders: bool) -> NDArray[np.int64] | None:
+        """Times [n] in ticks at which the pictures come on screen, in order, if there is no doubt about any of them."""
+        told = [pts for pts, *_ in own if pts is not None]
+        shown = [pts for pts, _, _, hidden in own if pts is not None and not hidden]
+        shown = [pts for pts in shown if self._begin is not None and pts >= self._begin]
+        ticks = np.unique(np.array(shown, np.int64))
+        if not shown or len(told) < len(own) or len(ticks) < len(shown):
+            return None
+        # In one film the key frames follow each other, and no other picture goes back to before the last but one.
+        before = last = latest = min(told) - 1
+        for pts, (_, _, is_key, _) in zip(told, own, strict=True):
+            if pts < before or (is_key and pts <= latest):
+                return None
+            if is_key:
+                before, last = last, pts
+            latest = max(latest, pts)
+        if self._jump(ticks) is not None:
+            return None
+        if self._slots is not None:
+            ordered = not reorders or told != sorted(told)
+            if not ordered or not np.array_equal(ticks - ticks[0], self._slots - self._slots[0]):
+                return None
+        return ticks
+
+    def _jump(self, ticks: NDArray[np.int64]) -> int | None:
+        """The frame after which joined segments of MPEG-TS, which states a time every 0.7 seconds, jump in time."""
+        gaps = np.diff(ticks) * self._base
+        return int(np.argmax(gaps)) if self._joints and gaps.max(initial=0) > 1 else None
 
     def decode(self, wanted: NDArray[np.int64]) -> tuple[NDArray[np.float64], dict[int, NDArray[np.uint8]]]:
         """(seconds [n] at which the frames come on screen, the pictures of those wanted by their number)."""
-        asked = set(wanted.tolist())
+        for back in (0, 1):
+            pictures = self._in_runs(self._runs(wanted, back))
+            if pictures is not None and self._ticks is not None:
+                return (self._ticks - self._ticks[0]) * self._base, self._alike(pictures)
+        return self._whole(set(wanted.tolist()))
+
+    def _whole(self, asked: set[int]) -> tuple[NDArray[np.float64], dict[int, NDArray[np.uint8]]]:
+        """`decode` from start to end, which takes the times from the frames."""
         times: list[int | None] = []
         pictures: dict[int, NDArray[np.uint8]] = {}
-        with self._opened() as (container, stream):
-            codec, base = self._codec(stream), float(stream.time_base)
-            for frame in self._frames(container, stream):
-                if frame.is_corrupt:
-                    raise self.damaged(f"frame {len(times)} is incomplete")
-                again = bool(times) and frame.pts is not None and frame.pts == times[-1]  # the later one covers it
-                if not again:
-                    times.append(frame.pts)
-                if len(times) - 1 in asked:
-                    pictures[len(times) - 1] = self._upright(frame)
+        with self._reports() as log, self._opened() as (container, stream):
+            codec = self._codec(stream)
+            for number, packet in self._coded(container, stream):
+                if number < self._first:
+                    continue
+                for frame in self._decoded(packet, number, self._first, log):
+                    again = bool(times) and frame.pts is not None and frame.pts == times[-1]  # the later one covers it
+                    if self._mixed or not again:
+                        times.append(frame.pts)
+                    if len(times) - 1 in asked:
+                        pictures[len(times) - 1] = self._upright(frame)
         if not times:
             raise ValueError(
                 f"{self.name} holds video of the codec {codec}, of which FFmpeg can decode no frame here: copy or "
                 f"download it again, or convert it where it plays: {self.remedy()}"
             )
+        return self._starts(times, self._base, codec), self._alike(pictures)
+
+    def _alike(self, pictures: dict[int, NDArray[np.uint8]]) -> dict[int, NDArray[np.uint8]]:
         if len({picture.shape for picture in pictures.values()}) > 1:
             sizes = sorted({f"{picture.shape[1]} x {picture.shape[0]}" for picture in pictures.values()})
             raise ValueError(f"{self.name} changes its size ({', '.join(sizes)}): bring it to one with {self.remedy()}")
-        return self._starts(times, base, codec), pictures
+        return pictures
 
-    def _frames(self, container: Any, stream: Any) -> Iterator[Any]:
-        """Frames in the order of display from the first key frame on, where a film begins that was cut anywhere."""
-        stream.codec_context.options = {"err_detect": "explode"}
-        stream.thread_type = "AUTO"
-        if self.av.logging.get_level() is not None:  # someone listens: see _reports
-            stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+    def _runs(self, wanted: NDArray[np.int64], back: int) -> list[tuple[int, int, list[int]]]:
+        """(packet to begin with, key frame from which it counts, frames to take by number) of each run of packets.
+
+        A frame needs what follows the last key frame that comes on screen, and in the file, no later than it does.
+        Some H.264 decoders need what came before, too, to know what a key frame in the middle of the film refers to no
+        more: `back` is how many key frames earlier a run begins.
+        """
+        if self._ticks is None:
+            return []
+        places = {pts: place for place, (pts, _) in enumerate(self._own)}
+        keys = [(i, pts) for i, (pts, key) in enumerate(self._own) if key and pts is not None and i >= self._first]
+        runs: list[tuple[int, int, list[int]]] = []
+        end = -1
+        for number, tick in zip(wanted.tolist(), self._ticks[wanted].tolist(), strict=True):
+            fit = [i for i, pts in keys if i <= places[tick] and pts <= tick][-1 - back :]
+            if not fit:
+                return []
+            begin, key = fit[0], fit[-1]
+            if runs and begin - end <= GAP:
+                runs[-1][2].append(number)
+            else:
+                runs.append((begin, key, [number]))
+            end = places[tick]
+        return runs
+
+    def _in_runs(self, runs: list[tuple[int, int, list[int]]]) -> dict[int, NDArray[np.uint8]] | None:
+        """The pictures of several runs of packets, with what lies between them read but not decoded.
+
+        None in any doubt: where a run shows other pictures, or at other times, than its packets announce, or one that
+        cannot be decoded, only the whole film says what is on screen when.
+        """
+        if len(runs) < 2 or self._ticks is None:
+            return None
+        pictures: dict[int, NDArray[np.uint8]] = {}
+        with self._reports() as log, self._opened() as (container, stream):
+            packets = self._coded(container, stream)
+            for run, (begin, key, asked) in enumerate(runs):
+                since = self._own[key][0] or 0
+                at = int(np.searchsorted(self._ticks, since))
+                limit = runs[run + 1][0] if run + 1 < len(runs) else len(self._own) + 1
+                for number, packet in packets:
+                    if number < begin:
+                        continue
+                    if number >= limit or (number == key and packet.pts != since):
+                        return None
+                    try:
+                        frames = self._decoded(packet, number, key, log)
+                    except ValueError:  # the whole film is tried, and says what is wrong with it
+                        return None
+                    for frame in frames:
+                        if run and frame.pts is not None and frame.pts < since:
+                            continue  # refers to what was skipped
+                        if at >= len(self._ticks) or frame.pts != self._ticks[at]:
+                            return None
+                        if at in asked:
+                            pictures[at] = self._upright(frame)
+                        at += 1
+                    if at > asked[-1]:
+                        stream.codec_context.flush_buffers()
+                        break
+        return pictures if len(pictures) == sum(len(asked) for *_, asked in runs) else None
+
+    def _coded(self, container: Any, stream: Any) -> Iterator[tuple[int, Any]]:
+        """The packets of the stream by their number, and one more that ends it, for a decoder set up to check them."""
+        stream.codec_context.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
+        stream.thread_type, stream.codec_context.thread_count = "NONE", 1  # see _reports
         number = -1
-        for packet in self._packets(container):
-            if packet.stream_index != stream.index or (not packet.size and packet.dts is not None):
-                continue
-            number += bool(packet.size)
-            if number < self._first:
-                continue
-            if packet.is_corrupt:
-                raise self.damaged(f"packet {number} of its video is incomplete")
-            # Of pictures before the first key frame some refer to what was cut away.
-            leads = number > self._first and None not in (packet.pts, self._key) and packet.pts < self._key
-            try:
-                yield from packet.decode()
-            except self.av.error.FFmpegError as error:
-                if not leads:
-                    raise self.damaged(f"packet {number} of its video cannot be decoded ({error.strerror})") from error
+        for packet in self._packets(container, stream):
+            if packet.size or packet.dts is None:
+                number += 1
+                yield number, packet
+
+    def _decoded(self, packet: Any, number: int, key: int, log: list[Any]) -> list[Any]:
+        """The frames that a packet completes, in the order of display; they count from the one of the packet `key`."""
+        if packet.is_corrupt and not self._joints:
+            raise self.damaged(f"packet {number} of its video is incomplete")
+        # Of pictures before the key frame some refer to what is not there.
+        since = self._own[key][0]
+        leads = number != key and None not in (packet.pts, since) and (number < key or packet.pts < since)
+        log.clear()
+        try:
+            frames = packet.decode()
+        except self.av.error.FFmpegError as error:
+            if leads:
+                return []
+            raise self.damaged(f"packet {number} of its video cannot be decoded ({error.strerror})") from error
+        decoder = packet.stream.codec_context.name
+        told = [text.strip() for _, name, text in log if name == decoder and not ASIDE.search(text)]
+        if told and not leads:
+            raise self.damaged(f"of packet {number} of its video FFmpeg reports {told[0]!r}")
+        whole = []
+        for frame in frames:
+            if self._joints or not frame.is_corrupt:
+                whole.append(frame)
+            elif since is None or frame.pts is None or frame.pts >= since:
+                raise self.damaged(f"the frame at {frame.time} seconds is incomplete")
+        return whole
 
     def _starts(self, times: list[int | None], base: float, codec: str) -> NDArray[np.float64]:
         """Seconds at which the frames come on screen, the first at 0."""
         if self._slots is not None and len(self._slots) == len(times):
-            return self._slots - self._slots[0]
+            return (self._slots - self._slots[0]) * base
         if None in times:
             raise ValueError(
                 f"{self.name} does not say when its frame {times.index(None)} ({codec}) is shown: write it anew with "
@@ -353,7 +602,14 @@ class _Source:
                 f"{self.name} is damaged or put together from several: the time of frame {at} ({codec}) is before that "
                 f"of the frame it follows; write it anew with {self.remedy()}"
             )
-        return (starts - starts[0]) * base
+        seconds = (starts - starts[0]) * base
+        jump = self._jump(starts)
+        if jump is not None:
+            raise ValueError(
+                f"{self.name} is put together from several: the time of its frames jumps from {seconds[jump]:.2f} to "
+                f"{seconds[jump + 1]:.2f} seconds; write it anew with {self.remedy()}"
+            )
+        return seconds
 
     def _upright(self, frame: Any) -> NDArray[np.uint8]:
         """uint8 [height, width, 3], turned and mirrored by multiples of a quarter as the display matrix says."""

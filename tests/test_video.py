@@ -9,6 +9,7 @@ import random
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vtprune.evals import video as video_module
 from vtprune.evals.video import Video, choose, read
 
 av = pytest.importorskip("av", reason="encodes and decodes the files")
@@ -81,6 +83,8 @@ def film(
     size: tuple[int, int] = (96, 64),
     form: str | None = None,
     options: dict[str, str] | None = None,
+    encoder: dict[str, str] | None = None,
+    picture: Callable[[int, int, int], np.ndarray] = paint,
 ) -> Any:
     """Painted pictures with a key frame every eight; shown at times [ms], or `count` of them at `rate` a second."""
     try:
@@ -88,13 +92,13 @@ def film(
     except ValueError:
         pytest.skip(f"this FFmpeg has no encoder {codec}")
     with av.open(target if form else str(target), "w", format=form, options=options or {}) as file:
-        stream = file.add_stream(codec, rate=rate)
+        stream = file.add_stream(codec, rate=rate, options=encoder or {})
         stream.width, stream.height, stream.pix_fmt, stream.bit_rate = *size, pixels, 4_000_000
         stream.codec_context.gop_size, stream.codec_context.max_b_frames = 8, b_frames
         if times is not None:
             stream.time_base = stream.codec_context.time_base = MS
         for i in range(count if times is None else len(times)):
-            frame = av.VideoFrame.from_ndarray(paint(i, *size), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(picture(i, *size), format="rgb24")
             if times is not None:
                 frame.pts, frame.time_base = times[i], MS
             file.mux(stream.encode(frame))
@@ -490,15 +494,16 @@ def test_sound_that_goes_on_after_the_film_is_no_damage(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ending", "codec"),
     [("mp4", "libx264"), ("mkv", "libx264"), ("ts", "mpeg2video"), ("avi", "mpeg4"), ("webm", "libvpx-vp9"),
-     ("mp4", "libsvtav1"), ("flv", "flv"), ("mov", "prores_ks")],
+     ("mp4", "libsvtav1"), ("flv", "flv"), ("mov", "prores_ks"), ("mkv", "ffv1"), ("mkv", "libx265"), ("gif", "gif"),
+     ("apng", "apng"), ("ts", "libx264"), ("m2ts", "libx264"), ("mov", "png"), ("webm", "libvpx")],
 )  # fmt: skip
 def test_a_damaged_file_gives_the_right_pictures_or_none(ending: str, codec: str, tmp_path: Path) -> None:
-    pixels = "yuv422p10le" if codec == "prores_ks" else "yuv420p"
+    pixels = {"prores_ks": "yuv422p10le", "gif": "bgr8", "apng": "rgba", "png": "rgba"}.get(codec, "yuv420p")
     path = film(tmp_path / f"clip.{ending}", codec, b_frames=2 * (codec in ("libx264", "mpeg4")), pixels=pixels)
     whole, rng, refused = path.read_bytes(), random.Random(0), 0
     for trial in range(16):
         part = bytearray(whole)
-        if trial % 2 or ending == "ts":  # whose decoders bridge a gap without a word
+        if trial % 2:
             del part[int(len(part) * rng.uniform(0.3, 0.9)) :]
         else:  # a sector that was written over
             place = rng.randrange(len(part) // 4, len(part) - 400)
@@ -510,4 +515,305 @@ def test_a_damaged_file_gives_the_right_pictures_or_none(ending: str, codec: str
             continue
         moments = np.round(video.times * 25).astype(int).tolist()
         assert painted(video) == moments
-    assert refused or ending == "ts"  # which announces no length
+    assert refused
+
+
+def stir(i: int, width: int, height: int) -> np.ndarray:
+    """The picture of `paint` under grains that drift, so that every picture is made from those before it."""
+    grains = np.random.default_rng(0).integers(0, 40, (height, width, 3), np.uint8)
+    return np.clip(paint(i % 64, width, height) - np.int16(20) + np.roll(grains, (i, 2 * i), (0, 1)), 0, 255).astype(
+        np.uint8
+    )
+
+
+OPEN = "open-gop=1:keyint=8:min-keyint=8:scenecut=0"
+GROUPS = [  # ending, encoder, B-frames, options of the encoder
+    ("mkv", "libx264", 3, {"x264-params": f"{OPEN}:b-pyramid=normal:ref=5"}),
+    ("mp4", "libx264", 3, {"x264-params": f"{OPEN}:b-pyramid=normal:ref=5"}),
+    ("ts", "libx264", 3, {"x264-params": f"{OPEN}:b-pyramid=normal:ref=5"}),
+    ("ts", "libx265", 3, {"x265-params": OPEN}),
+    ("mkv", "libx265", 3, {"x265-params": "open-gop=0:radl=2:keyint=8:min-keyint=8:scenecut=0"}),
+    ("mkv", "libx264", 0, {"x264-params": "intra-refresh=1:keyint=8"}),
+    ("ts", "libx264", 2, {"x264-params": "interlaced=1:keyint=8"}),
+    ("ts", "mpeg2video", 2, {"flags": "-cgop+ildct+ilme"}),
+    ("webm", "libvpx", 0, {"auto-alt-ref": "1", "lag-in-frames": "16"}),
+    ("avi", "mpeg4", 2, {"flags": "+qpel+mv4"}),
+]  # fmt: skip
+
+
+def skipped_and_whole(path: Path, frames: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Video, bool]:
+    """The video, read alike with and without gaps that are skipped, and whether there were some."""
+    whole_ones = []
+    decode = video_module._Source._whole
+    monkeypatch.setattr(video_module._Source, "_whole", lambda *a: whole_ones.append(1) or decode(*a))
+    monkeypatch.setattr(video_module, "GAP", 10**9)
+    right = read(path, frames)
+    assert whole_ones
+    whole_ones.clear()
+    monkeypatch.setattr(video_module, "GAP", 8)
+    video = read(path, frames)
+    assert np.array_equal(video.frames, right.frames)
+    assert np.array_equal(video.times, right.times)
+    assert np.array_equal(video.indices, right.indices)
+    assert (video.total, video.rate, video.metadata) == (right.total, right.rate, right.metadata)
+    return video, not whole_ones
+
+
+@pytest.mark.parametrize(("ending", "codec", "b_frames", "pixels"), FORMS)
+def test_what_is_skipped_changes_nothing(
+    ending: str, codec: str, b_frames: int, pixels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (128, 96) if codec == "h263" else (96, 64)
+    path = tmp_path / f"clip.{ending}"
+    film(path, codec, b_frames=b_frames, pixels=pixels, size=size, count=120, picture=stir)
+    video, skipped = skipped_and_whole(path, 4, monkeypatch)
+    assert painted(video) == (video.indices % 64).tolist() == [0, 39, 79 - 64, 119 - 64]
+    np.testing.assert_allclose(video.times, video.indices / 25, atol=1.1e-3)
+    # One key frame in all, mixed times, or an AVI that does not tell the order of its pictures.
+    assert skipped or codec in ("gif", "apng") or ending in ("mpg", "vob") or (ending, codec) == ("avi", "libx264")
+
+
+@pytest.mark.parametrize(("ending", "codec", "b_frames", "encoder"), GROUPS)
+def test_what_is_skipped_changes_nothing_however_pictures_depend(
+    ending: str, codec: str, b_frames: int, encoder: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / f"clip.{ending}"
+    film(path, codec, b_frames=b_frames, count=120, encoder=encoder, picture=stir)
+    for frames in (2, 4):
+        video, _ = skipped_and_whole(path, frames, monkeypatch)
+        assert painted(video) == (video.indices % 64).tolist()
+        assert (video.total, video.indices[-1]) == (120, 119)
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv", "ts"])
+def test_what_is_skipped_changes_no_varying_times(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = [40 * i + 300 * (i // 7) for i in range(120)]
+    path = film(tmp_path / f"clip.{ending}", "libx264", times, b_frames=2, picture=stir)
+    video, skipped = skipped_and_whole(path, 4, monkeypatch)
+    assert skipped
+    np.testing.assert_allclose(video.times, np.array(times)[video.indices] / 1000, atol=1.1e-3)
+    assert painted(video) == (video.indices % 64).tolist()
+
+
+def test_a_cut_film_is_skipped_through_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = film(tmp_path / "whole.mp4", "libx264", b_frames=2, count=120, picture=stir)
+    cut = tmp_path / "cut.mp4"
+    with (
+        av.open(str(whole)) as source,
+        av.open(str(cut), "w", options={"avoid_negative_ts": "disabled", "use_editlist": "1"}) as file,
+    ):
+        stream = source.streams.video[0]
+        copy = file.add_stream_from_template(stream)
+        shift = int(Fraction(13, 25) / stream.time_base)
+        for packet in source.demux(stream):
+            if packet.dts is not None:
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, copy
+                file.mux(packet)
+    video, _ = skipped_and_whole(cut, 4, monkeypatch)
+    assert painted(video) == ((video.indices + 13) % 64).tolist()
+    assert video.total == 107
+
+
+def test_only_what_leads_to_the_frames_asked_for_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = film(tmp_path / "long.mp4", "libx264", b_frames=2, count=1500, size=(48, 32))
+    decoded = []
+    decode = video_module._Source._decoded
+    monkeypatch.setattr(video_module._Source, "_decoded", lambda *a: decoded.append(1) or decode(*a))
+    assert read(path, 4).indices.tolist() == [0, 499, 999, 1499]
+    assert len(decoded) < 60
+
+
+def test_damage_is_noticed_again_when_a_file_is_read_again(tmp_path: Path) -> None:
+    path = film(tmp_path / "clip.gif", "gif", pixels="bgr8")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 300] = random.Random(1).randbytes(300)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="damaged"):
+            read(bytes(content))
+
+
+def test_any_lost_packet_of_a_transport_stream_is_noticed(tmp_path: Path) -> None:
+    path = film(tmp_path / "clip.ts", "libx264", b_frames=3, picture=stir)
+    content = path.read_bytes()
+    with av.open(str(path)) as file:
+        program = file.streams.video[0].id
+    rows = np.frombuffer(content, np.uint8).reshape(-1, 188)
+    places = np.flatnonzero((rows[:, 1] & 31) * np.int64(256) + rows[:, 2] == program)
+    for place in places[1:-1][:: len(places) // 12].tolist():
+        with pytest.raises(ValueError, match="damaged"):
+            read(content[: 188 * place] + content[188 * (place + 1) :])
+    assert painted(read(content, 100)) == list(range(24))
+
+
+@pytest.mark.parametrize(
+    ("ending", "codec", "pixels"),
+    [("avi", "mpeg4", "yuv420p"), ("mp4", "libx264", "yuv420p"), ("ismv", "libx264", "yuv420p"),
+     ("apng", "apng", "rgba")],
+)  # fmt: skip
+def test_a_file_shorter_than_its_parts_announce_is_refused(
+    ending: str, codec: str, pixels: str, tmp_path: Path
+) -> None:
+    content = film(tmp_path / f"clip.{ending}", codec, pixels=pixels).read_bytes()
+    for left in (len(content) // 2, len(content) * 9 // 10, len(content) - 13, len(content) - 1):
+        with pytest.raises(ValueError, match=r"truncated"):
+            read(content[:left])
+
+
+def test_segments_of_a_transport_stream_are_joined_if_their_times_go_on(tmp_path: Path) -> None:
+    first = film(tmp_path / "a.ts", "libx264", b_frames=2).read_bytes()
+
+    def later(milliseconds: int) -> bytes:
+        times = [milliseconds + 40 * i for i in range(16)]
+        return film(tmp_path / "b.ts", "libx264", times, b_frames=2).read_bytes()
+
+    with av.open(io.BytesIO(first)) as one, av.open(io.BytesIO(later(960))) as two:
+        shift = round(1000 * (one.start_time - two.start_time) / 1e6) + 960
+    joined = read(first + later(960 + shift), 100)
+    assert painted(joined) == [*range(24), *range(16)]
+    np.testing.assert_allclose(joined.times, np.arange(40) / 25, atol=1e-3)
+    with pytest.raises(ValueError, match="together from several: the time of its frames jumps"):
+        read(first + later(40_000_000), 100)
+    with pytest.raises(ValueError, match="together from several"):
+        read(first + first, 100)
+    with pytest.raises(ValueError, match="together from several"):
+        read(later(40_000_000) + first, 100)
+
+
+def test_animated_pictures_are_called_what_they_are(tmp_path: Path) -> None:
+    from PIL import Image, features
+
+    pictures = [Image.fromarray(paint(i)) for i in range(6)]
+    for ending in ("gif", "png", "webp", "avif"):
+        if ending in ("webp", "avif") and not features.check(ending):
+            continue
+        path = tmp_path / f"moves.{ending}"
+        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=100)
+        if ending == "webp":
+            with pytest.raises(ValueError, match=r"animated picture \(webp\).*ImageSequence"):
+                read(path)
+            continue
+        video = read(path)
+        assert painted(video) == list(range(6))
+        np.testing.assert_allclose(video.times, np.arange(6) / 10, atol=1e-3)
+        if ending == "avif":
+            pictures[0].save(tmp_path / "still.avif")
+            with pytest.raises(ValueError, match="is a still picture"):
+                read(tmp_path / "still.avif")
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv", "ts"])
+@pytest.mark.parametrize("order", ["sv", "vw", "svw"])
+def test_the_first_film_of_a_file_is_taken_wherever_it_stands_and_begins(
+    order: str, ending: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"clip.{ending}"
+    with av.open(str(path), "w") as file:
+        streams = [(kind, file.add_stream("aac", rate=16000) if kind == "s" else file.add_stream("libx264", rate=25))
+                   for kind in order]  # fmt: skip
+        for kind, stream in streams:
+            if kind != "s":
+                stream.width, stream.height, stream.pix_fmt = (
+                    (96, 64, "yuv420p") if kind == "v" else (64, 48, "yuv420p")
+                )
+        for i in range(24):
+            for kind, stream in streams:
+                if kind == "s":
+                    frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+                    frame.sample_rate, frame.pts = 16000, 1024 * i
+                else:
+                    number = i if kind == "v" else 40
+                    frame = av.VideoFrame.from_ndarray(paint(number, stream.width, stream.height), format="rgb24")
+                    frame.pts, frame.time_base = i + 125, Fraction(1, 25)  # begins at five seconds
+                file.mux(stream.encode(frame))
+        for _, stream in streams:
+            file.mux(stream.encode())
+    video = read(path, 100)
+    assert painted(video) == list(range(24))
+    np.testing.assert_allclose(video.times, np.arange(24) / 25, atol=1.1e-3)
+    assert (video.total, video.rate) == (24, 25.0)
+
+
+@pytest.mark.parametrize("times", [[0, 60_000, 600_000, 3_600_000], [3_600_000 * i for i in range(5)], [0, 86_400_000],
+                                   list(range(12))])  # fmt: skip
+@pytest.mark.parametrize(("ending", "codec"), [("mp4", "libx264"), ("mkv", "libx264"), ("webm", "libvpx"),
+                                               ("ts", "libx264"), ("flv", "libx264"), ("wmv", "wmv2")])  # fmt: skip
+def test_slides_and_absurd_rates(ending: str, codec: str, times: list[int], tmp_path: Path) -> None:
+    video = read(film(tmp_path / f"clip.{ending}", codec, times), 100)
+    assert painted(video) == list(range(len(times)))
+    np.testing.assert_allclose(video.times, np.array(times) / 1000, atol=1.1e-3)
+    metadata = video.metadata
+    np.testing.assert_allclose(np.array(metadata["frames_indices"]) / metadata["fps"], video.times, atol=1.1e-3)
+
+
+class Outlet:
+    """A file that cannot be rewound, so that nothing is stated at its beginning that is known at its end."""
+
+    def __init__(self) -> None:
+        self.content = bytearray()
+
+    def write(self, part: bytes) -> int:
+        self.content += part
+        return len(part)
+
+
+@pytest.mark.parametrize(
+    ("form", "codec", "options"),
+    [("matroska", "libx264", {"live": "1"}), ("webm", "libvpx", {"live": "1"}), ("ivf", "libvpx", {}),
+     ("mp4", "libx264", {"movflags": "frag_keyframe+empty_moov"}), ("flv", "flv", {}), ("mpegts", "mpeg2video", {}),
+     ("asf", "wmv2", {}), ("nut", "mpeg4", {})],
+)  # fmt: skip
+def test_a_duration_that_nobody_states(form: str, codec: str, options: dict[str, str]) -> None:
+    video = read(bytes(film(Outlet(), codec, form=form, options=options).content), 100)
+    assert painted(video) == list(range(24))
+    np.testing.assert_allclose(video.times, np.arange(24) / 25, atol=1.1e-3)
+
+
+def test_matroska_turns_pictures_too(tmp_path: Path) -> None:
+    content = bytearray(encode(tmp_path / "plain.mp4", [0, 100, 200]).read_bytes())
+    place = content.index(b"tkhd") + 44
+    content[place : place + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    with av.open(io.BytesIO(content)) as source, av.open(str(tmp_path / "turned.mkv"), "w") as file:
+        stream = source.streams.video[0]
+        copy = file.add_stream_from_template(stream)
+        for packet in source.demux(stream):
+            if packet.dts is not None:
+                packet.stream = copy
+                file.mux(packet)
+    video = read(tmp_path / "turned.mkv")
+    if video.frames.shape[1] == 64:
+        pytest.skip("this FFmpeg writes no rotation into Matroska")
+    assert video.frames.shape == (3, 96, 64, 3)
+    assert (video.frames[:, 3, -4, 0] > 200).all()  # the red quarter, now at the upper right
+    assert (video.frames[:, -4, 3, 0] < 60).all()
+
+
+@pytest.mark.parametrize(
+    ("ending", "codec", "pixels", "size"),
+    [("mkv", "ffv1", "gray", (96, 64)), ("mkv", "ffv1", "gray16le", (96, 64)), ("mkv", "ffv1", "yuva420p", (96, 64)),
+     ("mov", "png", "ya8", (96, 64)), ("mov", "png", "rgb48be", (96, 64)), ("mkv", "ffv1", "yuv410p", (96, 64)),
+     ("mp4", "libx264", "yuv444p", (96, 64)), ("mkv", "libx264rgb", "rgb24", (96, 64)),
+     ("mkv", "libx264", "yuv444p", (97, 65)), ("webm", "libvpx-vp9", "yuv420p", (99, 67)),
+     ("avi", "mjpeg", "yuvj420p", (97, 63)), ("mp4", "mpeg4", "yuv420p", (99, 65)),
+     ("avi", "rawvideo", "bgr24", (97, 65))],
+)  # fmt: skip
+def test_other_pixels_and_odd_sizes(
+    ending: str, codec: str, pixels: str, size: tuple[int, int], tmp_path: Path
+) -> None:
+    video = read(film(tmp_path / f"clip.{ending}", codec, pixels=pixels, size=size), 5)
+    assert video.frames.shape == (5, *size[::-1], 3)
+    assert painted(video) == video.indices.tolist() == [0, 5, 11, 17, 23]
+
+
+def test_what_a_decoder_says_of_other_than_pictures_is_no_damage(tmp_path: Path) -> None:
+    path = film(tmp_path / "clip.mov", "mjpeg", pixels="yuvj420p")
+    with av.open(str(path)) as source, av.open(str(tmp_path / "camera.mov"), "w") as file:
+        stream = source.streams.video[0]
+        copy = file.add_stream_from_template(stream)
+        for packet in source.demux(stream):
+            if packet.dts is not None:
+                content = bytes(packet)
+                again = av.Packet(content[:2] + b"\xff\xe1\x00\x04Ex" + content[2:])  # an application segment cut short
+                again.pts, again.dts, again.time_base = packet.pts, packet.dts, packet.time_base
+                again.duration, again.is_keyframe, again.stream = packet.duration, True, copy
+                file.mux(again)
+    assert painted(read(tmp_path / "camera.mov", 100)) == list(range(24))
