@@ -12,10 +12,19 @@ OLDEST := .venv-oldest/bin
 demo: .venv/.evals
 	$(BIN)/vtprune demo --out out/
 
-lint: .venv/.dev
+# mypy sees the package as it is installed, and has to notice a wrong call from one folder into another.
+SITE := out/site
+MYPY := MYPYPATH=$(SITE) $(BIN)/mypy
+lint: .venv/.dev $(SITE)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy vtprune kernels evals model_adapters
+	$(MYPY) -p vtprune
+	@! $(MYPY) -c 'from vtprune.kernels import merge; x: int = merge("not", "a", "tensor")' > /dev/null
+
+.PHONY: $(SITE)
+$(SITE):
+	mkdir -p $@/vtprune
+	ln -sfn $(CURDIR)/vtprune/* $(CURDIR)/kernels $(CURDIR)/evals $(CURDIR)/model_adapters $@/vtprune/
 
 test: lint
 	@mkdir -p out
@@ -43,10 +52,8 @@ gpu: $(GPU_PARTS)
 $(GPU_PARTS): $(STAMP)
 gpu-test: $(STAMP)
 
-$(STAMP):
+$(STAMP): | $(SITE)
 	@$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make gpu: torch sees no CUDA device here")'
-	mkdir -p out/site/vtprune
-	ln -sfn $(CURDIR)/vtprune/* $(CURDIR)/kernels $(CURDIR)/evals $(CURDIR)/model_adapters out/site/vtprune/
 	$(GPU) -m pytest -m gpu tests && touch $@
 
 gpu-next:

@@ -244,7 +244,7 @@ def visionzip(arrays: Arrays, folder: Path) -> str:
     for dominant, contextual, tag in _visionzip_budgets(arrays):
         outputs, orders = [], []
         for x, score, key in zip(hidden, cls, keys):
-            method = create("visionzip", contextual=contextual, order="official", cls="keep")
+            method: Any = create("visionzip", contextual=contextual, order="official", cls="keep")
             signals = dict(zip((method.needs[0], method.needs[-1]), (score, key)))
             answer = method(Visual(x, dominant + contextual, signals=signals))
             plain = replace(method, order="positional")(Visual(x, dominant + contextual, signals=signals))

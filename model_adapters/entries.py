@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from vtprune.types import Signal, Span
 
-MODALITIES = ("image", "video")
+MODALITIES: tuple[Literal["image", "video"], ...] = ("image", "video")
 
 
 @dataclass

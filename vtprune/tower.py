@@ -377,7 +377,7 @@ class TowerStages:
         run.tokens, run.shape = tokens_of(f, self.layout, self.modality, x.shape[1]), tuple(x.shape)
         run.lengths = [x.shape[1]] * len(self.blocks)
         groups = to_device(run.tokens.groups, x.device)
-        units = run.tokens.grids
+        units: Any = run.tokens.grids
         if self.by_frame and self.layout.packed:
             units = tuple(((1, h, w), h * w) for (t, h, w), _ in units for _ in range(t))
         for row in range(x.shape[0]):
