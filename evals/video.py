@@ -372,7 +372,7 @@ class _Source:
     def scan(self) -> NDArray[np.float64]:
         """Seconds [n] at which frames come on screen as the packets announce it; raises if the file ends early."""
         own: list[tuple[int | None, int | None, bool, bool]] = []
-        end = 0.0
+        end, begun = 0.0, 0  # begun: reports until the first key frame, and one
         with self._reports() as log, self._opened() as (container, stream):
             if "mov" in container.format.name:
                 log.clear()  # about its header; what is missing of the film shows later
@@ -382,9 +382,10 @@ class _Source:
                     end = max(end, float((last + (packet.duration or 0)) * packet.time_base))
                 if packet.stream_index == stream.index and packet.size:
                     own.append((packet.pts, packet.dts, packet.is_keyframe, packet.is_discard))
+                    begun = begun or (len(log) + 1 if packet.is_keyframe else 0)
             form, codec = container.format.name, self._codec(stream)
             base = self._base = float(stream.time_base)
-            reorders, program = stream.codec_context.has_b_frames, stream.id
+            reorders, program, decoder = stream.codec_context.has_b_frames, stream.id, stream.codec_context.name
             self.rates = [float(r) for r in (stream.average_rate, stream.guessed_rate) if r]
             stated = (container.duration or 0) / self.av.time_base
         with self._raw() as file:
@@ -393,14 +394,23 @@ class _Source:
                 missing, self._joints = _lost(file, program)
         if missing:
             raise self.damaged(missing)
-        told = [message.strip() for _, name, message in log if name == form]
+        # What a parser says before the first key frame is about what was cut away.
+        parsed = [text for _, name, text in log[begun - 1 :] if begun and name == decoder and not ASIDE.search(text)]
+        told = [text for _, name, text in log if name == form] + parsed
         if told:
-            raise self.damaged(f"FFmpeg reports {told[0]!r}")
+            raise self.damaged(f"FFmpeg reports {told[0].strip()!r}")
         tolerance = max(3 * end / max(len(own), 1), 0.02 * stated, 0.1)
         if tolerance < stated - end < 1e8:  # seconds; beyond is what stands for an unknown number
             raise self.damaged(f"it announces {stated:.2f} seconds and ends after {end:.2f}")
         if not own:
             raise ValueError(f"{self.name} holds a video stream ({codec}) without a frame: record or download it again")
+        ticks = self._arrange(own, form, reorders)
+        return (ticks - ticks[0]) * base if len(ticks) else np.zeros(1)
+
+    def _arrange(
+        self, own: list[tuple[int | None, int | None, bool, bool]], form: str, reorders: bool
+    ) -> NDArray[np.int64]:
+        """The times [n] in ticks at which frames come on screen as far as the packets tell, and how far that is."""
         if "mpeg" in form:  # a broadcast may be cut anywhere; other files begin with a key frame
             self._first = next((i for i, packet in enumerate(own) if packet[2]), 0)
         self._own = [(pts, is_key) for pts, _, is_key, _ in own]
@@ -417,9 +427,8 @@ class _Source:
             self._slots, times = (slots, slots.tolist()) if self._mixed else (None, times)
         elif self._begin is not None:
             times = [pts for pts in times if pts >= self._begin]
-        ticks = np.unique(np.array(times, np.int64))
         self._ticks = self._sure(own, reorders)
-        return (ticks - ticks[0]) * base if len(ticks) else np.zeros(1)
+        return np.unique(np.array(times, np.int64))
 
     def _sure(self, own: list[tuple[int | None, int | None, bool, bool]], reorders: bool) -> NDArray[np.int64] | None:
         """Times [n] in ticks at which the pictures come on screen, in order, if there is no doubt about any of them."""
