@@ -84,8 +84,8 @@ def read(
     joined from several whose times jump. Damage is what FFmpeg reports as an error, what is shorter than it announces,
     and what is missing of MPEG-TS. Not noticed is damage in parts that need not be decoded; altered pixels where a
     codec has no checks (uncompressed, HuffYUV, QuickTime animation, and many single bytes of others); a changed header
-    that makes sense; the missing end of a form that states no length (MPEG, NUT, IVF, Y4M, MXF, ASF, up to three frames
-    of FLV). Needs the `video` extra.
+    that makes sense; the missing end of a form that states no length (MPEG, whose last picture is then a part of one,
+    NUT, IVF, Y4M, MXF, ASF, up to three frames of FLV). Needs the `video` extra.
     """
     if frames < 1:
         raise ValueError(f"frames={frames} must be at least 1")
@@ -174,6 +174,9 @@ def _cut(file: IO[bytes], form: str) -> str | None:
     file.seek(0, io.SEEK_END)
     size, at, ended = file.tell(), 8 * (form == "apng"), form != "apng"
     layout = "<4xI" if form == "avi" else ">I4x" if form == "apng" or "mov" in form else ""
+    if form == "gif":
+        file.seek(max(size - 1024, 0))
+        return None if b"\0;" in file.read() else "its last part, the trailer, is missing"
     while layout and at + 8 <= size:
         file.seek(at)
         head = file.read(16)
@@ -211,7 +214,8 @@ def _lost(file: IO[bytes], program: int) -> tuple[str | None, int]:
         file.seek(at)
         block = np.frombuffer(file.read(step * 8192), np.uint8)
         if len(block) < step:
-            return None, joints
+            within = 0 < len(block) < 188 and block[0] == 0x47
+            return "it ends within a packet" if within else None, joints
         packets = block[: len(block) // step * step].reshape(-1, step)
         if (packets[:, 0] != 0x47).any():
             return f"no packet begins at byte {at + step * int(np.argmax(packets[:, 0] != 0x47))}", joints

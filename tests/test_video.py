@@ -648,13 +648,13 @@ def test_any_lost_packet_of_a_transport_stream_is_noticed(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("ending", "codec", "pixels"),
     [("avi", "mpeg4", "yuv420p"), ("mp4", "libx264", "yuv420p"), ("ismv", "libx264", "yuv420p"),
-     ("apng", "apng", "rgba")],
+     ("apng", "apng", "rgba"), ("gif", "gif", "bgr8"), ("ts", "libx265", "yuv420p"), ("m2ts", "libx264", "yuv420p")],
 )  # fmt: skip
 def test_a_file_shorter_than_its_parts_announce_is_refused(
     ending: str, codec: str, pixels: str, tmp_path: Path
 ) -> None:
     content = film(tmp_path / f"clip.{ending}", codec, pixels=pixels).read_bytes()
-    for left in (len(content) // 2, len(content) * 9 // 10, len(content) - 13, len(content) - 1):
+    for left in (len(content) // 2 + 7, len(content) * 9 // 10, len(content) - 13, len(content) - 1):
         with pytest.raises(ValueError, match=r"truncated"):
             read(content[:left])
 
