@@ -176,8 +176,10 @@ def _cut(file: IO[bytes], form: str) -> str | None:
     layout = "<4xI" if form == "avi" else ">I4x" if form == "apng" or "mov" in form else ""
     if form == "gif":
         file.seek(max(size - 1024, 0))
-        tail = file.read().rstrip(b"\0")
-        return None if b"\0;" in tail or tail.endswith(b";") else "its last part, the trailer, is missing"
+        tail = file.read()
+        # Some end on the last block, without the trailer.
+        whole = b"\0;" in tail or tail.endswith((b";", b"\0"))
+        return None if whole else "it ends within a picture"
     while layout and at + 8 <= size:
         file.seek(at)
         head = file.read(16)
