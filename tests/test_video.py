@@ -648,7 +648,7 @@ def test_any_lost_packet_of_a_transport_stream_is_noticed(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("ending", "codec", "pixels"),
     [("avi", "mpeg4", "yuv420p"), ("mp4", "libx264", "yuv420p"), ("ismv", "libx264", "yuv420p"),
-     ("apng", "apng", "rgba"), ("gif", "gif", "bgr8"), ("ts", "libx265", "yuv420p"), ("m2ts", "libx264", "yuv420p")],
+     ("apng", "apng", "rgba"), ("ts", "libx265", "yuv420p"), ("m2ts", "libx264", "yuv420p")],
 )  # fmt: skip
 def test_a_file_shorter_than_its_parts_announce_is_refused(
     ending: str, codec: str, pixels: str, tmp_path: Path
@@ -851,3 +851,11 @@ def test_good_and_damaged_films_are_read_in_threads_side_by_side(tmp_path: Path)
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(outcome, [good, bytes(bad)] * 12)) == ["right", "refused"] * 12
     assert av.logging.get_level() == level
+
+
+def test_a_gif_is_whole_without_its_trailer_and_not_within_a_picture(tmp_path: Path) -> None:
+    content = film(tmp_path / "clip.gif", "gif", pixels="bgr8").read_bytes()
+    assert painted(read(content[:-1], 100)) == list(range(24))
+    for left in (len(content) // 2, len(content) - 13, len(content) - 3):
+        with pytest.raises(ValueError, match="truncated"):
+            read(content[:left])
