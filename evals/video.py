@@ -84,8 +84,8 @@ def read(
     joined from several whose times jump. Damage is what FFmpeg reports as an error, what is shorter than it announces,
     and what is missing of MPEG-TS. Not noticed is damage in parts that need not be decoded; altered pixels where a
     codec has no checks (uncompressed, HuffYUV, QuickTime animation, and many single bytes of others); a changed header
-    that makes sense; the missing end of a form that states no length (MPEG, NUT, IVF, Y4M, MXF, ASF, up to three frames
-    of FLV). Needs the `video` extra.
+    that makes sense; the missing end of a form that states no length (MPEG, whose last picture is then a part of one,
+    NUT, IVF, Y4M, MXF, ASF, up to three frames of FLV). Needs the `video` extra.
     """
     if frames < 1:
         raise ValueError(f"frames={frames} must be at least 1")
@@ -174,6 +174,12 @@ def _cut(file: IO[bytes], form: str) -> str | None:
     file.seek(0, io.SEEK_END)
     size, at, ended = file.tell(), 8 * (form == "apng"), form != "apng"
     layout = "<4xI" if form == "avi" else ">I4x" if form == "apng" or "mov" in form else ""
+    if form == "gif":
+        file.seek(max(size - 1024, 0))
+        tail = file.read()
+        # Some end on the last block, without the trailer.
+        whole = b"\0;" in tail or tail.endswith((b";", b"\0"))
+        return None if whole else "it ends within a picture"
     while layout and at + 8 <= size:
         file.seek(at)
         head = file.read(16)
@@ -211,7 +217,8 @@ def _lost(file: IO[bytes], program: int) -> tuple[str | None, int]:
         file.seek(at)
         block = np.frombuffer(file.read(step * 8192), np.uint8)
         if len(block) < step:
-            return None, joints
+            within = 0 < len(block) < 188 and block[0] == 0x47
+            return "it ends within a packet" if within else None, joints
         packets = block[: len(block) // step * step].reshape(-1, step)
         if (packets[:, 0] != 0x47).any():
             return f"no packet begins at byte {at + step * int(np.argmax(packets[:, 0] != 0x47))}", joints
@@ -372,7 +379,7 @@ class _Source:
     def scan(self) -> NDArray[np.float64]:
         """Seconds [n] at which frames come on screen as the packets announce it; raises if the file ends early."""
         own: list[tuple[int | None, int | None, bool, bool]] = []
-        end = 0.0
+        end, begun = 0.0, 0  # begun: reports until the first key frame, and one
         with self._reports() as log, self._opened() as (container, stream):
             if "mov" in container.format.name:
                 log.clear()  # about its header; what is missing of the film shows later
@@ -382,9 +389,10 @@ class _Source:
                     end = max(end, float((last + (packet.duration or 0)) * packet.time_base))
                 if packet.stream_index == stream.index and packet.size:
                     own.append((packet.pts, packet.dts, packet.is_keyframe, packet.is_discard))
+                    begun = begun or (len(log) + 1 if packet.is_keyframe else 0)
             form, codec = container.format.name, self._codec(stream)
             base = self._base = float(stream.time_base)
-            reorders, program = stream.codec_context.has_b_frames, stream.id
+            reorders, program, decoder = stream.codec_context.has_b_frames, stream.id, stream.codec_context.name
             self.rates = [float(r) for r in (stream.average_rate, stream.guessed_rate) if r]
             stated = (container.duration or 0) / self.av.time_base
         with self._raw() as file:
@@ -393,14 +401,23 @@ class _Source:
                 missing, self._joints = _lost(file, program)
         if missing:
             raise self.damaged(missing)
-        told = [message.strip() for _, name, message in log if name == form]
+        # What a parser says before the first key frame is about what was cut away.
+        parsed = [text for _, name, text in log[begun - 1 :] if begun and name == decoder and not ASIDE.search(text)]
+        told = [text for _, name, text in log if name == form] + parsed
         if told:
-            raise self.damaged(f"FFmpeg reports {told[0]!r}")
+            raise self.damaged(f"FFmpeg reports {told[0].strip()!r}")
         tolerance = max(3 * end / max(len(own), 1), 0.02 * stated, 0.1)
         if tolerance < stated - end < 1e8:  # seconds; beyond is what stands for an unknown number
             raise self.damaged(f"it announces {stated:.2f} seconds and ends after {end:.2f}")
         if not own:
             raise ValueError(f"{self.name} holds a video stream ({codec}) without a frame: record or download it again")
+        ticks = self._arrange(own, form, reorders)
+        return (ticks - ticks[0]) * base if len(ticks) else np.zeros(1)
+
+    def _arrange(
+        self, own: list[tuple[int | None, int | None, bool, bool]], form: str, reorders: bool
+    ) -> NDArray[np.int64]:
+        """The times [n] in ticks at which frames come on screen as far as the packets tell, and how far that is."""
         if "mpeg" in form:  # a broadcast may be cut anywhere; other files begin with a key frame
             self._first = next((i for i, packet in enumerate(own) if packet[2]), 0)
         self._own = [(pts, is_key) for pts, _, is_key, _ in own]
@@ -417,9 +434,8 @@ class _Source:
             self._slots, times = (slots, slots.tolist()) if self._mixed else (None, times)
         elif self._begin is not None:
             times = [pts for pts in times if pts >= self._begin]
-        ticks = np.unique(np.array(times, np.int64))
         self._ticks = self._sure(own, reorders)
-        return (ticks - ticks[0]) * base if len(ticks) else np.zeros(1)
+        return np.unique(np.array(times, np.int64))
 
     def _sure(self, own: list[tuple[int | None, int | None, bool, bool]], reorders: bool) -> NDArray[np.int64] | None:
         """Times [n] in ticks at which the pictures come on screen, in order, if there is no doubt about any of them."""

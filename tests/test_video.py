@@ -237,7 +237,7 @@ def test_times_rounded_to_float32_choose_the_frame_that_begins_there() -> None:
 
 
 def test_memory_follows_the_frames_asked_for(folder: Path) -> None:
-    path = encode(folder / "big.mp4", [40 * i for i in range(240)], (1280, 720))
+    path = encode(folder / "big.mp4", [40 * i for i in range(240)], (1280, 720), "mpeg4")
     code = (
         "import resource, sys; from vtprune.evals.video import read; import av\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
@@ -648,13 +648,13 @@ def test_any_lost_packet_of_a_transport_stream_is_noticed(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("ending", "codec", "pixels"),
     [("avi", "mpeg4", "yuv420p"), ("mp4", "libx264", "yuv420p"), ("ismv", "libx264", "yuv420p"),
-     ("apng", "apng", "rgba")],
+     ("apng", "apng", "rgba"), ("ts", "libx265", "yuv420p"), ("m2ts", "libx264", "yuv420p")],
 )  # fmt: skip
 def test_a_file_shorter_than_its_parts_announce_is_refused(
     ending: str, codec: str, pixels: str, tmp_path: Path
 ) -> None:
     content = film(tmp_path / f"clip.{ending}", codec, pixels=pixels).read_bytes()
-    for left in (len(content) // 2, len(content) * 9 // 10, len(content) - 13, len(content) - 1):
+    for left in (len(content) // 2 + 7, len(content) * 9 // 10, len(content) - 13, len(content) - 1):
         with pytest.raises(ValueError, match=r"truncated"):
             read(content[:left])
 
@@ -817,3 +817,45 @@ def test_what_a_decoder_says_of_other_than_pictures_is_no_damage(tmp_path: Path)
                 again.duration, again.is_keyframe, again.stream = packet.duration, True, copy
                 file.mux(again)
     assert painted(read(tmp_path / "camera.mov", 100)) == list(range(24))
+
+
+@pytest.mark.parametrize(("codec", "b_frames"), [("libx264", 3), ("mpeg2video", 2), ("libx265", 2)])
+def test_a_broadcast_that_begins_between_key_frames_is_skipped_through_alike(
+    codec: str, b_frames: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = film(tmp_path / "whole.ts", codec, b_frames=b_frames, count=120, picture=stir)
+    with av.open(str(whole)) as source:
+        places = [packet.pos for packet in source.demux(source.streams.video[0]) if packet.pos is not None]
+    content = whole.read_bytes()
+    (tmp_path / "cut.ts").write_bytes(content[: 3 * 188] + content[places[3] :])
+    video, skipped = skipped_and_whole(tmp_path / "cut.ts", 4, monkeypatch)
+    lost = 120 - video.total
+    assert 3 <= lost <= 9
+    assert skipped
+    assert painted(video) == ((video.indices + lost) % 64).tolist()
+    np.testing.assert_allclose(video.times, video.indices / 25, atol=1e-3)
+
+
+def test_good_and_damaged_films_are_read_in_threads_side_by_side(tmp_path: Path) -> None:
+    good = film(tmp_path / "clip.gif", "gif", pixels="bgr8").read_bytes()
+    bad = bytearray(good)
+    bad[len(bad) // 2 : len(bad) // 2 + 300] = random.Random(1).randbytes(300)
+
+    def outcome(content: bytes) -> str:
+        try:
+            return "right" if painted(read(content, 100)) == list(range(24)) else "wrong"
+        except ValueError:
+            return "refused"
+
+    level = av.logging.get_level()
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(outcome, [good, bytes(bad)] * 12)) == ["right", "refused"] * 12
+    assert av.logging.get_level() == level
+
+
+def test_a_gif_is_whole_without_its_trailer_and_not_within_a_picture(tmp_path: Path) -> None:
+    content = film(tmp_path / "clip.gif", "gif", pixels="bgr8").read_bytes()
+    assert painted(read(content[:-1], 100)) == list(range(24))
+    for left in (len(content) // 2, len(content) - 13, len(content) - 3):
+        with pytest.raises(ValueError, match="truncated"):
+            read(content[:left])
