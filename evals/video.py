@@ -83,9 +83,9 @@ def read(
     a doubt: a URL, an empty, truncated or damaged file, no video, a still picture, a raw stream without times, a stream
     joined from several whose times jump. Damage is what FFmpeg reports as an error, what is shorter than it announces,
     and what is missing of MPEG-TS. Not noticed is damage in parts that need not be decoded; altered pixels where a
-    codec has no checks (uncompressed, HuffYUV, QuickTime animation, and many single bytes of others); a changed header
-    that makes sense; the missing end of a form that states no length (MPEG, whose last picture is then a part of one,
-    NUT, IVF, Y4M, MXF, ASF, up to three frames of FLV). Needs the `video` extra.
+    codec has no checks (uncompressed, HuffYUV, QuickTime animation, RealVideo, MPEG program streams, and many single
+    bytes of others); a changed header that makes sense; the missing end of a form that states no length (MPEG, whose
+    last picture is then a part of one, NUT, IVF, Y4M, MXF, ASF, up to three frames of FLV). Needs the `video` extra.
     """
     if frames < 1:
         raise ValueError(f"frames={frames} must be at least 1")

@@ -56,3 +56,8 @@ def weighted(index: Tensor, share: Tensor, size: Tensor) -> Reduction:
     mass = share * size[:, None]
     total = mass.sum(-1)
     return Reduction(index, matrix=mass / total[..., None], mass=total)
+
+
+def dense(step: Reduction, n: int) -> Tensor:
+    """The matrix W [B, M, n] of a step on n rows, for those who call it as a function; see `Reduction.dense`."""
+    return step.dense(n)
