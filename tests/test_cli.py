@@ -295,7 +295,7 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(
         (["eval", "--out", "x"], ["matplotlib"]),
         (["demo"], ["scipy", "matplotlib"]),
         (["eval", "--video"], ["torchvision"]),
-        (["show", "--video", "clip.mp4"], ["decord", "torchvision"]),
+        (["show", "--video", "clip.mp4"], ["av", "torchvision"]),
         (["eval-vit", "--weights", "x.whl"], ["onnx"]),
         (["show", "x.png", "--vit", "x.whl"], ["onnx"]),
         (["bench", "--plot", "x.json"], ["matplotlib"]),

@@ -354,7 +354,7 @@ def show(
         return
     if (image is None) == (video is None):
         raise ValueError("name one picture, or one video file with --video")
-    _needs(*(["decord", "torchvision"] if video is not None else []))
+    _needs(*(["av", "torchvision"] if video is not None else []))
     import vtprune
     from vtprune import show as drawing
     from vtprune.evals.accuracy import parse_method, prepare, process
