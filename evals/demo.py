@@ -32,9 +32,9 @@ def run(
 
     video: questions about generated clips, to the model that watches them; methods that it cannot take are noted.
     """
+    from vtprune.evals.pictures import film_gallery, gallery
     from vtprune.evals.toys import image
     from vtprune.evals.toys import video as clips
-    from vtprune.show import film_gallery, gallery
 
     keeps = keeps or KEEPS["video" if video else "image"]
     model: Any
