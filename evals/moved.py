@@ -10,16 +10,19 @@ from importlib.abc import InspectLoader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import CodeType, ModuleType
 
+_ROOMS = {
+    "accuracy": ("marking", "vit", "vit_data", "vit_search"),
+    "speed": (
+        *("bench", "bench_attention", "bench_hooks", "bench_kernels", "bench_parts", "bench_selection", "bench_video"),
+        *("flops", "geometries", "meter", "prefill"),
+    ),
+}
+# Old name -> name of today, both inside vtprune.evals; what lies in a folder that moved has moved with it.
 MOVED = {
-    "tiny.drawing": "toys.drawing",
-    "tiny.muon": "toys.muon",
-    "tiny.trainer": "toys.trainer",
+    **{f"tiny.{name}": f"toys.{name}" for name in ("drawing", "muon", "trainer")},
     "tiny": "toys.image",
     "tiny_video": "toys.video",
-    **{name: f"accuracy.{name}" for name in ("marking", "vit", "vit_data", "vit_search")},
-    **{name: f"speed.{name}" for name in ("flops", "geometries", "meter", "prefill", "bench")},
-    **{f"bench_{part}": f"speed.bench_{part}" for part in ("attention", "hooks", "kernels", "parts")},
-    **{f"bench_{part}": f"speed.bench_{part}" for part in ("selection", "video")},
+    **{name: f"{room}.{name}" for room, names in _ROOMS.items() for name in names},
 }
 _HERE = __package__ + "."
 
