@@ -20,6 +20,7 @@ def diffrate_merge(arrays: Arrays, folder: Path) -> str:
     x, size, kept = tensor(arrays, "x"), tensor(arrays, "size"), int(arrays["kept"])
     places = torch.arange(x.shape[1]).expand(len(x), -1)
     step = diffrate.merge_into(x, size, places[:, :kept], places[:, kept:], int(arrays["class_token"]))
+    assert step.dst is not None
     same("destinations", step.dst, arrays["dst_idx"])
     sizes = step.resize(size)
     assert sizes is not None

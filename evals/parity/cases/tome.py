@@ -41,7 +41,9 @@ def tome_bsm(arrays: Arrays, folder: Path) -> str:
     last = two.resize(resized)
     assert last is not None
     worst.append(close("sizes, second round", last, arrays["size2"]))
-    same("slots, second round", VitLast(x.shape[1], prefix, steps=[(0, one), (1, two)]).slots, arrays["assign2"])
+    slots = VitLast(x.shape[1], prefix, steps=[(0, one), (1, two)]).slots
+    assert slots is not None
+    same("slots, second round", slots, arrays["assign2"])
     rule = "; official unmerge as it is, with rows misplaced" if prefix == 2 else ""
     return f"order, pairs and slots of two rounds; features within {max(worst):.1g}{rule}"
 
