@@ -32,13 +32,14 @@ def run(
 
     video: questions about generated clips, to the model that watches them; methods that it cannot take are noted.
     """
-    from vtprune.evals import tiny, tiny_video
-    from vtprune.show import film_gallery, gallery
+    from vtprune.evals.pictures import film_gallery, gallery
+    from vtprune.evals.toys import image
+    from vtprune.evals.toys import video as clips
 
     keeps = keeps or KEEPS["video" if video else "image"]
     model: Any
-    model, processor = tiny_video.load("cpu") if video else tiny.load("cpu")
-    questions: Sequence[Any] = (tiny_video if video else tiny).questions(per_capability=limit)
+    model, processor = clips.load("cpu") if video else image.load("cpu")
+    questions: Sequence[Any] = (clips if video else image).questions(per_capability=limit)
     names = [cls.name for cls in vtprune.methods() if video or not cls.video]
     title = f"The embedded toy {'video ' if video else ''}VLM, dense and pruned"
     workers = min(4, os.cpu_count() or 1)

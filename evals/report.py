@@ -161,3 +161,8 @@ def _versions(names: Sequence[str]) -> dict[str, str | None]:
         except PackageNotFoundError:
             found[name] = None
     return found
+
+
+def share(keep: float | int) -> str:
+    """0.25 -> '25 %', 64 -> '64'."""
+    return f"{100 * keep:.3g} %" if isinstance(keep, float) else str(keep)

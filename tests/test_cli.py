@@ -18,8 +18,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import vtprune
-from vtprune import cli, pictures
-from vtprune.cli import app, parse_keep, parse_keeps
+from vtprune import pictures
+from vtprune.cli import app, models, parse_keep, parse_keeps
 from vtprune.evals import accuracy, tiny
 from vtprune.evals.report import Report
 
@@ -282,7 +282,7 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(
 ) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("the work has begun"))
+    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("the work has begun"))
     result = runner.invoke(app, ["show", str(picture), "--out", str(tmp_path / out)])
     assert result.exit_code == 2
     assert "--out" in result.stderr
@@ -306,7 +306,7 @@ def test_missing_packages_are_told_before_the_work(
 ) -> None:
     for module in modules:
         monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("the work has begun"))
+    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("the work has begun"))
     result = runner.invoke(app, args)
     assert result.exit_code == 2
     assert f"pip install {' '.join(modules)}\n" in result.stderr

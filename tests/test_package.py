@@ -67,6 +67,34 @@ print([n for n in ("model_adapters", "evals") if importlib.util.find_spec(n) is 
     assert python(code, cwd=ROOT / "tests").strip() == "[]"
 
 
+def test_old_names_are_the_modules_of_today() -> None:
+    """One object under both names: what one patches the other sees. Parts of a folder that moved are no copies."""
+    code = """
+import importlib, sys
+import vtprune.evals.tiny.packing, vtprune.evals.bench, vtprune.evals.vit_search
+from vtprune.evals import bench_kernels, moved, tiny, tiny_video
+from vtprune.evals.tiny.asks import ask_color
+import vtprune.evals.toys.image.asks
+for old, new in moved.MOVED.items():
+    assert importlib.import_module(f"vtprune.evals.{old}") is importlib.import_module(f"vtprune.evals.{new}"), old
+assert ask_color is vtprune.evals.toys.image.asks.ask_color
+assert vtprune.evals.tiny.packing is sys.modules["vtprune.evals.toys.image.packing"]
+assert tiny.__name__ == tiny.__spec__.name == "vtprune.evals.toys.image"
+try:
+    importlib.import_module("vtprune.evals.tiny.nothing")
+except ModuleNotFoundError as error:
+    print(error.name)
+"""
+    assert python(code).strip() == "vtprune.evals.tiny.nothing"
+
+
+def test_old_names_run_as_programmes() -> None:
+    command = [sys.executable, "-m", "vtprune.evals.bench_video", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "HoliTom" in done.stdout
+
+
 STAND_IN = """
 class Anything(type):
     def __getattr__(cls, name):

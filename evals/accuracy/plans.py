@@ -1,0 +1,88 @@
+"""The passes over the questions: which method at which share, the controls first."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import vtprune
+from vtprune.types import Method
+
+CONTROLS = ("random", "uniform")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One pass over the questions: a label for the table, the method and how much it keeps (no method: dense).
+
+    blind: how the images are hidden ("zero" or "shuffle"), None if they are not.
+    """
+
+    label: str
+    method: Method | None
+    keep: float | int
+    seed: int | None = None
+    blind: str | None = None
+
+    @property
+    def needs_tower(self) -> bool:
+        """Whether the pass must run the vision tower: a stage acts inside it, or reads a signal from it."""
+        stages = self.method.stages(self.keep, depth=0) if self.method else []
+        return any(isinstance(s.where, tuple) or (s.where == "llm" and s.method.needs) for s in stages)
+
+    def applied(self, model: Any) -> AbstractContextManager[Any]:
+        """The model, patched inside a `with` block."""
+        return vtprune.patch(model, self.method, keep=self.keep) if self.method else nullcontext()
+
+
+def parse_method(text: str) -> tuple[str, dict[str, Any]]:
+    """'todre:objective=kcenter,pivot=center' -> ('todre', {...}); values are read as int, float, bool or text."""
+    name, _, rest = text.partition(":")
+    options: dict[str, Any] = {}
+    for item in filter(None, rest.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"method {text!r}: {item!r} is not an option; write name:option=value,option=value")
+        options[key] = _value(value)
+    return name, options
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def plans(methods: Iterable[str], keeps: Sequence[float | int], seeds: int = 3) -> list[Plan]:
+    """Every method at every keep, the controls first; a method with a `seed` option is run with `seeds` seeds."""
+    made: list[Plan] = []
+    for text in dict.fromkeys([*CONTROLS, *methods]):
+        name, options = parse_method(text)
+        method = vtprune.create(name, **options)
+        draws: list[int | None] = list(range(seeds)) if is_random(method) and "seed" not in options else [None]
+        for keep in keeps:
+            for seed in draws:
+                drawn = method if seed is None else dataclasses.replace(method, seed=seed)  # type: ignore[type-var]
+                made.append(Plan(text, drawn, keep, seed))
+    return made
+
+
+def is_random(method: Method) -> bool:
+    """Whether the result depends on the seed: another seed is asked and another answer comes."""
+    if not any(f.name == "seed" for f in dataclasses.fields(method)):  # type: ignore[arg-type]
+        return False
+    generator = torch.Generator().manual_seed(0)
+    signals = {s: torch.rand(64, generator=generator) for s in method.needs}
+    v = vtprune.Visual(torch.randn(64, 8, generator=generator), budget=16, grid=(1, 8, 8), signals=signals)
+    first, second = (dataclasses.replace(method, seed=s)(v).idx for s in (0, 1))  # type: ignore[type-var]
+    return not torch.equal(first, second)

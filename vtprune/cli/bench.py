@@ -1,0 +1,111 @@
+"""`vtprune bench`: what pruning saves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vtprune.cli import models
+from vtprune.cli.common import needs, quiet, sentence, show_report
+from vtprune.cli.models import device_of, dtype_of
+from vtprune.cli.options import Batch, Device, Dtype, Json, Keep, Methods, Model, Out, parse_keeps
+
+
+@sentence
+def bench(
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="JSON of earlier runs, for --plot and --table.", show_default=False)
+    ] = None,
+    geometry: Annotated[
+        str | None, typer.Option(help="llava-1.5-7b, llava-next-7b, llava-onevision-7b-video, qwen2.5-vl-7b or tiny.")
+    ] = None,
+    model: Model = None,
+    method: Methods = None,
+    all_methods: Annotated[bool, typer.Option("--all", help="Every registered method the model can take.")] = False,
+    keep: Keep = None,
+    prefill: Annotated[
+        str, typer.Option(help="Ways to run the LLM's prefill, of eager, graph (CUDA graphs) and compile; commas.")
+    ] = "eager",
+    bucket: Annotated[int, typer.Option(min=1, help="graph and compile round lengths up to a multiple.")] = 64,
+    hooks: Annotated[bool, typer.Option("--hooks", help="Measure only what the hooks cost while decoding.")] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Measure only the kernels, against the plain way.")
+    ] = False,
+    selection: Annotated[bool, typer.Option("--selection", help="Measure only farthest point selection.")] = False,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw FILES: TTFT against kept tokens and limits.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="Print FILES as the README's tables.")] = False,
+    batch: Batch = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats; the median counts.")] = 7,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Decode steps per repeat.")] = 16,
+    layers: Annotated[int | None, typer.Option(help="Cut the geometry to this many layers (printed as such).")] = None,
+    scale: Annotated[float, typer.Option(help="Narrow the geometry by this factor (printed as such).")] = 1.0,
+    device: Device = None,
+    dtype: Dtype = None,
+    commit: Annotated[str | None, typer.Option(help="Commit to record, where the checkout has no history.")] = None,
+    out: Out = Path("benchmarks"),
+    as_json: Json = False,
+) -> None:
+    """Time TTFT, prefill, decode and selection, dense and pruned in one run, beside the limits of card and stack."""
+    import vtprune
+    from vtprune.evals import speed
+    from vtprune.evals.speed import bench as benchmark
+
+    needs(*(["matplotlib"] if plot else []))
+    if plot or table:
+        _from_files(files or [], plot, table, out)
+        return
+    if files:
+        raise ValueError(f"{files[0]}: files are read by --plot and --table only")
+    if geometry is not None and model is not None:
+        raise ValueError("--geometry and --model exclude each other: the first has random weights, the second its own")
+    keeps = parse_keeps(keep, benchmark.KEEPS)
+    names = [cls.name for cls in vtprune.methods()] if all_methods else list(method or benchmark.METHODS)
+    quiet()
+    where, progress = device_of(device), not as_json
+    report: speed.BenchReport
+    if kernels or selection:
+        from vtprune.evals.speed.bench_parts import parts
+
+        report = parts("kernels" if kernels else "selection", where)
+    else:
+        what: benchmark.Subject
+        if model is not None:
+            what = _subject(model, device, dtype, batch)
+        else:
+            what = benchmark.subject(geometry or "tiny", where, dtype_of(dtype, where), batch, layers, scale)
+        if hooks:
+            from vtprune.evals.speed.bench_hooks import hooks as measure_hooks
+
+            report = measure_hooks(what, names[0], keeps[0], progress=progress)
+        else:
+            report = benchmark.bench(
+                what, names, keeps, prefill=prefill.split(","), bucket=bucket, repeats=repeats,
+                new_tokens=new_tokens, skip=all_methods, progress=progress,
+            )  # fmt: skip
+    report.environment["commit"] = report.environment["commit"] or commit or None
+    path = report.write(out)
+    show_report(report, as_json)
+    if not as_json:
+        typer.echo(f"wrote {path}")
+
+
+def _subject(model: str, device: str | None, dtype: str | None, batch: int) -> Any:
+    from vtprune.evals.speed import bench as benchmark
+    from vtprune.evals.toys import image
+
+    loaded, processor = models.load(model, device, dtype)
+    question = image.questions(per_capability=1, capabilities=["color"])[0]
+    return benchmark.from_processor(model, loaded, processor, question.image, question.prompt, batch)
+
+
+def _from_files(files: list[Path], plot: bool, table: bool, out: Path) -> None:
+    from vtprune.evals import speed
+
+    if not files:
+        raise ValueError("--plot and --table read what earlier runs wrote: name the files, as in benchmarks/*.json")
+    if table:
+        typer.echo(speed.table(files))
+    if plot:
+        typer.echo(f"wrote {speed.plot([speed.load(path) for path in files], out / 'ttft.png')}")

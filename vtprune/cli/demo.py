@@ -1,0 +1,34 @@
+"""`vtprune demo`: the embedded model, dense against pruned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from vtprune.cli.common import folder, needs, quiet, sentence, show_report
+from vtprune.cli.options import Clips, Json, Keep, Limit, Out, parse_keeps
+
+
+@sentence
+def demo(
+    keep: Keep = None,
+    limit: Limit = 30,
+    video: Clips = False,
+    out: Out = Path("out"),
+    as_json: Json = False,
+) -> None:
+    """Answer real questions with the embedded toy model, dense and pruned with every method."""
+    needs("scipy", "matplotlib", *(["torchvision"] if video else []))
+    from vtprune.evals import demo as demonstration
+
+    quiet()
+    folder(out)
+    keeps = parse_keeps(keep, ())
+    if not as_json:
+        typer.secho(demonstration.toy(video), err=True)
+    report, files = demonstration.run(out, keeps, limit, progress=not as_json, video=video)
+    show_report(report, as_json)
+    if not as_json:
+        for path in files:
+            typer.echo(f"wrote {path}")

@@ -1,0 +1,93 @@
+"""Models, devices and number formats by name."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+from vtprune.cli.common import quiet
+
+
+def load(name: str | None, device: str | None, dtype: str | None, video: bool = False) -> tuple[Any, Any]:
+    """(model, processor); the embedded one runs in float32 on the CPU unless told otherwise."""
+    quiet()
+    where = device_of(device or (None if name else "cpu"))
+    kind = dtype_of(dtype, where)
+    if name is None:
+        from vtprune.evals.toys import image
+        from vtprune.evals.toys import video as clips
+
+        return clips.load(where, kind) if video else image.load(where, kind)
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    processor = _from_hub(AutoProcessor, name)
+    if video and getattr(processor, "video_processor", None) is None:
+        raise ValueError(
+            f"--model {name} takes no videos (its {type(processor).__name__} has no video processor): name one that "
+            "does, such as a Qwen2.5-VL or a LLaVA-OneVision, or leave out --video"
+        )
+    loaded = _from_hub(AutoModelForImageTextToText, name, dtype=kind)
+    return loaded.eval().to(torch.device(where)), processor
+
+
+def _from_hub(cls: Any, name: str, **options: Any) -> Any:
+    """`cls.from_pretrained`, whose every failure is one sentence that names the model."""
+    try:
+        # Unset, this option makes transformers ask on the terminal whether to run the repository's code.
+        return cls.from_pretrained(name, trust_remote_code=False, **options)
+    except Exception as error:  # files of all kinds, read by many libraries with errors of their own
+        raise ValueError(f"--model {name}: {_why(error)}") from error
+
+
+def _why(error: Exception) -> str:
+    """Why a model was not loaded, and what to do."""
+    told = str(error)
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            "its weights are a pickle that holds more than tensors, and loading it could run any code: convert it to "
+            "safetensors (safetensors.torch.save_file) where you trust its source"
+        )
+    if "trust_remote_code" in told:
+        return (
+            "it needs code from its own repository, which these commands never run: read that code, load the model in "
+            "Python with trust_remote_code=True, and call vtprune.patch on it"
+        )
+    kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+    return f"no model there that transformers can load ({kind}{_first_line(error)})"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def device_of(name: str | None) -> str:
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: no such device; use cpu or cuda") from error
+    kind = place.type
+    if kind not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {name}: a {kind} device runs no model here; use cpu or cuda")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: this machine has no such device; use cpu")
+    if kind == "cuda" and (place.index or 0) >= torch.cuda.device_count() > 0:
+        raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices, counted from 0")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no CUDA device that torch can see; use --device cpu")
+    return name
+
+
+def dtype_of(name: str | None, device: str) -> Any:
+    import torch
+
+    if name is None:
+        return torch.bfloat16 if device.startswith("cuda") else torch.float32
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ValueError(f"--dtype {name}: choose one of {', '.join(known)}")
+    return known[name]

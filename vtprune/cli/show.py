@@ -1,0 +1,118 @@
+"""`vtprune show`: what a method keeps, drawn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from vtprune.cli import models
+from vtprune.cli.common import needs, quiet, sentence, writable
+from vtprune.cli.models import device_of
+from vtprune.cli.options import Device, Dtype, Json, Model, parse_keep
+
+
+@sentence
+def show(
+    image: Annotated[Path | None, typer.Argument(help="A picture.", show_default=False)] = None,
+    video: Annotated[Path | None, typer.Option(help="A video file instead: a contact sheet.")] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Frames to take from it.")] = 16,
+    method: Annotated[str, typer.Option(help="A name, or name:option=value,option=value.")] = "divprune",
+    keep: Annotated[str, typer.Option(help="0.25 or 25% (share), 64 (tokens).")] = "0.25",
+    model: Model = None,
+    question: Annotated[
+        str | None, typer.Option(help="What is asked (how many shapes); methods that read the text depend on it.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    vit: Annotated[
+        Path | None, typer.Option(help="Weights as for eval-vit: draw what became of the patches inside that model.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("kept.png"),
+    as_json: Json = False,
+) -> None:
+    """Draw the kept visual tokens over an image or the frames of a video; the dropped ones are dimmed."""
+    if vit is not None:
+        if image is None or video is not None:
+            raise ValueError("--vit draws one picture: name it")
+        needs("onnx")
+        _show_vit(image, method, keep, vit, device_of(device), out, as_json)
+        return
+    if (image is None) == (video is None):
+        raise ValueError("name one picture, or one video file with --video")
+    needs(*(["av", "torchvision"] if video is not None else []))
+    import vtprune
+    from vtprune import show as drawing
+    from vtprune.evals.accuracy import parse_method, prepare, process
+    from vtprune.places import boxes
+
+    name, options = parse_method(method)
+    rule, budget = vtprune.create(name, **options), parse_keep(keep)
+    writable(out)
+    subject: Any
+    notes: list[str] = []
+    if video is not None:
+        from vtprune.evals.video import read
+
+        subject = read(video, frames)
+    else:
+        from vtprune import pictures
+
+        subject, notes = pictures.read(cast(Path, image))
+    loaded, processor = models.load(model, device, dtype, video is not None)
+    asked = [question or f"how many shapes {'are there' if video is None else 'appear'} ?"]
+    units = drawing.record(loaded, prepare(loaded, processor, asked, [subject]), rule, budget)
+    title = f"{method} at {keep}"
+    if video is None:
+        units = [drawing.joined(units)]
+        places = boxes(lambda picture: process(processor, asked, [picture]), subject.size, drawing.rasters(units[0]))
+        sheet = drawing.overlay(subject, units[0], title, places)
+    else:
+        sheet = drawing.contact_sheet(subject, units, title)
+    sheet.save(out)
+    kept, total = sum(len(unit.idx) for unit in units), sum(unit.n for unit in units)
+    if as_json:
+        starts = [sum(unit.n for unit in units[:i]) for i in range(len(units))]
+        tokens = [start + i for start, unit in zip(starts, units) for i in unit.idx.tolist()]
+        typer.echo(json.dumps({"file": str(out), "visual_tokens": total, "kept": tokens, "notes": notes}))
+    else:
+        for note in notes:
+            typer.echo(f"{image}: {note}")
+        typer.echo(f"{method} kept {kept} of {total} visual tokens; wrote {out}")
+
+
+def _show_vit(image: Path, method: str, keep: str, weights: Path, device: str, out: Path, as_json: bool) -> None:
+    """Draw which patches of a picture became one token inside a vision transformer."""
+    import torch
+
+    import vtprune
+    from vtprune import pictures
+    from vtprune.evals.accuracy import parse_method
+    from vtprune.evals.accuracy.vit_data import dinov2_small, photo
+    from vtprune.show import draw_groups
+
+    quiet()
+    name, options = parse_method(method)
+    rule = vtprune.create(name, **options)
+    budget = None if rule.adaptive else parse_keep(keep)
+    writable(out)
+    side = 16
+    picture, notes = pictures.read(image)
+    model = dinov2_small(weights).to(device)
+    x = photo(picture, side * 14).to(device)
+    with vtprune.patch(model, rule, keep=budget) as handle, torch.inference_mode():
+        model(pixel_values=x)
+    last = handle.last
+    slots = torch.arange(last.n) if last.slots is None else last.slots[0].cpu()
+    patches = slots[last.prefix :]
+    draw_groups(picture, patches, (side, side), f"{method} at {keep}").save(out)
+    kept = len(set(patches.tolist()) - {-1})
+    if as_json:
+        told = {"file": str(out), "patches": len(patches), "kept": kept, "slots": patches.tolist(), "notes": notes}
+        typer.echo(json.dumps(told))
+    else:
+        for note in notes:
+            typer.echo(f"{image}: {note}")
+        typer.echo(f"{method} made {kept} tokens of {len(patches)} patches; wrote {out}")
