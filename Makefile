@@ -1,4 +1,4 @@
-# make demo | make test | make test-oldest | make gpu | make readme | make lint: each works in a fresh clone.
+# make demo | test | test-whole | test-oldest | coverage | lint | readme | gpu: each works in a fresh clone.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
@@ -6,20 +6,33 @@ COMMIT ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null)
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
 
-.PHONY: demo test test-oldest gpu readme lint clean
+.PHONY: demo test test-whole test-oldest coverage gpu readme lint site clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.evals
 	$(BIN)/vtprune demo --out out/
 
-lint: .venv/.dev
+# The package as it is installed: kernels/, evals/ and model_adapters/ beside the modules of vtprune/. Made anew each
+# time, so that no link to a file that has moved is left.
+site:
+	rm -rf out/site
+	mkdir -p out/site/vtprune
+	ln -s $(CURDIR)/vtprune/* $(CURDIR)/kernels $(CURDIR)/evals $(CURDIR)/model_adapters out/site/vtprune/
+
+# Types are checked on that layout: by four folder names, every import from one to another would be `Any`.
+lint: .venv/.dev site
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy vtprune kernels evals model_adapters
+	MYPYPATH=out/site $(BIN)/mypy -p vtprune
 
 test: lint
 	@mkdir -p out
 	$(BIN)/pytest -n 2 2>&1 | tee out/pytest.txt
+
+# What `make test` leaves out of the matrix of methods and families; the two together are all tests.
+test-whole: .venv/.dev
+	@mkdir -p out
+	$(BIN)/pytest -n 2 --matrix rest tests/test_conformance.py 2>&1 | tee out/pytest-whole.txt
 
 # The seam on the oldest supported transformers, by one method of each kind; torch and the test tools are those of .venv.
 SEAM := test_contract or test_seam_calls or oracle_reproduces or divprune or visionzip or fastv or sparsevlm or lazyllm or flowcut
@@ -45,8 +58,7 @@ gpu-test: $(STAMP)
 
 $(STAMP):
 	@$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make gpu: torch sees no CUDA device here")'
-	mkdir -p out/site/vtprune
-	ln -sfn $(CURDIR)/vtprune/* $(CURDIR)/kernels $(CURDIR)/evals $(CURDIR)/model_adapters out/site/vtprune/
+	$(MAKE) --no-print-directory site
 	$(GPU) -m pytest -m gpu tests && touch $@
 
 gpu-next:

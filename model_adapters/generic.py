@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from vtprune.types import Signal, Span, UnsupportedCall, UnsupportedModel
 from .layouts import is_told, sizes_told, spans_of
 from .vits import WORKING
 
-MODALITIES = ("image", "video")
+MODALITIES: tuple[Literal["image", "video"], ...] = ("image", "video")
 # By model_type. "tested": in our conformance suite; "same shape": read in transformers' source, same call shape.
 TESTED = [
     "llava",
@@ -131,7 +131,7 @@ class Adapter:
         self.model = model
         self.config = config
         self.base: nn.Module = model.base_model  # type: ignore[assignment]
-        self.text: nn.Module = model.get_decoder()  # type: ignore[operator]
+        self.text: Any = model.get_decoder()
         ids = {m: getattr(config, f"{m}_token_id", None) for m in MODALITIES}
         self.token_ids: dict[str, int] = {m: i for m, i in ids.items() if isinstance(i, int)}
         if not self.token_ids or not isinstance(getattr(self.text, "layers", None), nn.ModuleList):
@@ -144,7 +144,7 @@ class Adapter:
     @property
     def layers(self) -> nn.ModuleList:
         """Decoder layers of the text model."""
-        return self.text.layers  # type: ignore[return-value]
+        return self.text.layers
 
     @property
     def layer_types(self) -> list[str]:
@@ -362,7 +362,9 @@ def _take(runs: list[tuple[int, int]], size: int) -> list[tuple[int, int]]:
 
 def _by_tile(features: Features) -> Features:
     """An entry for each raster where entries are nothing but rasters side by side."""
-    sizes, spans, signals = [], [], []
+    sizes: list[int] = []
+    spans: list[tuple[Span, ...]] = []
+    signals: list[dict[Signal, Tensor]] = []
     for n, parts, own in zip(features.sizes, features.spans, features.signals):
         whole = sum(len(span) for span in parts) == n
         for span in parts if whole else ():

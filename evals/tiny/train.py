@@ -118,7 +118,7 @@ class Trainer(BaseTrainer):
         """Packed questions on scenes and one or two easy-VQA images, as one job per thread."""
         rng = training_rng(self.seed, self.done)
         easy_share = stage.easy[0] + (stage.easy[1] - stage.easy[0]) * t
-        relations = RELATIONS
+        relations: tuple[str, ...] = RELATIONS
         if t < stage.mixed:
             relations = RELATIONS[:2] if t < stage.two_words else RELATIONS[:2] * 2 + RELATIONS
         borrowed = 2 if rng.random() < 0.4 else 1
