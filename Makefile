@@ -34,6 +34,17 @@ test-whole: .venv/.dev
 	@mkdir -p out
 	$(BIN)/pytest -n 2 --matrix rest tests/test_conformance.py 2>&1 | tee out/pytest-whole.txt
 
+# Lines and branches of vtprune/ and model_adapters/ that tests reach, without the matrix of methods and families, which
+# runs the same lines again and again, and without what tests kernels, training and benchmarks. It fails below the floor.
+FLOOR := 90
+NOT_COVERED := conformance model_suite gpu attention_kernels compact_kernel farthest_point merge_kernel page_rank \
+	kernels kernels_compile kernels_in_models selection_speed bench eval vit_eval video_speed tiny tiny_video parity \
+	parity_generated parity_settings examples package
+coverage: .venv/.dev
+	@mkdir -p out
+	$(BIN)/pytest -n 2 -m "not slow and not gpu" $(NOT_COVERED:%=--ignore tests/test_%.py) \
+		--cov --cov-report term:skip-covered --cov-fail-under $(FLOOR) 2>&1 | tee out/coverage.txt
+
 # The seam on the oldest supported transformers, by one method of each kind; torch and the test tools are those of .venv.
 SEAM := test_contract or test_seam_calls or oracle_reproduces or divprune or visionzip or fastv or sparsevlm or lazyllm or flowcut
 test-oldest: .venv-oldest/.ready
@@ -47,7 +58,8 @@ test-oldest: .venv-oldest/.ready
 # "Safe path", or the checkout's own folder vtprune/, which is half of the package, would be found first.
 GPU := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/out/site $(PYTHON)
 STAMP := out/gpu-tests-$(shell cat $$(find vtprune kernels evals model_adapters tests -name '*.py' | LC_ALL=C sort) | sha1sum | cut -c1-12)
-BENCH := test -f $(STAMP) && $(GPU) -m vtprune.cli bench --device cuda --commit "$(COMMIT)" --out benchmarks
+RUN ?= benchmarks/$(shell date +%F)-gpu
+BENCH := test -f $(STAMP) && $(GPU) -m vtprune.cli bench --device cuda --commit "$(COMMIT)" --out "$(RUN)"
 GPU_PARTS := gpu-next gpu-kernels gpu-video gpu-batch gpu-small
 .PHONY: gpu-test $(GPU_PARTS)
 .NOTPARALLEL:
@@ -100,9 +112,9 @@ PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 		> "$$($(OLDEST)/python $(PURELIB))/zz_shared.pth"
 	touch $@
 
-# The README's tables and its picture of what pruning costs, from the files that its own comments name.
+# The tables of README.md and benchmarks/README.md, and the picture of what pruning costs, from the files they name.
 readme: .venv/.evals
-	$(BIN)/python -m vtprune.evals.readme README.md
+	$(BIN)/python -m vtprune.evals.readme
 
 clean:
 	rm -rf .venv .venv-oldest out build *.egg-info
