@@ -6,24 +6,27 @@ COMMIT ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null)
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
 
-.PHONY: demo test test-whole test-oldest coverage gpu readme lint site clean
+.PHONY: demo test test-whole test-oldest coverage gpu readme lint clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.evals
 	$(BIN)/vtprune demo --out out/
 
-# The package as it is installed: kernels/, evals/ and model_adapters/ beside the modules of vtprune/. Made anew each
-# time, so that no link to a file that has moved is left.
-site:
-	rm -rf out/site
-	mkdir -p out/site/vtprune
-	ln -s $(CURDIR)/vtprune/* $(CURDIR)/kernels $(CURDIR)/evals $(CURDIR)/model_adapters out/site/vtprune/
-
-# Types are checked on that layout: by four folder names, every import from one to another would be `Any`.
-lint: .venv/.dev site
+# mypy sees the package as it is installed, and has to notice a wrong call from one folder into another.
+SITE := out/site
+MYPY := MYPYPATH=$(SITE) $(BIN)/mypy
+lint: .venv/.dev $(SITE)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	MYPYPATH=out/site $(BIN)/mypy -p vtprune
+	$(MYPY) -p vtprune
+	@! $(MYPY) -c 'from vtprune.kernels import merge; x: int = merge("not", "a", "tensor")' > /dev/null
+
+# Made anew each time, so that no link to a file that has moved is left.
+.PHONY: $(SITE)
+$(SITE):
+	rm -rf $@
+	mkdir -p $@/vtprune
+	ln -sfn $(CURDIR)/vtprune/* $(CURDIR)/kernels $(CURDIR)/evals $(CURDIR)/model_adapters $@/vtprune/
 
 test: lint
 	@mkdir -p out
@@ -68,9 +71,8 @@ gpu: $(GPU_PARTS)
 $(GPU_PARTS): $(STAMP)
 gpu-test: $(STAMP)
 
-$(STAMP):
+$(STAMP): | $(SITE)
 	@$(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make gpu: torch sees no CUDA device here")'
-	$(MAKE) --no-print-directory site
 	$(GPU) -m pytest -m gpu tests && touch $@
 
 gpu-next:

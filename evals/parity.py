@@ -13,7 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -244,11 +244,10 @@ def visionzip(arrays: Arrays, folder: Path) -> str:
     for dominant, contextual, tag in _visionzip_budgets(arrays):
         outputs, orders = [], []
         for x, score, key in zip(hidden, cls, keys):
-            method = create("visionzip", contextual=contextual, order="official", cls="keep")
+            method: Any = create("visionzip", contextual=contextual, order="official", cls="keep")
             signals = dict(zip((method.needs[0], method.needs[-1]), (score, key)))
             answer = method(Visual(x, dominant + contextual, signals=signals))
-            positional = create("visionzip", contextual=contextual, cls="keep")
-            plain = positional(Visual(x, dominant + contextual, signals=signals))
+            plain = replace(method, order="positional")(Visual(x, dominant + contextual, signals=signals))
             shown = torch.cat([_ordered(answer)[:dominant].sort().values, _ordered(answer)[dominant:]])
             same("positional tokens", plain.idx, shown.sort().values)
             worst.append(close("positional order", plain.apply(x), answer.apply(x)[shown.argsort()]))

@@ -131,7 +131,7 @@ class Adapter:
         self.model = model
         self.config = config
         self.base: nn.Module = model.base_model  # type: ignore[assignment]
-        self.text: Any = model.get_decoder()  # type: ignore[operator]
+        self.text: nn.Module = model.get_decoder()  # type: ignore[operator]
         ids = {m: getattr(config, f"{m}_token_id", None) for m in MODALITIES}
         self.token_ids: dict[str, int] = {m: i for m, i in ids.items() if isinstance(i, int)}
         if not self.token_ids or not isinstance(getattr(self.text, "layers", None), nn.ModuleList):
@@ -144,7 +144,7 @@ class Adapter:
     @property
     def layers(self) -> nn.ModuleList:
         """Decoder layers of the text model."""
-        return self.text.layers
+        return self.text.layers  # type: ignore[return-value]
 
     @property
     def layer_types(self) -> list[str]:

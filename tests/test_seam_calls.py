@@ -523,6 +523,13 @@ def test_keep_all_under_gradient_checkpointing(family: str, method: str, reentra
 def test_generate_in_training_mode_with_checkpointing_left_on(method: str) -> None:
     """Without gradients nothing is run again, so there is nothing to refuse."""
     model, batch = families.fresh("qwen2_5_vl"), families.inputs("qwen2_5_vl")
+    stock = reference.greedy(model, batch, 3)[0]
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not torch.equal(reference.greedy(model, batch, 3)[0], stock):
+        pytest.skip("this transformers drops the cache under checkpointing, gradients or none")
+    model.gradient_checkpointing_disable()
+    model.eval()
     with patch(model, method, keep=0.5):
         tokens, logits = reference.greedy(model, batch, 3)
         model.train()

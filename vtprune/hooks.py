@@ -1010,7 +1010,7 @@ class Session:
         else:
             ids = call["position_ids"] if lag is None else call["position_ids"] - lag.to(call["position_ids"].device)
             ids = ids if held is None else ids - held.to(ids.device)[:, None]
-            embeddings = self.adapter.text.rotary_emb(call["hidden_states"], ids)
+            embeddings = self.adapter.text.rotary_emb(call["hidden_states"], ids)  # type: ignore[operator]
             if not torch.compiler.is_compiling():
                 self.local.placed = (*key, ids, embeddings)
         call["position_ids"], call["position_embeddings"] = ids, embeddings

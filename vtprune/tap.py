@@ -96,8 +96,7 @@ class Tap:
         self.original = config
         self.implementation: str | None = config._attn_implementation
         base = config._attn_implementation or "eager"
-        eager = names.get("eager_attention_forward")
-        self.function = names["ALL_ATTENTION_FUNCTIONS"].get_interface(base, eager)
+        self.function = _function_of(module, base)
         self.flash = "flash" in base
         self.sdpa = base == "sdpa"
         self.entries: tuple[list[Any], ...] = ()
@@ -172,10 +171,15 @@ def tapped_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """The registered attention function: the base function's result, and its arguments for the sinks."""
     tap = cast(Any, module).config.vtprune_tap
-    if tap.original._attn_implementation != tap.implementation:
+    now = tap.original._attn_implementation
+    if now != tap.implementation:
+        if "paged" in (now or ""):  # continuous batching, where prompts with images are refused by the session
+            return _function_of(module, now)(
+                _Untapped(module, tap.original), query, key, value, attention_mask, **kwargs
+            )
         raise UnsupportedCall(
             f"the attention implementation changed from {tap.implementation!r} to "
-            f"{tap.original._attn_implementation!r} while patched: call vtprune.unpatch(model), switch, and "
+            f"{now!r} while patched: call vtprune.unpatch(model), switch, and "
             "patch again"
         )
     owner, heads = _Untapped(module, tap.original) if tap.flash else module, kwargs.pop(HEADS, None)
@@ -185,6 +189,13 @@ def tapped_attention(
         result = (_changed(tap, result[0], heads, module, query, key, value, attention_mask, kwargs), *result[1:])
     _show(tap, False, module, query, key, value, attention_mask, kwargs)
     return result
+
+
+def _function_of(module: nn.Module, implementation: str) -> Any:
+    """The attention function of that name, as the module's own file would find it."""
+    names = interface_of(module)
+    assert names is not None
+    return names["ALL_ATTENTION_FUNCTIONS"].get_interface(implementation, names.get("eager_attention_forward"))
 
 
 def _changed(

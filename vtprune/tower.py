@@ -377,10 +377,9 @@ class TowerStages:
         run.tokens, run.shape = tokens_of(f, self.layout, self.modality, x.shape[1]), tuple(x.shape)
         run.lengths = [x.shape[1]] * len(self.blocks)
         groups = to_device(run.tokens.groups, x.device)
-        units = run.tokens.grids
+        units: Any = run.tokens.grids
         if self.by_frame and self.layout.packed:
-            grids = [grid for grid, _ in units if grid is not None]  # a tower that packs knows the grid of every image
-            units = tuple(((1, h, w), h * w) for t, h, w in grids for _ in range(t))
+            units = tuple(((1, h, w), h * w) for (t, h, w), _ in units for _ in range(t))
         for row in range(x.shape[0]):
             for (grid, n), part in zip(units, groups.split([n for _, n in units])):
                 each = part.shape[1] if self.by_patch else 1
