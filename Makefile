@@ -38,8 +38,9 @@ test-whole: .venv/.dev
 	$(BIN)/pytest -n 2 --matrix rest tests/test_conformance.py 2>&1 | tee out/pytest-whole.txt
 
 # Lines and branches of vtprune/ and model_adapters/ that tests reach, without the matrix of methods and families, which
-# runs the same lines again and again, and without what tests kernels, training and benchmarks. It fails below the floor.
-FLOOR := 90
+# runs the same lines again and again, and without what tests kernels, training and benchmarks. It fails below the floor,
+# which is a guess so far: no run over this selection has been finished. Put the measured share here.
+FLOOR := 85
 NOT_COVERED := conformance model_suite gpu attention_kernels compact_kernel farthest_point merge_kernel page_rank \
 	kernels kernels_compile kernels_in_models selection_speed bench eval vit_eval video_speed tiny tiny_video parity \
 	parity_generated parity_settings examples package
