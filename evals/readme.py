@@ -85,8 +85,8 @@ def runs_table(root: Path) -> str:
 def summary(saved: dict[str, Any], *more: dict[str, Any], only: Sequence[str] | None = None) -> str:
     """Means over all kinds of question: a row a method, the best at the smallest share first, controls last.
 
-    more: later runs of other methods. only: the methods to show. Raises ValueError if rows of the same name (dense, blind, controls; of several
-    seeds the first) differ by more than `SHARED`.
+    more: later runs of other methods. only: the methods to show. Raises ValueError if rows of the same name (dense,
+    blind, controls; of several seeds the first) differ by more than `SHARED`.
     """
     mean = [row for row in saved["rows"] if row["capability"] == "mean"]
     cells = {(row["method"], row["keep"]): row for row in mean}
