@@ -51,7 +51,8 @@ def methods_table() -> str:
         stages = cls().stages(0.25, 32)
         needs = dict.fromkeys(signal.kind for stage in stages for signal in stage.method.needs)
         idea = (sys.modules[cls.__module__].__doc__ or "").splitlines()[0].partition(": ")[2]
-        cells = f"[`{cls.name}`]({cls.paper})", _acts(cls, stages), ", ".join(f"`{kind}`" for kind in needs) or "–", idea
+        name, reads = f"[`{cls.name}`]({cls.paper})", ", ".join(f"`{kind}`" for kind in needs) or "–"
+        cells = name, _acts(cls, stages), reads, idea
         rows.append((cls.seam != "pre_llm", cls.seam == "in_vit", cls.video, cls.name, cells))
     lines = [("method", "acts", "reads", "idea"), ("---",) * 4, *(row[-1] for row in sorted(rows))]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
