@@ -12,6 +12,40 @@ import torch
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
+MATRIX = "default, rest (what the default leaves out) or whole; without it whole with -k or a test's id, else default"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    choices = ["default", "rest", "whole"]
+    parser.addoption("--matrix", choices=choices, help=f"how much of the tests marked `matrix`: {MATRIX}")
+
+
+def profile_of(config: pytest.Config) -> str:
+    """Which part of the matrix is wanted. Who asks for cases by name gets those that they named."""
+    named = config.option.keyword or any("::" in str(arg) for arg in config.args)
+    return config.option.matrix or ("whole" if named else "default")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"matrix of methods and families: {profile_of(config)} (--matrix default|rest|whole)"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what does not belong to the profile; a case does where its method or its family is named by the mark."""
+    profile = profile_of(config)
+    out = [item for item in items if profile != "whole" and _is_of_default(item) != (profile == "default")]
+    config.hook.pytest_deselected(items=out)
+    left = set(items) - set(out)
+    items[:] = [item for item in items if item in left]
+
+
+def _is_of_default(item: pytest.Item) -> bool:
+    mark, case = item.get_closest_marker("matrix"), getattr(item, "callspec", None)
+    if mark is None or case is None or not {"method", "family"} <= case.params.keys():
+        return True
+    return case.params["method"] in mark.kwargs["methods"] or case.params["family"] in mark.kwargs["families"]
+
+
 def pytest_configure() -> None:
     torch.set_num_threads(1)
     if not torch.cuda.is_available():  # Triton reads it when a kernel is first imported

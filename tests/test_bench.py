@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
 import sysconfig
 from pathlib import Path
@@ -335,15 +336,27 @@ def test_readme_blocks_are_made_from_the_files_they_name(report, tmp_path: Path)
     name = report.write(tmp_path).name
     stale = f"before\n<!-- vtprune bench --table {name} -->\n\nold\n\n<!-- end of table -->\nafter"
     fresh = speed.refreshed(stale, tmp_path)
-    assert fresh == stale.replace("old", speed.table([tmp_path / name]))
+    assert fresh == stale.replace("old", speed.table([tmp_path / name], tmp_path))
     assert speed.refreshed(fresh, tmp_path) == fresh
 
 
 def test_the_readmes_tables_are_those_of_the_committed_files() -> None:
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "benchmarks" / "README.md").read_text()
     assert len(speed.BLOCK.findall(text)) == 1
     assert len(readme.BLOCK.findall(text)) == 3  # stills, clips, plain vision transformers
+    assert len(readme.LISTS.findall(text)) == 1
+    assert readme.refreshed(text, ROOT / "benchmarks") == text, "make readme rewrites them"
+
+
+def test_the_first_page_shows_committed_figures_and_the_registry() -> None:
+    text = (ROOT / "README.md").read_text()
+    (block,) = readme.BLOCK.finditer(text)
+    assert 2 < block[0].count("\n| `") <= 8, "the first page has a short table"
+    (methods,) = readme.LISTS.finditer(text)
+    ours = [cls.name for cls in vtprune.methods() if cls.__module__.startswith("vtprune.methods.")]
+    assert sorted(re.findall(r"^\| \[`(\w+)`\]\(https://", methods[0], re.M)) == ours
     assert readme.refreshed(text, ROOT) == text, "make readme rewrites them"
+    assert len(text.splitlines()) - len(ours) <= 87, "the first page stays short"
 
 
 def test_files_that_are_no_benchmarks_are_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The contract every method keeps on every family: the seven invariants, by logits, against an independent oracle.
 
 Methods come from the registry and families from `families.py`: a new one of either kind is tested without an edit.
+The default profile runs one method of each kind on all families, and all methods on three; `--matrix whole` all on all.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ every_family = pytest.mark.parametrize("family", families.NAMES)
 every_attention = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 # What a stage does to the model under eager attention is a matter of where it acts, not of the method.
 ONE_OF_EACH_KIND = ("divprune", "visionzip", "fastv", "sparsevlm", "lazyllm", "flowcut", "tome")
+# A grid of one image; crops and separators; clips, positions of three axes and a tower without CLS.
+ONE_OF_EACH_LAYOUT = ("llava", "llava_next", "qwen2_5_vl-video")
+pytestmark = pytest.mark.matrix(methods=ONE_OF_EACH_KIND, families=ONE_OF_EACH_LAYOUT)
 every_method_and_attention = pytest.mark.parametrize(
     ("method", "attention"), [(m, "sdpa") for m in METHODS] + [(m, "eager") for m in ONE_OF_EACH_KIND]
 )

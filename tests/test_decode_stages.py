@@ -100,22 +100,24 @@ class Walk:
         text = reference.decoder(self.model)
         return self.model.get_output_embeddings()(text.norm(torch.stack(out)))
 
-    def step(self, running: list[int], phase: str) -> Tensor:
+    def step(self, running: list[int], phase: str, among: Sequence[int] | None = None) -> Tensor:
+        """The newest token's last state. among: the visual tokens that stages choose from; None: all of them."""
         newest, row = running[-1], torch.empty(0)
+        visual = self.visual if among is None else among
         seen = set(range(newest + 1)) - self.gone
-        options = [p for p in self.visual if p not in self.gone]
+        options = [p for p in visual if p not in self.gone]
         self.entered[0] |= {p: self.full.hidden[p] for p in running}
         for i in range(len(self.full.layers)):
             for stage in self.stages:
-                if stage.where != i or phase not in stage.method.phases or not self.visual:
+                if stage.where != i or phase not in stage.method.phases or not visual:
                     continue
-                budget = stage.budgets([len(self.visual)])[0]
+                budget = stage.budgets([len(visual)])[0]
                 if budget < len(options):
                     scores = torch.stack([row[p] for p in options]).double()
                     picked = self.choose(scores, budget, self.states.setdefault(i, {}))
                     options = [options[j] for j in picked]
                 self.chosen[i] = options
-                seen = (seen - set(self.visual)) | set(options)
+                seen = (seen - set(visual)) | set(options)
                 if phase == "prefill":
                     running = [p for p in running if p in seen]
                 else:
@@ -275,6 +277,90 @@ def test_a_second_turn_sees_everything_that_is_stored(method: str) -> None:
     text = reference.decoder(walk.model)
     theirs = walk.model.get_output_embeddings()(text.norm(torch.stack([walk.entered[-1][p] for p in running])))
     torch.testing.assert_close(turn.logits[0], theirs, rtol=0, atol=TOLERANCE)
+
+
+@dataclass
+class Chat:
+    """An image, two words, a second image, three words, as one row: what is fed together, and where it ends."""
+
+    family: str
+    turns: list[list[families.Piece]]
+    whole: families.Inputs
+
+    @classmethod
+    def of(cls, family: str) -> Chat:
+        first = families.turn(family, 1, seed=3, shares_row=False)
+        second = families.turn(family, 1, seed=4, first=False, shares_row=False)
+        words = [[families.Piece([i])] for i in families.text(91, 2).ids]
+        more = [[families.Piece([i])] for i in families.text(92, 3).ids]
+        turns = [first, *words, second, *more]
+        return cls(family, turns, families.build(family, [[piece for turn in turns for piece in turn]]))
+
+    @property
+    def ends(self) -> list[int]:
+        return torch.tensor([sum(len(p.ids) for p in turn) for turn in self.turns]).cumsum(0).tolist()
+
+    @torch.no_grad()
+    def logits(self, model: Any) -> Tensor:
+        """[calls, V] of the last token of every call, all on one cache."""
+        cache, out, start, positions = None, [], 0, reference.positions(model, self.whole)
+        for turn, end in zip(self.turns, self.ends, strict=True):
+            new = families.build(self.family, [turn])
+            call = {k: v for k, v in new.items() if k not in ("input_ids", "attention_mask")} if len(turn) > 1 else {}
+            if positions is not None and start:
+                call["position_ids"] = positions[..., start:end]
+            ids, mask = new["input_ids"], torch.ones(1, end, dtype=torch.long)
+            done = model(input_ids=ids, attention_mask=mask, use_cache=True, **{kv.NAME: cache}, **call)
+            cache, start = done[kv.NAME], end
+            out.append(done.logits[0, -1])
+        return torch.stack(out)
+
+    @torch.no_grad()
+    def walked(self, method: str, full: reference.Dense) -> tuple[Tensor, Walk, int]:
+        """The same by the walk: a second prefill sees all that is stored and chooses among its own image, and later
+        steps among both. The last: how many tokens of the first image came back behind the second."""
+        model, ends = families.model(self.family, "eager"), self.ends
+        visual = sorted(p for unit in self.whole.units[0] for p in unit)
+        before = [p for p in visual if p < ends[0]]
+        walk = Walk(model, full, before, ends[0], stages_of(method), RULES[method]())
+        out, start = [], 0
+        for i, end in enumerate(ends):
+            running = list(range(start, end))
+            if i == 3:
+                walk.states.clear()
+                walk.visual = visual
+                held = [ran & set(before) for ran in walk.ran]
+                out.append(walk.step(running, "prefill", [p for p in visual if p >= start]))
+            else:
+                out.append(walk.step(running, "decode" if i else "prefill"))
+            start = end
+        late = sum(len((ran & set(before)) - old) for ran, old in zip(walk.ran, held, strict=True))
+        return model.get_output_embeddings()(reference.decoder(model).norm(torch.stack(out))), walk, late
+
+
+@pytest.mark.parametrize(("family", "method"), [case for case in CASES if case[0] != "paligemma"])
+def test_a_second_image_behind_a_cache_equals_the_walk(family: str, method: str) -> None:
+    """PaliGemma alone has no second turn: it would read the first one in both directions anew."""
+    chat = Chat.of(family)
+    full = reference.dense(families.model(family, "eager"), chat.whole)
+    last = torch.tensor(chat.ends) - 1
+    stock = chat.logits(families.model(family))
+    own = float((stock - reference.pruned_logits(families.model(family), full, {})[last]).abs().max())
+    assert own < 10 * TOLERANCE, "the stock model itself does not reproduce one shot"
+    with patched(family, method) as (model, handle):
+        ours = chat.logits(model)
+        recalled = handle.last.recalled
+    theirs, walk, _ = chat.walked(method, full)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=max(TOLERANCE, 2 * own))
+    assert float((ours[-1] - stock[-1]).abs().max()) > 10 * TOLERANCE
+    assert {layer: rows[0].tolist() for layer, rows in recalled.items()} == walk.chosen
+
+
+def test_tokens_of_the_first_image_come_back_behind_the_second() -> None:
+    """Else the walk above would prove nothing about hidden states that were put by in an earlier turn."""
+    chats = [Chat.of(family) for family in ("llava", "qwen2_5_vl-video")]
+    fulls = [reference.dense(families.model(chat.family, "eager"), chat.whole) for chat in chats]
+    assert sum(chat.walked("lazyllm", full)[2] for chat, full in zip(chats, fulls, strict=True)) > 0
 
 
 @torch.no_grad()

@@ -120,8 +120,11 @@ HEADER = ("method", "kept", "TTFT ms", "speed-up", "of roofline", "of stack", "s
           "decode ms", "KV MiB", "peak MiB")  # fmt: skip
 
 
-def table(paths: Iterable[str | Path]) -> str:
-    """Markdown: one table a file, what was run above it, the machine below."""
+def table(paths: Iterable[str | Path], root: Path | None = None) -> str:
+    """Markdown: one table a file, what was run above it, the machine below, and a link to the file.
+
+    root: the folder of the page that shows it; None: that of a checkout, with the file in benchmarks/.
+    """
     parts = []
     for saved in map(load, paths):
         env, rows = saved["environment"], saved["rows"]
@@ -129,7 +132,9 @@ def table(paths: Iterable[str | Path]) -> str:
         lines = [HEADER, ["---"] + ["---:"] * (len(HEADER) - 1), *map(_cells, rows)]
         parts.append(f"{saved['title']}.{shrunk}")
         parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
-        parts.append(f"{one_line(env)}; median of {env['repeats']} ([raw](benchmarks/{Path(saved['path']).name})).")
+        path = Path(saved["path"])
+        link = f"benchmarks/{path.name}" if root is None else path.relative_to(root).as_posix()
+        parts.append(f"{one_line(env)}; median of {env['repeats']} ([raw]({link})).")
     return "\n\n".join(parts)
 
 
@@ -154,7 +159,7 @@ BLOCK = re.compile(r"(<!-- vtprune bench --table ([^>]+?) -->\n\n).*?(\n\n<!-- e
 
 def refreshed(text: str, root: Path) -> str:
     """`text` with the table of every block made anew from the files its opening comment names, relative to root."""
-    return BLOCK.sub(lambda block: block[1] + table(root / name for name in block[2].split()) + block[3], text)
+    return BLOCK.sub(lambda block: block[1] + table((root / name for name in block[2].split()), root) + block[3], text)
 
 
 def plot(saved: Sequence[Row], path: str | Path) -> Path:

@@ -1,0 +1,90 @@
+"""What contributors rely on: types that are checked across folders, profiles that lose no test, pages that are true."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "examples/guides/limits.md"]
+
+
+def run(*command: str, status: int = 0, **environment: str) -> str:
+    import os
+
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_a_wrong_call_across_folders_is_reported() -> None:
+    """On four top-level names, mypy took each import from one folder to another for `Any` and let anything pass."""
+    pytest.importorskip("mypy")
+    run("make", "-s", "out/site")
+    wrong = {
+        "from vtprune.kernels import merge; x: int = merge('not', 'a', 'tensor')": "vtprune/kernels",
+        "from vtprune.model_adapters import generic; generic.MODALITIES.append('sound')": "vtprune/model_adapters",
+        "from vtprune.evals.readme import refreshed; refreshed(7)": "vtprune/evals",
+        "from vtprune.registry import get; get(7)": "vtprune",
+    }
+    code = "\n".join(wrong)
+    told = run(sys.executable, "-m", "mypy", "-c", code, status=1, MYPYPATH="out/site")
+    lines = {int(n) for n in re.findall(r"^<string>:(\d+): error", told, re.M)}
+    assert lines == {1, 2, 3, 4}, told
+    assert "$(MYPY) -p vtprune\n" in (ROOT / "Makefile").read_text()
+
+
+def collected(profile: str) -> Counter[str]:
+    told = run(
+        sys.executable, "-m", "pytest", "-q", "--collect-only", "--matrix", profile, "-p", "no:cacheprovider",
+        "tests/test_conformance.py", "tests/test_registry.py", TRITON_INTERPRET="1",
+    )  # fmt: skip
+    return Counter(line for line in told.splitlines() if "::" in line)
+
+
+def test_the_profiles_of_the_matrix_together_are_all_tests() -> None:
+    default, rest, whole = map(collected, ("default", "rest", "whole"))
+    assert default + rest == whole
+    assert rest
+    assert not any("test_registry" in name for name in rest), "only tests with the mark are ever left out"
+    for name in ("divprune", "sparsevlm", "tome"):  # of three of the kinds, on a family that is not of the three
+        assert any(f"gemma3-{name}" in case or f"{name}-gemma3" in case for case in default)
+@pytest.mark.parametrize("page", PAGES)
+def test_links_of_the_pages_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text()
+    links = re.findall(r"\]\((?!http)([^)#\s]*)(#[\w-]+)?\)", text)
+    assert links or page.endswith("limits.md")
+    for path, anchor in links:
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), path
+        if anchor:
+            heads = re.findall(r"^#+ (.+)$", target.read_text(), re.M)
+            assert anchor[1:] in [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads]
+
+
+def test_every_target_that_a_page_names_exists() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for page in PAGES:
+        named = set(re.findall(r"(?:`|^)make ([\w-]+)", (ROOT / page).read_text(), re.M))
+        assert named <= targets, page
+
+
+def test_the_first_snippet_runs_when_pasted() -> None:
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert code
+    told = run(sys.executable, "-c", code[1] + "\nprint(len(handle.last.units[0].idx))", OMP_NUM_THREADS="1")
+    assert told.splitlines()[-1] == "64"
+
+
+def test_every_file_of_a_run_is_named_by_the_page() -> None:
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    kept = [p for p in (ROOT / "benchmarks").rglob("*") if p.is_file() and p.name != "README.md"]
+    assert kept
+    for path in kept:
+        assert path.relative_to(ROOT / "benchmarks").as_posix() in text, path.name
