@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
@@ -17,33 +18,22 @@ from .framing import clips_seen, clips_told
 from .kernels import (
     Arriving,
     Verdict,
-    attention_received,
-    attention_rows,
     compact,
     deferring,
     full_precision,
-    page_rank,
     recording,
     to_device,
 )
 from .kernels.dispatch import Backend
 from .model_adapters.generic import MODALITIES, Adapter, Features, Unit, runs_of
 from .recall import Recall, pick
-from .tap import MASKED, bias_of
+from .signals import LayerAttention, kind_of
 from .types import KEPT, Assignment, Signal, Span, Stage, UnsupportedCall, Visual, Where, ask
 from .units import Alive, arange_of, begin, emptied, groups, kept_by_crop
 
-ROWS = 64  # softmax rows held at a time
-SHARPNESS, STEPS = 10, 5  # of the PageRank in AIM (https://arxiv.org/abs/2412.03248)
 LINEAR = "linear_attention"  # the kind of layer whose memory is a state and no keys
 WORDLESS = "no text stands behind the image of a row: its last token is asked in place of that text"
 GRIDLESS = "features were encoded elsewhere: image grids are unknown, every run of tokens is a unit"
-# Signals of the decoder's attention.
-LLM_KINDS = (
-    "last_row", "last_visual", "last_value", "value_norm", "from_text", "to_text", "transition",
-    "relevance", "text_rows", "text_rows_by_head", "rope_weight", "page_rank", "received_so_far",
-    "head_output",
-)  # fmt: skip
 # Arguments of text models that have the sequence length and no say in which tokens are visual.
 CUT_AS_IDS = ("token_type_ids", "mm_token_type_ids")
 OF_THE_HEAD = ("labels", "shift_labels", "logits_to_keep", "num_items_in_batch")  # as long as logits are again
@@ -166,7 +156,7 @@ class Frame:
     clips: dict[tuple[int, ...] | None, list[int]] = field(default_factory=dict)
     state: dict[int, dict[str, Any]] = field(default_factory=dict)
     rows: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    relevance: list[Tensor] = field(default_factory=list)
+    embedded: dict[str, list[Tensor]] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict)
     clocks: list[Clock] = field(default_factory=list)
     merges: list[Merge] = field(default_factory=list)
@@ -177,7 +167,7 @@ class Frame:
     tower_units: list[UnitResult] = field(default_factory=list)
     tower_lengths: dict[str, list[int]] = field(default_factory=dict)
     recalls: dict[int, Recall] = field(default_factory=dict)
-    head_output: Tensor | None = None
+    said: dict[str, Tensor] = field(default_factory=dict)  # signals of heads [B, H], by kind
     heads: list[Tensor | None] = field(default_factory=list)
     speaking: dict[int, list[Tensor]] = field(default_factory=dict)
 
@@ -421,9 +411,8 @@ class Frame:
 
     def _run_heads(self, number: int, stage: Stage) -> None:
         """Let the method choose heads in every row with visual tokens; the others are silent from this layer on."""
-        k, output = stage.where, self.head_output
+        k, output = stage.where, next(iter(self.said.values()))
         assert isinstance(k, int)
-        assert output is not None
         count = output.shape[1]
         every = torch.arange(count, device=output.device)
         speaking = list(next(reversed(self.speaking.values()), [every] * len(self.host)))
@@ -434,7 +423,7 @@ class Frame:
             return
         state, views = self.state.setdefault(number, {}), []
         for i in rows:
-            signals = {need: output[i].index_select(0, speaking[i]) for need in stage.method.needs}
+            signals = {need: self.said[need.kind][i].index_select(0, speaking[i]) for need in stage.method.needs}
             views.append(Visual(output.new_zeros(len(speaking[i]), 0), budget, signals=signals, state=state))
         before = self.heads[k]
         if before is None and self.cache is not None:  # rows without an image in this turn
@@ -446,11 +435,12 @@ class Frame:
         self.speaking[k] = speaking
         self.heads[k:] = [heads] * len(self.heads[k:])
 
-    def read_heads(self, out: Tensor) -> None:
-        """Add what each head says in one layer: out [B, n, H, d], its output before the projection."""
-        real = self._prompt_slots().to(out.device)
-        said = (out.float().abs().sum(-1) * real[..., None]).sum(1)
-        self.head_output = said if self.head_output is None else self.head_output.to(out.device) + said
+    def read_heads(self, kinds: Iterable[str], out: Tensor) -> None:
+        """Keep signals of what each head says in one layer: out [B, n, H, d], its output before the projection."""
+        real = self.real().to(out.device)
+        for known in map(kind_of, kinds):
+            found, before = known(out, real), self.said.get(known.name) if known.so_far else None
+            self.said[known.name] = found if before is None else before.to(out.device) + found
 
     def settle(self) -> None:
         """Raise what the checks of the stages found; the caller gets no answer that was computed from bad input."""
@@ -479,11 +469,11 @@ class Frame:
             x = self.hidden[row].index_select(0, slots.to(self.hidden.device))
         signals: dict[Signal, Tensor] = {}
         for need in stage.method.needs:
-            if need.kind == "relevance":
-                signals[need] = self.relevance[row]
+            if need.kind in self.embedded:
+                signals[need] = self.embedded[need.kind][row]
             elif isinstance(stage.where, int):
                 rows = self.rows[need.kind, stage.where + need.offset][row].index_select(0, slots)
-                signals[need] = rows if rows.dim() == 1 else rows[..., : self._words(row)]
+                signals[need] = rows[..., : self._words(row)] if kind_of(need).per_word else rows
             elif all(need in a.unit.signals for a in group):
                 joined = torch.cat([a.unit.signals[need].to(a.origin.device).index_select(0, a.origin) for a in group])
                 signals[need] = joined if order is None else joined.index_select(0, order)
@@ -789,7 +779,7 @@ class Frame:
             return real if c.valid is None else real & c.valid.to(real.device)
         return c.valid if c.valid is not None else torch.ones_like(c.index, dtype=torch.bool)
 
-    def _prompt_slots(self) -> Tensor:
+    def real(self) -> Tensor:
         """[B, n] bool: which of the current slots hold tokens of the prompt, and so may be asked."""
         real, c = self._real_slots(), self.compaction
         if not self.behind:
@@ -850,111 +840,59 @@ class Frame:
     def read_rows(
         self, kind: str, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
     ) -> None:
-        """Keep what a signal needs of this layer's attention, mean over heads: [B, n] for the slots of this call."""
-        past = self.past_at(layer)
-        tap, clock = _Tap(q, k, mask, scaling, past), Clock(q.device)
+        """Keep a signal of this layer's attention, [B, n, ...] for the slots of this call."""
+        known, clock = kind_of(kind), Clock(q.device)
         with recording(self.kernels):
-            here = v[:, :, past : past + q.shape[2]]
-            if kind == "value_norm":
-                self.rows[kind, layer] = here.float().mean(1).abs().sum(-1)
-            elif kind.startswith("last"):
-                tap = replace(tap, q=here, k=v, scaling=v.shape[-1] ** -0.5) if kind == "last_value" else tap
-                last = to_device(self._last_slot(q.shape[2]), q.device)
-                rows = tap.rows(last[:, None])[:, :, 0]
-                self.rows[kind, layer] = (rows if kind == "last_row" else self._among_visual(rows)).mean(1)
-            elif kind == "page_rank":
-                self.rows[kind, layer] = tap.page_rank(self._prompt_slots().to(q.device)).square().mean(1).sqrt()
-            elif kind == "received_so_far":
-                received = tap.received(self._prompt_slots().to(q.device))
-                before = self.rows.pop((kind, layer - 1), None)  # read by now, if a stage stands at this layer
-                self.rows[kind, layer] = received if before is None else received + before.to(q.device)
-            elif kind.startswith("text_rows"):
-                mean = kind == "text_rows"
-                self.rows[kind, layer] = _padded(
-                    [self._text_rows(row, tap.of(row), mean) for row in range(len(self.host))]
-                )
-            else:
-                read = self._from_text if kind == "from_text" else self._to_text
-                self.rows[kind, layer] = torch.stack([read(row, tap.of(row)) for row in range(len(self.host))])
+            found = known(LayerAttention(q, k, v, mask, scaling, self.past_at(layer), self))
+            before = self.rows.pop((kind, layer - 1), None) if known.so_far else None  # read by now, if a stage did
+            self.rows[kind, layer] = found if before is None else found + before.to(q.device)
         self.clocks.append(clock.stop())
 
-    def read_transition(self, layer: int, before: Tensor, after: Tensor) -> None:
-        """Add what one module of a layer does to its tokens, before and after [B, n, D]."""
-        clock, real = Clock(before.device), self._prompt_slots().to(before.device)
-        x, y = before.float(), after.float()
-        ratio = y.norm(dim=-1) / x.norm(dim=-1).clamp(min=torch.finfo(x.dtype).tiny)
-        turned = 1 - torch.cosine_similarity(x, y, dim=-1)
-        share = ratio.masked_fill(~real, 0) * turned.masked_fill(~real, -torch.inf).softmax(-1)
-        key = ("transition", layer)
-        self.rows[key] = self.rows[key] + share if key in self.rows else share
+    def read_module(self, kind: str, layer: int, before: Tensor, after: Tensor) -> None:
+        """Add a signal of what one module of a layer does to its tokens, before and after [B, n, D]."""
+        clock = Clock(before.device)
+        found = kind_of(kind)(before, after, self.real().to(before.device))
+        self.rows[kind, layer] = self.rows[kind, layer] + found if (kind, layer) in self.rows else found
         self.clocks.append(clock.stop())
 
-    def _among_visual(self, rows: Tensor) -> Tensor:
-        """Softmax rows [B, H, n] as if only the visual tokens of this call had been there."""
+    # -- what signals may ask of the prompt (`vtprune.signals.Prompt`) ------------------------------------------------
+
+    @property
+    def batch(self) -> int:
+        """How many rows the batch has."""
+        return len(self.host)
+
+    def visual(self) -> Tensor:
+        """[B, n] bool: which of the current slots hold visual tokens."""
         c = self.compaction
-        visual = (self.code if c is None else c.cut(self.code, 1)).to(rows.device) > 1
-        if c is not None and c.valid is not None:
-            visual = visual & c.valid.to(rows.device)
-        rows = rows * visual[:, None]
-        return rows / rows.sum(-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+        visual = (self.code if c is None else c.cut(self.code, 1)) > 1
+        return visual if c is None or c.valid is None else visual & c.valid.to(visual.device)
 
-    def _from_text(self, row: int, tap: _Tap) -> Tensor:
-        """[n] attention that each slot gets from the text behind the first visual token, mean over its queries."""
-        texts = self._texts(row, tap.q.device)
-        if not len(texts):  # a row without visual tokens
-            return tap.q.new_zeros(tap.q.shape[2], dtype=torch.float32)
-        return sum(tap.rows(part[None]).mean(1)[0].sum(0) for part in texts.split(ROWS)) / len(texts)  # type: ignore
+    def visual_slots(self, row: int) -> Tensor:
+        """Current slots of the row's visual tokens, image by image."""
+        mine = [a.positions for a in self.alive if a.row == row]
+        return self._slots(row, torch.cat(mine) if mine else self.hidden.new_zeros(0).long())
 
-    def _text_rows(self, row: int, tap: _Tap, mean: bool) -> Tensor:
-        """[n, T] what every slot gets from each token of that text, mean over heads; else [n, H, T]."""
-        texts, n, heads = self._texts(row, tap.q.device), tap.q.shape[2], tap.q.shape[1]
-        if not len(texts):  # a row without visual tokens
-            return tap.q.new_zeros((n, 0) if mean else (n, heads, 0), dtype=torch.float32)
-        parts = [tap.rows(part[None])[0] for part in texts.split(ROWS)]
-        if mean:
-            return torch.cat([part.mean(0) for part in parts]).T
-        return torch.cat(parts, dim=1).permute(2, 0, 1)
-
-    def _texts(self, row: int, device: torch.device) -> Tensor:
+    def text_slots(self, row: int, device: torch.device) -> Tensor:
         """Current slots of the text behind the row's first visual token."""
         return self._slots(row, arange_of(self._text_behind(row), device))
+
+    def text_is_seen(self, row: int) -> bool:
+        """False if all visual tokens of the row stand before that text."""
+        behind, seen = self._text_behind(row), runs_of(self.host[row] > 1)
+        return bool(seen and behind and behind[0][0] <= seen[-1][0])
 
     def _words(self, row: int) -> int:
         """Number of tokens of that text."""
         return sum(length for _, length in self._text_behind(row))
 
-    def read_embeds(self, x: Tensor) -> None:
-        """Keep how much each token of that text has to do with the images: x [B, n, D] enters the first layer."""
-        self.relevance = []
-        for row in range(len(self.host)):
-            mine = [a.positions for a in self.alive if a.row == row]
-            visual = x[row].index_select(0, self._slots(row, torch.cat(mine) if mine else x.new_zeros(0).long()))
-            text = x[row].index_select(0, self._texts(row, x.device)).float()
-            total = text.new_zeros(len(text))
-            for some in visual.split(ROWS):
-                total = total + (some.float() @ text.T).softmax(1).sum(0)
-            self.relevance.append(total / max(1, len(visual)))
+    def read_embeds(self, kind: str, x: Tensor) -> None:
+        """Keep a signal of what enters the first layer, x [B, n, D]: a tensor for each row."""
+        self.embedded[kind] = kind_of(kind)(x, self)
 
-    def read_places(self, layer: int, rope: tuple[Tensor, Tensor]) -> None:
-        """Keep what rotary embeddings (cos, sin) [B or 1, n, d] alone contribute to the attention of that text."""
-        cos, sin = (part.float() for part in rope)
-        half = cos.shape[-1] // 2
-        ones = torch.cat([(cos - sin)[..., :half], (cos + sin)[..., half:]], dim=-1).expand(len(self.host), -1, -1)
-        self.rows["rope_weight", layer] = _padded(
-            [x @ x.index_select(0, self._texts(row, x.device)).T / (2 * half) ** 0.5 for row, x in enumerate(ones)]
-        )
-
-    def _to_text(self, row: int, tap: _Tap) -> Tensor:
-        """[n] share of each visual token's attention that goes to that text; 0 wherever it comes later."""
-        out = tap.q.new_zeros(tap.q.shape[2], dtype=torch.float32)
-        behind = self._text_behind(row)
-        seen = runs_of(self.host[row] > 1)
-        if not seen or not behind or behind[0][0] > seen[-1][0]:
-            return out
-        texts, visual = self._texts(row, tap.q.device), torch.cat([a.positions for a in self.alive if a.row == row])
-        for slots in self._slots(row, visual).split(ROWS) if len(visual) else ():
-            out[slots] = tap.rows(slots[None]).mean(1)[0].index_select(1, texts).sum(1)
-        return out
+    def read_places(self, kind: str, layer: int, rope: tuple[Tensor, Tensor]) -> None:
+        """Keep a signal of the rotary embeddings (cos, sin) [B or 1, n, d] of a layer."""
+        self.rows[kind, layer] = kind_of(kind)(*rope, self)
 
     def _text_behind(self, row: int) -> list[tuple[int, int]]:
         """Runs of the text behind the row's first visual token; its last token, if the prompt ends with an image."""
@@ -966,7 +904,8 @@ class Frame:
             return [(self.host.shape[1] - 1 - self.behind, 1)]
         return behind
 
-    def _last_slot(self, n: int) -> Tensor:
+    def last(self, n: int) -> Tensor:
+        """[B] where the last token of the prompt stands among n slots."""
         if self.compaction is not None:  # pads were dropped: rows end with a real token
             return torch.full((len(self.host),), n - 1 - self.behind)
         position = torch.arange(1, self.host.shape[1] + 1)
@@ -1058,66 +997,6 @@ class Frame:
         shared = [s for s in self.stages if s.per == "sample" and s.method.of == "tokens"]
         numbers = next((found for s in shared if (found := self._clips(s))), None)
         return numbers or ([u.row for u in self.units] if shared else [])
-
-
-@dataclass(frozen=True)
-class _Tap:
-    """One layer's attention product: q [B, H, n, d], k [B, G, past + n, d] or longer, and what masks it."""
-
-    q: Tensor
-    k: Tensor
-    mask: Tensor | None
-    scaling: float
-    past: int
-
-    def of(self, row: int) -> _Tap:
-        """A single sample."""
-        one = slice(row, row + 1)
-        mask = self.mask if self.mask is None or self.mask.shape[0] == 1 else self.mask[one]
-        return replace(self, q=self.q[one], k=self.k[one], mask=mask)
-
-    def rows(self, slots: Tensor) -> Tensor:
-        """Softmax rows [B, H, R, n] of the queries at slots [B, R], over the slots of this call."""
-        batch, heads, n, width = self.q.shape
-        queries = self.q.gather(2, slots[:, None, :, None].expand(batch, heads, slots.shape[1], width))
-        keys = self.k[:, :, : self.past + n]
-        bias = bias_of(self.mask, slots, n, keys.shape[2])
-        return attention_rows(queries, keys, bias, self.scaling)[..., self.past :]
-
-    def received(self, real: Tensor) -> Tensor:
-        """[B, n] what each slot of this call gets from all its queries that are real [B, n]: sum, mean over heads."""
-        batch, _, n, _ = self.q.shape
-        out, weights = self.q.new_zeros(batch, n, dtype=torch.float32), real.float()
-        slots = torch.arange(n, device=self.q.device).expand(batch, -1)
-        step = max(ROWS, MASKED // (batch * (self.past + n)))
-        for some in (slice(start, start + step) for start in range(0, n, step)):
-            bias = bias_of(self.mask, slots[:, some], n, self.past + n)
-            causal = self.mask is None or self.mask.shape[-2] != n
-            end = min(some.stop, n) if causal else n  # the keys behind get nothing
-            seen, weight = self.past + end, weights[:, some]
-            given = attention_received(
-                self.q[:, :, some], self.k[:, :, :seen], bias[..., :seen], self.scaling, weights=weight
-            )
-            out[:, :end] += given[:, self.past :]
-        return out
-
-    def page_rank(self, real: Tensor) -> Tensor:
-        """Importance [B, H, n] of the slots of this call among themselves; real [B, n] are no padding."""
-        n, mask = self.q.shape[2], self.mask
-        if mask is not None and mask.shape[-2] == n:
-            mask = mask[..., self.past : self.past + n]
-        else:  # causal, with no mask or (flash attention) one that knows padding only
-            allowed = torch.ones(n, n, dtype=torch.bool, device=real.device).tril()
-            mask = allowed[None, None] & real[:, None, None]
-        start = real.float() / real.sum(1, keepdim=True)
-        keys = self.k[:, :, self.past : self.past + n]
-        return page_rank(self.q, keys, mask, SHARPNESS * self.scaling, STEPS, start[:, None])
-
-
-def _padded(rows: list[Tensor]) -> Tensor:
-    """Rows of a batch whose last dimensions differ, with zeros at their ends."""
-    longest = max(row.shape[-1] for row in rows)
-    return torch.stack([torch.nn.functional.pad(row, (0, longest - row.shape[-1])) for row in rows])
 
 
 def _cut_features(where: Tensor, features: Tensor, cuts: list[tuple[list[Merge], Compaction]]) -> tuple[Tensor, Tensor]:

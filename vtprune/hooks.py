@@ -23,15 +23,14 @@ from .clock import Clock, timing
 from .compact import hide, in_window, mask_for, tensor_mask
 from .compilers import announce, outside, outside_while_busy, refuse_tracers
 from .covering import cover, standing
-from .frame import LINEAR, LLM_KINDS, Frame, Last
+from .frame import LINEAR, Frame, Last
 from .kernels import recording
 from .model_adapters.generic import MODALITIES, Adapter, Features
 from .recall import ROW, Step
+from .signals import kind_of
 from .tap import HEADS, reweighed
 from .types import KEPT, Method, Signal, Stage, UnsupportedCall, UnsupportedModel
 
-# Signals that are sums over all layers that ran.
-SO_FAR = ("received_so_far", "head_output")
 # The method of a text model that adds visual features to its hidden states between layers.
 DEEPSTACK = "_deepstack_process"
 
@@ -239,6 +238,11 @@ class Session:
         return [s.where for s in self.stages if s.method.of == "heads"]  # type: ignore[misc]
 
     @property
+    def head_signals(self) -> list[str]:
+        """The signals of heads that those stages read."""
+        return list(dict.fromkeys(n.kind for s in self.stages if s.method.of == "heads" for n in s.method.needs))
+
+    @property
     def reweighing(self) -> list[Method]:
         """Methods that change attention; `_check` lets one through."""
         found: list[Method] = []
@@ -397,8 +401,8 @@ class Session:
         self._watched: set[tuple[str, int, bool]] = set()
         for stage in self.stages:
             for need in stage.method.needs if isinstance(stage.where, int) else ():
-                layer = stage.where + need.offset  # type: ignore[operator]
-                if need.kind not in LLM_KINDS:
+                layer, kind = stage.where + need.offset, kind_of(need)  # type: ignore[operator]
+                if "llm" not in kind.where:
                     raise ValueError(
                         f"{stage.method.name} at layer {stage.where} reads {need.kind!r}, a signal of the vision "
                         "tower: use the method's own place, 'llm' or ('vit', k)"
@@ -413,27 +417,31 @@ class Session:
                         f"{stage.method.name} at layer {stage.where} reads layer {layer}, which has not run yet: use "
                         "the offset 0 (the layer itself) or a negative one"
                     )
-                if (need.kind == "head_output") != (stage.method.of == "heads"):
+                if (kind.source == "heads") != (stage.method.of == "heads"):
                     raise ValueError(
-                        f"{stage.method.name} chooses among {stage.method.of} and reads {need}: 'head_output' is the "
-                        "one signal of heads, and of nothing else"
+                        f"{stage.method.name} chooses among {stage.method.of} and reads {need}: signals of heads, such "
+                        "as 'head_output', are for methods that choose among heads, and these read nothing else"
                     )
-                if need.kind in SO_FAR and need.offset != -1:
+                if (kind.so_far or kind.source == "heads") and need.offset != -1:
                     raise ValueError(
                         f"{stage.method.name} at layer {stage.where} reads {need}, which is a sum over all layers that "
                         "ran: use the offset -1"
                     )
                 self._check_readable(stage, need)
-                if need.kind in ("relevance", "head_output"):
+                if kind.source in ("embeddings", "heads"):
                     continue
-                if need.kind == "rope_weight":
+                if kind.source == "rotary":
+                    if not self._first_watch(need.kind, layer):
+                        continue
                     attention = attention_of(self.adapter.layers[layer])
-                    hook = attention.register_forward_pre_hook(partial(self._rope_sink, layer), with_kwargs=True)
+                    hook = attention.register_forward_pre_hook(
+                        partial(self._rope_sink, need.kind, layer), with_kwargs=True
+                    )
                     self._undo.append(hook.remove)
                     self._announce(attention)
                     continue
-                if need.kind == "transition":
-                    self._watch_transitions(stage, layer)
+                if kind.source == "modules":
+                    self._watch_modules(stage, need.kind, layer)
                     continue
                 attention, own = attention_of(self.adapter.layers[layer]), need.offset == 0
                 self._announce(attention)
@@ -443,7 +451,7 @@ class Session:
                     self._undo.append(attach(attention, partial(self._step_sink, layer)))
                 if "prefill" not in stage.method.phases:
                     continue
-                for i in range(layer + 1) if need.kind == "received_so_far" else (layer,):
+                for i in _layers_of(need, stage.where):  # type: ignore[arg-type]
                     if self._first_watch(need.kind, i, own):
                         attention = attention_of(self.adapter.layers[i])
                         self._undo.append(attach(attention, partial(self._row_sink, need.kind, i, own), before=own))
@@ -485,16 +493,17 @@ class Session:
                     return f", or leave this stage out of {other.name}: {option}=False"
         return ""
 
-    def _watch_transitions(self, stage: Stage, layer: int) -> None:
+    def _watch_modules(self, stage: Stage, kind: str, layer: int) -> None:
         if layer == stage.where:
             raise ValueError(
-                f"{stage.method.name} at layer {layer} reads the transition of that layer, which has not run yet: use "
-                "a negative offset"
+                f"{stage.method.name} at layer {layer} reads the {kind} of that layer, which has not run yet: use a "
+                "negative offset"
             )
-        if not self._first_watch("transition", layer):
+        if not self._first_watch(kind, layer):
             return
         for module in (attention_of(self.adapter.layers[layer]), mlp_of(self.adapter.layers[layer])):
-            self._undo.append(module.register_forward_hook(partial(self._transition, layer), with_kwargs=True).remove)
+            hook = partial(self._module_sink, kind, layer)
+            self._undo.append(module.register_forward_hook(hook, with_kwargs=True).remove)
             self._announce(module)
 
     @property
@@ -695,8 +704,10 @@ class Session:
         self._check_frame()
         if frame.run_stages("llm", call["inputs_embeds"]):
             call = self._cut_text_call(frame, call)
-        if any(need.kind == "relevance" for stage in self.stages for need in stage.method.needs):
-            frame.read_embeds(call["inputs_embeds"])
+        inside = [s for s in self.stages if isinstance(s.where, int)]
+        for kind in dict.fromkeys(kind_of(need) for stage in inside for need in stage.method.needs):
+            if kind.source == "embeddings":
+                frame.read_embeds(kind.name, call["inputs_embeds"])
         return call
 
     @outside_while_busy
@@ -841,16 +852,18 @@ class Session:
         frame = self.frame
         if frame is not None and out.shape[1] > 1 and i < max(self.of_heads, default=0):
             with torch.no_grad():
-                frame.read_heads(out)
+                frame.read_heads(self.head_signals, out)
         return out
 
     @outside_while_busy
-    def _transition(self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def _module_sink(
+        self, kind: str, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> None:
         frame = self.frame
         before = args[0] if args else kwargs["hidden_states"]
         if frame is not None and not self.local.ahead and before.shape[1] > 1:
             with torch.no_grad():
-                frame.read_transition(i, before, out[0] if isinstance(out, tuple) else out)
+                frame.read_module(kind, i, before, out[0] if isinstance(out, tuple) else out)
 
     def _look(self, i: int, layer: nn.Module, call: dict[str, Any], frame: Frame) -> None:
         """Run layer i up to its attention product on what enters it, for the signals of stages that stand there."""
@@ -876,16 +889,18 @@ class Session:
             raise _Looked
 
     @outside_while_busy
-    def _rope_sink(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _rope_sink(
+        self, kind: str, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         frame, rope = self.frame, kwargs.get("position_embeddings")
         if frame is None or (args[0] if args else kwargs["hidden_states"]).shape[1] == 1:
             return
         if not isinstance(rope, tuple) or rope[0].dim() != 3:
             raise UnsupportedModel(
                 f"{type(module).__name__} has no rotary embedding [B, n, d] of a single axis, which the signal "
-                "'rope_weight' divides out: choose a method or version without it"
+                f"{kind!r} divides out: choose a method or version without it"
             )
-        frame.read_places(layer, rope)
+        frame.read_places(kind, layer, rope)
 
     # -- what the hooks do ------------------------------------------------------------------------------------------
 
@@ -1058,10 +1073,10 @@ def _tokens_of(call: dict[str, Any]) -> Tensor | None:
 
 def _layers_of(need: Signal, where: int) -> range:
     """The decoder layers that a stage at `where` reads for a signal."""
-    if need.kind == "relevance":
+    kind, last = kind_of(need), where + need.offset
+    if kind.source == "embeddings":
         return range(0)
-    last = where + need.offset
-    return range(0 if need.kind in SO_FAR else last, last + 1)
+    return range(0 if kind.so_far else last, last + 1)
 
 
 def mlp_of(layer: nn.Module) -> nn.Module:

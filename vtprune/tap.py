@@ -17,18 +17,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .kernels import attention_received, attention_rows, full_precision
+from .core.masks import bias_of
+from .kernels import attention_rows, full_precision
+from .signals import MASKED, LayerAttention, kind_of
 from .types import UnsupportedCall, UnsupportedModel
 
 Sink = Callable[[nn.Module, Tensor, Tensor, Tensor, "Tensor | None", float], None]
 # out [B, M, H, d], heads (as `HEADS`), then as a sink -> what the module is given in place of out
 Change = Callable[[Tensor, "Tensor | None", nn.Module, Tensor, Tensor, Tensor, "Tensor | None", float], Tensor]
 HEADS = "vtprune_heads"  # argument of a decoder layer, for its tap: [B, H] bool, the query heads that speak
-MASKED = 1 << 22  # entries of a mask, or of softmax rows, made for some of the queries
-KINDS = (
-    "cls", "cls_full", "cls_value", "received", "mean_query", "queries", "keys", "mean_keys", "values", "value_norm",
-    "last_row",
-)  # fmt: skip
 # Arguments by which some attention functions change the logits beyond scaling and mask.
 LOGIT_CHANGES = ("softcap", "s_aux", "position_bias")
 
@@ -299,63 +296,16 @@ def read(
     scaling: float,
     block: int | None = None,
 ) -> Tensor:
-    """One quantity of an attention product, as a sink sees it.
+    """One signal of an attention product, as a sink sees it; `vtprune.signals` says what each is, and its shape.
 
-    "cls": softmax row of query 0, mean over heads, without the CLS column: [B, N - 1] float32.
-    "cls_full": the same of one head as wide as all heads side by side, scaled by its width ** -0.5.
-    "cls_value": softmax over all tokens of v_CLS . v_j (unscaled), mean over heads, without the CLS column: likewise.
-    "mean_query": softmax row of the mean of the (real) queries of each head, mean over heads: [B, N] float32. Where the
-        mask keeps several images apart, that of each image's own, weighted by its share of the queries.
-    "value_norm": L1 norm of the values' mean over heads: [B, N] float32.
-    "last_row": softmax row of the last query over all keys, mean over heads: [B, N] float32.
-    "received": mean softmax weight each key receives, over heads and queries, [B, N] float32, for attention
-        without causality. Padding neither gives nor receives: the mean is over the real queries only.
-    "queries", "keys", "values": heads concatenated, [B, N, G * d], in the model's dtype.
-    "mean_keys": mean over heads, [B, N, d] float32; after rotary embedding, which the product has seen already.
-    block: queries handled at a time for "received"; None chooses by memory.
-    Raises ValueError on another kind.
+    block: queries handled at a time where a signal asks all of them; None chooses by memory.
+    Raises ValueError on a signal that nobody registered, or that is not read of an attention product.
     """
-    if kind == "cls":
-        return attention_rows(q[:, :, :1], k, _mask_rows(mask, 0), scaling).mean(1)[:, 0, 1:]
-    if kind == "cls_full":
-        query, keys = q[:, :, :1].transpose(1, 2).flatten(2), k.transpose(1, 2).flatten(2)
-        row = _mask_rows(mask, 0)
-        row = row[:, :1] if row is not None and row.dim() == 4 else row
-        return attention_rows(query[:, None], keys[:, None], row, query.shape[-1] ** -0.5)[:, 0, 0, 1:]
-    if kind == "cls_value":
-        return attention_rows(v[:, :, :1], v, _mask_rows(mask, 0), 1.0).mean(1)[:, 0, 1:]
-    if kind == "mean_query":
-        if mask is not None and mask.shape[-2] > 1:
-            return _mean_query_of_blocks(q, k, mask, scaling)
-        real = None if mask is None else _real(mask, q.shape[0])
-        query = q.float().mean(2, keepdim=True) if real is None else _mean_of(q, real)
-        return attention_rows(query, k, None if real is None else real[:, None, None], scaling).mean(1)[:, 0]
-    if kind == "value_norm":
-        return v.float().mean(1).abs().sum(-1)
-    if kind == "last_row":
-        return attention_rows(q[:, :, -1:], k, _mask_rows(mask, -1), scaling).mean(1)[:, 0]
-    if kind == "received":
-        return _received(q, k, mask, scaling, block)
-    if kind in ("queries", "keys", "values"):
-        return {"queries": q, "keys": k, "values": v}[kind].transpose(1, 2).flatten(2)
-    if kind == "mean_keys":
-        return k.float().mean(1)
-    raise ValueError(f"signal kind {kind!r}: choose one of {', '.join(map(repr, KINDS))}")
-
-
-def bias_of(mask: Tensor | None, slots: Tensor, queries: int, keys: int) -> Tensor:
-    """What masks the queries at slots [B, R] of all that there are, over so many keys: [B, 1 or H, R, keys].
-
-    mask: [.., queries, >= keys], or causal, with no mask or (flash attention) one [.., 1, keys] of what is no padding.
-    """
-    batch, count = slots.shape
-    if mask is not None and mask.shape[-2] == queries:
-        mask = mask[..., :keys].expand(batch, -1, -1, -1)
-        return mask.gather(2, slots[:, None, :, None].expand(batch, mask.shape[1], count, keys))
-    allowed = torch.arange(keys, device=slots.device) <= (slots + keys - queries)[:, :, None]
-    if mask is not None:
-        allowed = allowed & mask.reshape(batch, -1)[:, None, :keys].bool()
-    return allowed[:, None]
+    known = kind_of(kind)
+    if known.source != "attention":
+        raise ValueError(f"signal {kind!r} is read of {known.source}, and not of an attention product")
+    found: Tensor = known(LayerAttention(q, k, v, mask, scaling, block=block))
+    return found
 
 
 def reweighed(
@@ -378,50 +328,3 @@ def reweighed(
         stacked = rows.reshape(batch, groups, -1, keys) @ values
         out.append(stacked.reshape(batch, heads, -1, width).transpose(1, 2))
     return torch.cat(out, 1).to(v.dtype)
-
-
-def _mask_rows(mask: Tensor | None, query: int) -> Tensor | None:
-    """The mask of one query, [.., 1, N]."""
-    if mask is None or mask.shape[-2] == 1:
-        return mask
-    return mask[..., query, :].unsqueeze(-2)
-
-
-def _real(mask: Tensor, batch: int) -> Tensor:
-    """[B, N] bool: the tokens that somebody may attend to; the others are padding."""
-    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
-    return visible.any(dim=-2).any(dim=1).expand(batch, -1)
-
-
-def _mean_of(q: Tensor, real: Tensor) -> Tensor:
-    """q [B, H, N, d] -> [B, H, 1, d] float32: the mean over the tokens that are real [B, N]."""
-    weight = real[:, None, :, None].float()
-    return (q.float() * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True)
-
-
-def _mean_query_of_blocks(q: Tensor, k: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """[B, N]: tokens that see the same first token are one image, whose mean query attends to that image alone."""
-    b, h, n, _ = q.shape
-    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
-    block = visible.any(1).to(torch.int8).argmax(-1).expand(b, -1)  # [B, N]
-    real = _real(mask, b)
-    share = real.float() / real.sum(1, keepdim=True).clamp(min=1)
-    count = torch.zeros(b, n, device=q.device).scatter_add(1, block, real.float())
-    at = block[:, None, :, None].expand_as(q)
-    mean = torch.zeros_like(q, dtype=torch.float32).scatter_add(2, at, q.float() * real[:, None, :, None])
-    mean = (mean / count.clamp(min=1)[:, None, :, None]).gather(2, at)  # of its own image, at every token
-    logits = (mean * k.float().repeat_interleave(h // k.shape[1], dim=1)).sum(-1) * scaling  # [B, H, N]
-    logits, of = logits.masked_fill(~real[:, None], -torch.inf), block[:, None].expand(-1, h, -1)
-    most = torch.full_like(logits, -torch.inf).scatter_reduce(2, of, logits, "amax").gather(2, of)
-    weight = (logits - most).exp().masked_fill(~real[:, None], 0)
-    total = torch.zeros_like(weight).scatter_add(2, of, weight).gather(2, of)
-    of_image = torch.zeros_like(share).scatter_add(1, block, share).gather(1, block)
-    return (weight / total.clamp(min=torch.finfo(total.dtype).tiny)).mean(1) * of_image
-
-
-def _received(q: Tensor, k: Tensor, mask: Tensor | None, scaling: float, block: int | None) -> Tensor:
-    if mask is None:
-        return attention_received(q, k, None, scaling, block)
-    real = _real(mask, q.shape[0])  # padded queries compute garbage that must not count
-    weights = real.float() / real.sum(1, keepdim=True).clamp(min=1)
-    return attention_received(q, k, mask, scaling, block, weights=weights)
