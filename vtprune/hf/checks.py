@@ -241,7 +241,8 @@ def check_call(patch: Patch, call: dict[str, Any]) -> None:
         return
     if isinstance(cache, EncoderDecoderCache):
         raise UnsupportedCall("an encoder-decoder cache cannot hold pruned prompts; use a DynamicCache")
-    windows = any(kv.is_static(x) and getattr(x, "is_sliding", False) for x in cache.layers)
+    layers = getattr(cache, "layers", ())
+    windows = any(kv.is_static(x) and getattr(x, "is_sliding", False) for x in layers)
     if windows and not patch.plan.keeps_all and adapter.given(call):
         raise UnsupportedCall(
             "a static cache with sliding-window layers cannot hold pruned prompts; drop "
