@@ -18,15 +18,13 @@ from torch import Tensor, nn
 
 from vtprune.clock import timed
 from vtprune.compilers import announce, outside_while_busy
+from vtprune.signals import kind_of, kinds
 from vtprune.tap import attach, interface_of, read
 from vtprune.types import Signal, UnsupportedCall, UnsupportedModel
 
 from .family import families
 from .tower_layout import Call, Layout, Modality, TowerCall, per_entry, sizes_of, tower_of
 
-CLS_KINDS = ("cls", "cls_full", "cls_value")
-PER_QUERY = ("received", "mean_query")  # where packed, sums: windows and images of different length are comparable
-VECTORS = ("queries", "keys", "mean_keys", "values", "hidden")
 CLS_NAMES = ("class_embedding", "cls_token", "class_token")
 
 
@@ -110,7 +108,7 @@ class TowerSignals:
         self.tower = tower_of(base, modality)
         self.layers = attention_modules(self.tower)
         cls = has_cls(self.tower)
-        readable = (s for s in needs if not (s.without_cls if cls else s.kind in CLS_KINDS))
+        readable = (s for s in needs if not (s.without_cls if cls else kind_of(s).of_cls))
         self.needs = tuple(dict.fromkeys(readable))
         self.index = {signal: self._index(signal) for signal in self.needs}
         self._local = _Buffers()
@@ -120,10 +118,17 @@ class TowerSignals:
     def _index(self, signal: Signal) -> int:
         """The layer a signal is read at, 0-based."""
         depth = len(self.layers)
-        if signal.kind == "last_row":
-            raise UnsupportedModel("signal 'last_row' is read inside the LLM; a vision tower has no last query")
-        if signal.kind == "hidden" and signal.layer is not None:
-            raise ValueError(f"signal 'hidden' of layer {signal.layer}: it is what the projector reads, use layer=None")
+        kind = kind_of(signal)
+        if "tower" not in kind.where:
+            where = "inside the LLM" if "llm" in kind.where else " and ".join(kind.where) or "nowhere"
+            raise UnsupportedModel(
+                f"signal {signal.kind!r} is read {where}, and not of a layer of the vision tower: a stage before the "
+                f"LLM can read {', '.join(row.name for row in kinds() if 'tower' in row.where)}"
+            )
+        if kind.source == "states" and signal.layer is not None:
+            raise ValueError(
+                f"signal {signal.kind!r} of layer {signal.layer}: it is what the projector reads, use layer=None"
+            )
         index = layer_index(self.base, self.tower, depth, signal.layer)
         if not 0 <= index < depth:
             raise UnsupportedModel(
@@ -137,7 +142,7 @@ class TowerSignals:
         """Tap the needed layers; the returned functions undo it."""
         undo: list[Callable[[], None]] = []
         for signal, index in self.index.items():
-            if signal.kind == "hidden":
+            if kind_of(signal).source == "states":
                 source = self.layout.states(self.tower)
                 detach = source.register_forward_hook(partial(self._hidden, signal)).remove
             else:
@@ -173,9 +178,10 @@ class TowerSignals:
             return
         with timed(q.device):
             x = read(signal.kind, q, k, v, mask, scaling).float()
-        if signal.kind in CLS_KINDS:
+        kind = kind_of(signal)
+        if kind.of_cls:
             x = F.pad(x, (1, 0))  # the CLS token has no score of its own
-        if signal.kind in PER_QUERY and self.layout.packed:
+        if kind.over_queries and self.layout.packed:  # sums, which windows and images of any size have in common
             x = x * q.shape[2]
         self._local.parts[signal].append(x if x.dim() == 3 else x.unsqueeze(-1))
 
@@ -188,7 +194,9 @@ class TowerSignals:
             x = states[layer]
         else:
             x = getattr(output, "last_hidden_state", output)
-        self._local.parts[signal].append(x.detach().float().reshape(-1, *x.shape[-2:]))
+        x = x.detach().reshape(-1, *x.shape[-2:])
+        x = kind_of(signal)(x).float()
+        self._local.parts[signal].append(x if x.dim() == 3 else x.unsqueeze(-1))
 
     def finish(self, call: Call, output: Any) -> list[dict[Signal, Tensor]]:
         """One dict per entry of `output.pooler_output`: scores [n], vectors [n, C], all float32.
@@ -222,10 +230,10 @@ class TowerSignals:
         if self.restore is not None:
             x = self.restore(self.index[signal], signal.kind, x)
         rows = per_entry(f, self.layout, self.modality, x)
-        if signal.kind in VECTORS:
+        if kind_of(signal).vector:
             return rows
         scores = [row[:, 0] for row in rows]
-        if signal.kind in PER_QUERY and self.layout.packed:
+        if kind_of(signal).over_queries and self.layout.packed:
             merged = x.shape[1] // sum(map(len, scores))
             return [score / (merged * len(score)) for score in scores]
         return scores

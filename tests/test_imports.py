@@ -76,8 +76,9 @@ RULES: dict[str, tuple[str, str]] = {
     "vtprune.core": (r"vtprune\.(kernels|core)(\..*)?", r"torch"),
     "vtprune.registry": (r"vtprune\.core(\..*)?", r""),
     "vtprune.methods": (r"vtprune\.(kernels|core|methods)(\..*)?|vtprune\.registry", r"torch"),
+    "vtprune.signals": (r"vtprune\.(kernels|core|signals)(\..*)?|vtprune\.registry", r"torch"),
     "vtprune.recipe": (r"vtprune\.core(\..*)?|vtprune\.registry", r""),
-    "vtprune.selection": (r"vtprune\.core(\..*)?|vtprune\.recipe", r"torch"),
+    "vtprune.selection": (r"vtprune\.(core|signals)(\..*)?|vtprune\.recipe", r"torch"),
     "vtprune.model_adapters": (r"vtprune\.(?!methods|evals|cli|handle|recipe|registry)[a-z_.]+", r"(?!rich|typer).+"),
 }
 # (module, what it imports): why it may.

@@ -22,9 +22,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import vtprune
 from vtprune import Signal, Stage, Visual, tap
-from vtprune.hf import llm_signals
 from vtprune.methods.in_llm.spatten import RECEIVED
 from vtprune.methods.in_llm.spatten_heads import SAID, SpAttenHeads, most_important
+from vtprune.signals import product
 
 FAMILIES = ["llava", "llava_onevision", "qwen2_5_vl", "qwen2_5_vl-video", "qwen3_vl", "mistral3"]
 LAYERS = (2, 3)
@@ -143,7 +143,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("masked", ["causal", "padding", "whole"])
 def test_received_in_blocks_equals_the_whole_map(monkeypatch: pytest.MonkeyPatch, masked: str) -> None:
     """Grouped heads, keys of an earlier call, a padded row; no block is larger than a few queries times all keys."""
-    monkeypatch.setattr(llm_signals, "MASKED", 1)
+    monkeypatch.setattr(product, "MASKED", 1)
     n, past, d = 150, 7, 4
     q, k = torch.randn(2, 4, n, d), torch.randn(2, 2, past + n, d)
     real = torch.ones(2, n, dtype=torch.bool)
@@ -160,9 +160,9 @@ def test_received_in_blocks_equals_the_whole_map(monkeypatch: pytest.MonkeyPatch
     bias = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
     expected = (oracles.attention(q, k, bias, 0.5) * real[:, None, :, None]).sum(2).mean(1)[:, past:]
     with Largest() as largest:
-        ours = llm_signals.AttentionProduct(q, k, k, mask, 0.5, past).received(real)
+        ours = product.LayerAttention(q, k, None, mask, 0.5, past).given_by(real)
     torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-6)
-    assert largest.seen <= 4 * llm_signals.ROWS * (past + n) * 2
+    assert largest.seen <= 4 * product.ROWS * (past + n) * 2
     assert masked == "causal" or not ours[1, ~real[1]].any()
 
 

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any, Generic, TypeVar
 
 from .core.method import Method, trust
+from .core.signal import SignalKind
 
 T = TypeVar("T")
 M = TypeVar("M", bound=type[Method])
@@ -47,6 +48,7 @@ class Registry(Generic[T]):
         self.known: dict[str, T] = {}
         self.parts: dict[str, T] = {}
         self._failed: dict[str, str] | None = None
+        self._loaded = False  # all of them; `_failed` is there as soon as plug-ins are being imported
         self._lock = RLock()
 
     def add(self, name: str, thing: T, where: str) -> None:
@@ -90,10 +92,12 @@ class Registry(Generic[T]):
 
     def forget(self) -> None:
         """Look for plug-ins again when the next name is looked up."""
-        self._failed = None
+        self._failed, self._loaded = None, False
 
     def load(self) -> dict[str, str]:
         """Import our own modules and every plug-in, once; what failed, by the plug-in's name and those it began."""
+        if self._loaded:  # no lock: compilers cannot trace one
+            return self._failed or {}
         with self._lock:
             if self._failed is None:
                 failed: dict[str, str] = {}
@@ -102,6 +106,7 @@ class Registry(Generic[T]):
                 self._failed = failed  # a plug-in may look up names while it is imported
                 for entry in metadata.entry_points(group=self.group):
                     self._load_one(entry, failed)
+                self._loaded = True
             return self._failed
 
     def _load_one(self, entry: metadata.EntryPoint, failed: dict[str, str]) -> None:
@@ -186,7 +191,13 @@ METHODS: Registry[type[Method]] = Registry(
     how="@vtprune.register(name, paper=..., seam=...)",
 )
 FAMILIES: Registry[Any] = Registry("family", "vtprune.families")
-SIGNALS: Registry[Any] = Registry("signal", "vtprune.signals")
+SIGNALS: Registry[SignalKind] = Registry(
+    "signal",
+    "vtprune.signals",
+    package="vtprune.signals",
+    accepts=lambda thing: isinstance(thing, SignalKind),
+    how="@vtprune.signals.signal(name, shape=..., where=...)",
+)
 
 
 def register(name: str, *, paper: str, seam: str) -> Callable[[M], M]:

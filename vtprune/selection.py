@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -12,10 +12,10 @@ from .core.select import Selected, rows_of, run_stages
 from .core.signal import Signal
 from .core.visual import Span
 from .recipe import Recipe, given_stages, method_of
+from .signals import kinds
 
 T = TypeVar("T")
 Grid = tuple[int, int, int]
-KINDS: tuple[str, ...] = get_args(get_type_hints(Signal)["kind"])
 
 
 def select(
@@ -188,8 +188,9 @@ class _Signals(dict[Signal, Tensor]):
         """Checked against the features [N, D] of the image."""
         for key, value in given.items():
             kind = key.kind if isinstance(key, Signal) else key
-            if kind not in KINDS:
-                raise ValueError(f"signals of image {image} name {key!r}: use a Signal or one of {', '.join(KINDS)}")
+            known = [row.name for row in kinds()]
+            if kind not in known:
+                raise ValueError(f"signals of image {image} name {key!r}: use a Signal or one of {', '.join(known)}")
             if not isinstance(value, Tensor) or value.dim() < 1 or len(value) != len(x) or value.device != x.device:
                 said = _said(value) if isinstance(value, Tensor) else repr(value)[:40]
                 raise ValueError(f"signal {kind!r} of image {image} is {said}, not [{len(x)}, ...] on {x.device}")

@@ -25,9 +25,6 @@ from .frame import UnitResult
 from .kernels import Verdict, deferring, full_precision, to_device
 from .model_adapters.tower_tokens import TowerTokens, blocks_of, tokens_of
 from .model_adapters.towers import (
-    CLS_KINDS,
-    PER_QUERY,
-    VECTORS,
     Call,
     Modality,
     TowerCall,
@@ -39,7 +36,8 @@ from .model_adapters.towers import (
     sizes_of,
     tower_of,
 )
-from .tap import KINDS, attach, read
+from .signals import kind_of
+from .tap import attach, read
 from .types import (
     Assignment,
     Signal,
@@ -52,7 +50,6 @@ from .types import (
     ask,
 )
 
-INSIDE_LLM = ("last_row",)
 SEQUENCE_LENGTHS = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
@@ -200,7 +197,8 @@ class TowerStages:
         found: dict[tuple[int, str], int] = {}
         for stage, at in zip(self.stages, self.places):
             for need in stage.method.needs:
-                if need.kind in INSIDE_LLM or need.kind not in KINDS:
+                kind = kind_of(need)
+                if "tower" not in kind.where or kind.source != "attention":
                     raise UnsupportedModel(f"signal {need.kind!r} cannot be read inside a vision tower")
                 for k in at:
                     if not 0 <= k + need.offset < k:
@@ -214,7 +212,7 @@ class TowerStages:
         return found
 
     def _readable(self, need: Signal) -> bool:
-        return not (need.without_cls if self.cls else need.kind in CLS_KINDS)
+        return not (need.without_cls if self.cls else kind_of(need).of_cls)
 
     # -- installing -------------------------------------------------------------------------------------------------
 
@@ -363,9 +361,9 @@ class TowerStages:
         for part in parts:
             with timed(q.device):
                 x = read(kind, *part, scaling).float()
-            if kind in CLS_KINDS:
+            if kind_of(kind).of_cls:
                 x = F.pad(x, (1, 0))  # the CLS token has no score of its own
-            if kind in PER_QUERY and self.layout.packed:
+            if kind_of(kind).over_queries and self.layout.packed:
                 x = x * part[0].shape[2]
             run.rows.setdefault((layer, kind), []).append(x if x.dim() == 3 else x.unsqueeze(-1))
 
@@ -452,9 +450,9 @@ class TowerStages:
         if len(found) > 1:
             found[:] = [torch.cat([part.flatten(0, 1) for part in found])[None]]
         of_tokens = _of_tokens(self._restored(run, layer, found[0]), crop)
-        if kind in PER_QUERY and self.layout.packed:
+        if kind_of(kind).over_queries and self.layout.packed:
             of_tokens = of_tokens / run.queries[layer][crop.number]
-        return of_tokens if kind in VECTORS else of_tokens[:, 0]
+        return of_tokens if kind_of(kind).vector else of_tokens[:, 0]
 
     def _restored(self, run: TowerRun, layer: int, x: Tensor) -> Tensor:
         """Rows [T, n, C] that block `layer` saw, for all N positions."""
@@ -467,7 +465,7 @@ class TowerStages:
         if run is None or run.cuts.get(layer) is None:
             return x
         x = self._restored(run, layer, x)
-        if kind in PER_QUERY and self.layout.packed:  # the reader divides by the queries of an unpruned tower
+        if kind_of(kind).over_queries and self.layout.packed:  # the reader divides by the queries of an unpruned tower
             for crop, queries in zip(run.crops, run.queries[layer]):
                 x[:, crop.groups.flatten()] *= crop.groups.numel() / queries
         return x

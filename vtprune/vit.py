@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,12 @@ from .model_adapters.vits import (
     watch,
     weighted_pooling,
 )
-from .reduction import Reducer, Reduction, Tokens, keep_rows, stacked
+from .reduction import Reads, Reducer, Reduction, Tokens, keep_rows, stacked
+from .signals import LayerAttention, SignalKind, kind_of
 from .tower import places
-from .types import Method, Stage, UnsupportedCall, UnsupportedModel, Visual, VtpruneError, ask, budget
+from .types import Method, Signal, Stage, UnsupportedCall, UnsupportedModel, Visual, VtpruneError, ask, budget
 
 MASKS = ("attn_mask", "attention_mask", "is_causal", "k_x", "v_x")
-READABLE = {"cls": "attention", "received": "attention", "mean_keys": "mean_keys", "keys": "keys"}
 
 
 @dataclass
@@ -387,15 +387,24 @@ class VitSession:
         )
 
     def _signal(self, run: Run, seen: Attention, what: str, bias: Tensor | None) -> Tensor:
+        mask = None if bias is None else bias[:, None, None, :]
+        if what not in get_args(Reads):
+            return self._read(kind_of(what), LayerAttention(seen.queries(), seen.keys(), None, mask, seen.scaling))
         if what != "attention":
             return getattr(seen, what)()
-        mask = None if bias is None else bias[:, None, None, :]
         if self.vit.has_cls:
             return attention_rows(seen.queries()[:, :, :1], seen.keys(), mask, seen.scaling).mean(1)[:, 0]
         note = "the model has no CLS token, the attention every token receives is used instead"
         if note not in run.last.notes:
             run.last.notes.append(note)
         return attention_received(seen.queries(), seen.keys(), mask, seen.scaling)
+
+    def _read(self, kind: SignalKind, attention: LayerAttention) -> Tensor:
+        """A signal that is none of the quantities a `Reducer` reads, [B, N, ...]; 0 at a CLS token it leaves out."""
+        if kind.of_cls and not self.vit.has_cls:
+            raise UnsupportedModel(f"signal {kind.name!r} is that of a CLS token, and this model has none")
+        x: Tensor = kind(attention)
+        return torch.cat([torch.zeros_like(x[:, :1]), x], 1) if kind.of_cls else x
 
     def _note(self, k: int, name: str, output: Tensor) -> None:
         if self.local.seen is not None:
@@ -472,7 +481,7 @@ class EachImage(Reducer):
     method: Method
 
     def __post_init__(self) -> None:
-        wrong = sorted({need.kind for need in self.method.needs} - set(READABLE))
+        wrong = sorted({need.kind for need in self.method.needs if "vit" not in kind_of(need).where})
         if wrong or self.method.seam == "in_llm":
             raise UnsupportedModel(
                 f"{self.method.name} reads {', '.join(wrong) or 'the LLM'}, which a plain vision transformer does not "
@@ -481,7 +490,7 @@ class EachImage(Reducer):
 
     @property
     def reads(self) -> tuple[Any, ...]:  # type: ignore[override]
-        return tuple(dict.fromkeys(READABLE[need.kind] for need in self.method.needs))
+        return tuple(dict.fromkeys(_quantity(need) for need in self.method.needs))
 
     def reduce(self, t: Tokens, left: int) -> Reduction:
         if recorded():
@@ -491,7 +500,7 @@ class EachImage(Reducer):
             )
         units = []
         for b in range(t.x.shape[0]):
-            signals = {need: _of_image(t, READABLE[need.kind], b) for need in self.method.needs}
+            signals = {need: _of_image(t, _quantity(need), b) for need in self.method.needs}
             units.append(Visual(t.x[b, t.prefix :], left, signals=signals, block=(t.block[0], t.block[0])))
         stage = Stage(("vit", t.block[0]), self.method)
         answers = ask(stage, units)
@@ -514,6 +523,12 @@ class EachImage(Reducer):
 
 def _recordable() -> list[str]:
     return [method.name for method in registry.methods() if issubclass(method, Reducer)]
+
+
+def _quantity(need: Signal) -> str:
+    """What stands for a signal in `Tokens.signals`."""
+    kind = kind_of(need)
+    return kind.vit or kind.name
 
 
 def _of_image(t: Tokens, what: Any, b: int) -> Tensor:

@@ -1,40 +1,27 @@
-"""`Signal`: one quantity that a method reads from an attention module."""
+"""`Signal`: one quantity that a method asks for; `SignalKind`: what is known of all signals of one name."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from .errors import VtpruneError
+
+Place = Literal["tower", "llm", "vit"]
+Source = Literal["attention", "states", "modules", "rotary", "embeddings", "heads", "carried"]
+# One of N tokens, of their C or d channels, of the T tokens of the text behind the first image, of the H query heads.
+SHAPES = ("[N]", "[N, C]", "[N, d]", "[N, T]", "[N, H, T]", "[T]", "[H]")
 
 
 @dataclass(frozen=True)
 class Signal:
-    """One quantity read from an attention module while the model runs, without changing what it computes.
+    """One quantity that a method reads while the model runs, without changing what the model computes.
 
-    kind: "cls" (the CLS token's softmax row, mean over heads, [N]; absent on towers without CLS),
-        "cls_full" (the same row of one head as wide as the tower: softmax of q.k / sqrt(C), [N]; absent likewise),
-        "received" (mean softmax weight each token receives from all queries, mean over heads, [N]),
-        "queries" / "keys" / "values" (heads concatenated, [N, C]), "mean_keys" (mean over heads, [N, d]); all as the
-        attention product sees them, that is after rotary embedding and norms where the tower has any,
-        "cls_value" (softmax of v_CLS . v_j over all tokens, mean over heads, [N]; absent likewise),
-        "mean_query" (softmax row of the mean query, mean over heads, [N]), "value_norm" (L1 norm of the values' mean
-        over heads, [N]),
-        "hidden" (the tower's states that the projector reads, before it, [N, C]; layer None only),
-        "last_row" (the softmax row of the prompt's last query restricted to the unit's tokens, mean over heads, [N]),
-        "last_visual" (the same over the sample's visual tokens only, each head's row summing to 1), "last_value" (the
-        same of v_last . v_j / sqrt(d)),
-        "from_text" (the mean of the rows of all text behind the first visual token, [N]), "to_text" (the share of its
-        attention that a visual token gives to that text, [N]), "transition" (how much a layer turns and stretches a
-        token: sum over its attention and its MLP of |out| / |in| times the softmax of 1 - cos(in, out) over the
-        sample's tokens, where `in` is the module's normalised input and `out` what it adds, [N]; of layers that ran
-        before only), of the T tokens of that text "text_rows" (their softmax rows, mean over heads, [N, T]),
-        "text_rows_by_head" ([N, H, T]), "rope_weight" (q.k / sqrt(d) that rotary positions alone give to queries and
-        keys of ones, [N, T]) and "relevance" (mean over the row's visual tokens of the softmax of x . x_t over that
-        text, of the embeddings entering the LLM, [T]), "page_rank" (root mean square over heads of five steps of
-        PageRank among all tokens of this call, on softmax(10 q.k / sqrt(d)), [N]), "received_so_far" (softmax weight
-        that all queries of this call gave to a token in that layer and all before it, as far as they still were there:
-        summed over queries and layers, mean over heads, [N]; layer -1 only); these twelve inside the LLM only.
-        Of attention heads, there as well: "head_output" (sum of |output| of a head before the output projection, over
-        its channels, the tokens of this call and the layers so far, [H]; layer -1 only).
+    kind: the name of a registered signal, such as "cls", "received" or "last_row". `vtprune.signals` has a row for each
+        of them, which says what it is, its shape, and where it can be read.
     layer: for seam "llm" the tower layer: an int counts as in Python (-1 is the last); None is the layer whose output
         feeds the projector; a float in (0, 1) is a share of the depth L: layer round(layer * L) counted from 1, or
         where the tower attends within windows the next one that attends to the whole image. For a stage at decoder
@@ -45,11 +32,7 @@ class Signal:
     Raises ValueError on a float outside (0, 1).
     """
 
-    kind: Literal[
-        "cls", "cls_full", "cls_value", "received", "mean_query", "queries", "keys", "mean_keys", "values",
-        "value_norm", "hidden", "last_row", "last_visual", "last_value", "from_text", "to_text", "transition", "kept",
-        "relevance", "text_rows", "text_rows_by_head", "rope_weight", "page_rank", "received_so_far", "head_output",
-    ]  # fmt: skip
+    kind: str
     layer: int | float | None = -1
     without_cls: bool = False
 
@@ -72,6 +55,111 @@ class Signal:
         where = "at {:g} of the depth" if isinstance(self.layer, float) else "{}"
         layer = "that feeds the projector" if self.layer is None else where.format(self.layer)
         return f"{self.kind} (layer {layer}{', without CLS' if self.without_cls else ''})"
+
+
+@dataclass(frozen=True)
+class SignalKind:
+    """What is known of the signals of one name: a row of the registry, made by `vtprune.signals.signal`.
+
+    name: what `Signal.kind` says. shape: what a method sees of one unit, one of `SHAPES`: N tokens, C or d channels, T
+        tokens of the text behind the row's first image, H query heads.
+    where: the places that can read it. "tower": a layer of a VLM's vision tower, for a stage before the LLM or at a
+        later block; "llm": a decoder layer, for a stage at that layer or a later one; "vit": a block of a plain vision
+        transformer, which shows no values.
+    source: what `read` is given, of a batch of B rows, and what it returns:
+        "attention": a `LayerAttention`; a tensor [B, *shape], where N are the tokens of the layer.
+        "states": the hidden states [B, N, C] that the projector reads ("tower" only); [B, *shape].
+        "modules": what enters and what leaves a module [B, N, D] twice, and which tokens are real [B, N]; [B, *shape].
+            It is read of the layer's attention and of its MLP, and the two are added ("llm" only).
+        "rotary": (cos, sin) [B or 1, N, d] and the `Prompt`; [B, *shape] ("llm" only).
+        "embeddings": what enters the first decoder layer [B, N, D] and the `Prompt`; B tensors [T] ("llm" only).
+        "heads": the output of every head [B, N, H, d] and which tokens are real [B, N]; [B, H] ("llm" only).
+        "carried": nothing; the engine itself puts it among the signals.
+    read: the function with the formula. doc: its docstring.
+    of_cls: it is the CLS token's, so towers without one do not have it; `read` leaves out the column of the CLS token.
+    over_queries: it is a mean over the queries of one attention product. Where a tower packs windows and images of
+        different sizes, such means are comparable only as sums.
+    so_far: it is the sum over that layer and all layers before it.
+    vit: which quantity of `vtprune.reduction.Tokens` stands for it in a plain vision transformer, in place of `read`.
+
+    Raises ValueError or TypeError where these do not fit together.
+    """
+
+    name: str
+    shape: str
+    where: tuple[Place, ...]
+    source: Source
+    read: Callable[..., Any]
+    doc: str
+    of_cls: bool = False
+    over_queries: bool = False
+    so_far: bool = False
+    vit: str | None = None
+
+    def __post_init__(self) -> None:
+        # For the registry, which tells plug-ins by their modules, a row is at home where its function is.
+        self.__dict__.update(
+            __module__=self.read.__module__,
+            __qualname__=getattr(self.read, "__qualname__", self.name),
+            __doc__=self.doc,
+        )
+        told = f"@signal({self.name!r})"
+        if self.shape not in SHAPES:
+            raise ValueError(f"{told}: shape={self.shape!r}, choose one of {', '.join(SHAPES)}")
+        if isinstance(self.where, str) or not set(self.where) <= set(get_args(Place)):
+            raise ValueError(f"{told}: where={self.where!r}, give a tuple of {', '.join(get_args(Place))}")
+        if self.source not in get_args(Source):
+            raise ValueError(f"{told}: source={self.source!r}, choose one of {', '.join(get_args(Source))}")
+        shown = {"attention": {"tower", "llm", "vit"}, "states": {"tower"}, "carried": set()}.get(self.source, {"llm"})
+        if not set(self.where) <= shown:
+            raise ValueError(
+                f"{told}: where={self.where!r}, but source={self.source!r} is read in "
+                f"{' and '.join(sorted(shown)) or 'no place'}"
+            )
+        if not set(self.where) <= {"llm"} and not self.per_token_only:
+            raise ValueError(f"{told}: shape={self.shape!r} stands inside the LLM only, where is {self.where!r}")
+        for source, shape in (("heads", "[H]"), ("embeddings", "[T]")):
+            if (self.source == source) != (self.shape == shape):
+                raise ValueError(f"{told}: source={source!r} and shape={shape!r} go together")
+        if self.so_far and self.source not in ("attention", "heads"):
+            raise ValueError(f"{told}: so_far=True is for the sources 'attention' and 'heads'")
+        if not self.doc:
+            raise ValueError(f"{told}: its function has no docstring, which says what the signal is")
+
+    @property
+    def per_token(self) -> bool:
+        """True if it has a row for each of the unit's tokens."""
+        return self.shape.startswith("[N")
+
+    @property
+    def per_token_only(self) -> bool:
+        """True if it is of the tokens alone, and not of text or heads beside them."""
+        return self.shape in ("[N]", "[N, C]", "[N, d]")
+
+    @property
+    def vector(self) -> bool:
+        """True if it is a vector a token; a score a token otherwise."""
+        return self.per_token and self.shape != "[N]"
+
+    @property
+    def per_word(self) -> bool:
+        """True if its last dimension is the text behind the row's first image."""
+        return self.shape.endswith("T]")
+
+    def __call__(self, *given: Any) -> Any:
+        """What `read` makes of its source; VtpruneError, naming the signal, if that has not the shape it should."""
+        x = self.read(*given)
+        if self.source == "attention":
+            (attention,) = given
+            n, dims = attention.n - self.of_cls, 1 + len(self.shape.split(","))
+            if not isinstance(x, Tensor) or x.dim() != dims or (x.shape[0], x.shape[1]) != (attention.q.shape[0], n):
+                got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                raise VtpruneError(
+                    f"signal {self.name!r} of {self.__module__} answered {got} for {attention.q.shape[0]} rows of "
+                    f"{attention.n} tokens: it must be a tensor [B, {self.shape[1:]}"
+                    f"{', where N leaves out the CLS token' if self.of_cls else ''}"
+                )
+        return x
 
 
 # Which tokens stages in the vision tower left, carried to the LLM among the signals: 1 kept, 0 dropped, -1 a newline.

@@ -14,6 +14,7 @@ from ..core.errors import UnsupportedCall, UnsupportedModel
 from ..core.method import Stage
 from ..core.signal import Signal
 from ..model_adapters.base import Adapter
+from ..signals import kind_of
 from . import cache as kv
 from .plan import DEEPSTACK, LINEAR, Plan, layer_of
 
@@ -21,14 +22,6 @@ if TYPE_CHECKING:
     from .prefill import Prefill
     from .session import Patch
 
-# Signals of the decoder's attention.
-LLM_KINDS = (
-    "last_row", "last_visual", "last_value", "value_norm", "from_text", "to_text", "transition",
-    "relevance", "text_rows", "text_rows_by_head", "rope_weight", "page_rank", "received_so_far",
-    "head_output",
-)  # fmt: skip
-# Signals that are sums over all layers that ran.
-SO_FAR = ("received_so_far", "head_output")
 ROW = Signal("last_row", -1)  # what a method reads at decode
 
 
@@ -156,18 +149,18 @@ def check_reads(adapter: Adapter, plan: Plan) -> None:
         for need in stage.method.needs:
             _check_offset(stage, need)
             _check_keys(adapter, plan, stage, need)
-            if need.kind == "transition" and need.offset == 0:
+            if kind_of(need).source == "modules" and need.offset == 0:
                 raise ValueError(
-                    f"{stage.method.name} at layer {stage.where} reads the transition of that layer, which has not run "
-                    "yet: use a negative offset"
+                    f"{stage.method.name} at layer {stage.where} reads the {need.kind} of that layer, which has not "
+                    "run yet: use a negative offset"
                 )
             if "decode" in stage.method.phases and need != ROW:
                 raise ValueError(f"{stage.method.name} reads {need} at decode, where there is only {ROW}")
 
 
 def _check_offset(stage: Stage, need: Signal) -> None:
-    where = f"{stage.method.name} at layer {stage.where}"
-    if need.kind not in LLM_KINDS:
+    where, kind = f"{stage.method.name} at layer {stage.where}", kind_of(need)
+    if "llm" not in kind.where:
         raise ValueError(
             f"{where} reads {need.kind!r}, a signal of the vision tower: use the method's own place, 'llm' or ('vit', "
             "k)"
@@ -179,12 +172,12 @@ def _check_offset(stage: Stage, need: Signal) -> None:
         raise ValueError(
             f"{where} reads layer {layer}, which has not run yet: use the offset 0 (the layer itself) or a negative one"
         )
-    if (need.kind == "head_output") != (stage.method.of == "heads"):
+    if (kind.source == "heads") != (stage.method.of == "heads"):
         raise ValueError(
-            f"{stage.method.name} chooses among {stage.method.of} and reads {need}: 'head_output' is the one signal of "
-            "heads, and of nothing else"
+            f"{stage.method.name} chooses among {stage.method.of} and reads {need}: signals of heads, such as "
+            "'head_output', are for methods that choose among heads, and these read nothing else"
         )
-    if need.kind in SO_FAR and need.offset != -1:
+    if (kind.so_far or kind.source == "heads") and need.offset != -1:
         raise ValueError(f"{where} reads {need}, which is a sum over all layers that ran: use the offset -1")
 
 
@@ -207,10 +200,10 @@ def _check_keys(adapter: Adapter, plan: Plan, stage: Stage, need: Signal) -> Non
 
 def layers_read(need: Signal, layer: int) -> range:
     """The decoder layers that a stage at `layer` reads for a signal."""
-    if need.kind == "relevance":
+    kind, last = kind_of(need), layer + need.offset
+    if kind.source == "embeddings":
         return range(0)
-    last = layer + need.offset
-    return range(0 if need.kind in SO_FAR else last, last + 1)
+    return range(0 if kind.so_far else last, last + 1)
 
 
 def _way_out(plan: Plan, stage: Stage) -> str:

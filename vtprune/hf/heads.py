@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from ..core.method import Stage
 from ..core.stage_run import ask_method
@@ -15,8 +14,8 @@ from .prefill import Prefill
 
 def run_heads(prefill: Prefill, number: int, stage: Stage) -> None:
     """Let the method choose heads in every row with visual tokens; the others are silent from this layer on."""
-    layer, output, state = layer_of(stage), prefill.readings.head_output, prefill.prompt
-    assert output is not None
+    layer, said, state = layer_of(stage), prefill.readings.heads, prefill.prompt
+    output = next(iter(said.values()))
     count, host = output.shape[1], prefill.token_kind_on_host
     every = torch.arange(count, device=output.device)
     active = list(next(reversed(prefill.active_heads.values()), [every] * len(host)))
@@ -27,7 +26,7 @@ def run_heads(prefill: Prefill, number: int, stage: Stage) -> None:
         return
     memory, views = state.method_state.setdefault(number, {}), []
     for i in rows:
-        signals = {need: output[i].index_select(0, active[i]) for need in stage.method.needs}
+        signals = {need: said[need.kind][i].index_select(0, active[i]) for need in stage.method.needs}
         views.append(Visual(output.new_zeros(len(active[i]), 0), budget, signals=signals, state=memory))
     before = prefill.layers.heads[layer]
     if before is None and prefill.cache is not None:  # rows without an image in this turn
@@ -38,10 +37,3 @@ def run_heads(prefill: Prefill, number: int, stage: Stage) -> None:
         heads[i].fill_(False).index_fill_(0, active[i], True)
     prefill.active_heads[layer] = active
     prefill.layers.heads[layer:] = [heads] * (prefill.plan.depth - layer)
-
-
-def read_heads(prefill: Prefill, out: Tensor, real: Tensor) -> None:
-    """Add what each head says in one layer: out [B, n, H, d], its output before the projection, at real [B, n]."""
-    readings = prefill.readings
-    said = (out.float().abs().sum(-1) * real.to(out.device)[..., None]).sum(1)
-    readings.head_output = said if readings.head_output is None else readings.head_output.to(out.device) + said

@@ -18,7 +18,7 @@ from .arguments import cut_features, cut_layer_call, cut_text_call
 from .attention_probe import HEADS
 from .checks import check_cache_of_past, check_checkpointing, check_features, check_guesses, check_room
 from .layers import run_layer
-from .llm_signals import read_relevance
+from .llm_signals import read_embeddings
 from .packed import replaced
 from .past import ReadOnlyCache, set_layer_mask, with_past_mask, with_position_offset
 from .prefill import Prefill, keep_all, open_prompt, report, run_before_llm
@@ -87,8 +87,8 @@ def _prune(patch: Patch, prefill: Prefill, call: dict[str, Any], elsewhere: list
     check_features(patch.plan, elsewhere)
     if run_before_llm(prefill):
         call = cut_text_call(prefill, call)
-    if patch.plan.relevance:
-        read_relevance(prefill, call["inputs_embeds"])
+    if patch.plan.of_words:
+        read_embeddings(prefill, patch.plan.of_words, call["inputs_embeds"])
     return call
 
 

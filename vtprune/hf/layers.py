@@ -12,6 +12,7 @@ from ..core.errors import UnsupportedCall
 from ..core.method import Stage
 from ..core.signal import Signal
 from ..core.stage_run import Members, run_stage
+from ..signals import kind_of
 from .arguments import note_lengths
 from .heads import run_heads
 from .plan import layer_of
@@ -72,12 +73,13 @@ def _signals(
     """What was read in the layers before, of the tokens of a unit."""
     row, found, readings = unit[0].row, {}, prefill.readings
     for need in stage.method.needs:
-        if need.kind == "relevance":
-            found[need] = readings.relevance[row]
+        if need.kind in readings.words:
+            found[need] = readings.words[need.kind][row]
             continue
         rows = readings.rows[need.kind, layer_of(stage) + need.offset][row].index_select(0, slots)
-        words = sum(length for _, length in text_behind(prefill, row)) if rows.dim() > 1 else 0
-        found[need] = rows if rows.dim() == 1 else rows[..., :words]
+        if kind_of(need).per_word:
+            rows = rows[..., : sum(length for _, length in text_behind(prefill, row))]
+        found[need] = rows
     return found
 
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..core.method import Method, Stage
-from ..core.signal import Signal
+from ..core.signal import Signal, SignalKind
 from ..model_adapters.base import Adapter
+from ..signals import kind_of
 
 LINEAR = "linear_attention"  # the kind of layer whose memory is a state and no keys
 # The method of a text model that adds visual features to its hidden states between layers.
@@ -24,7 +25,8 @@ class Plan:
     depth, layer_types: of the decoder. deepstack: how many of its first layers have visual features added behind them.
     first_layer: the first decoder layer with a stage, or `depth`. first_hook: the first whose arguments are looked
     after. dry_run_layers: those whose own attention a stage that stands there reads, so that they run twice.
-    tower_needs: signals that stages before the LLM read from the vision tower. relevance: a stage reads that of words.
+    tower_needs: signals that stages before the LLM read from the vision tower. of_words: those that stages inside the
+    LLM read from the embeddings. head_signals: those of heads that stages read, by kind.
     reweighing: methods that change attention; the checks let one through.
     by_clip: a stage compares the frames of a sample, so what stages see of a sample are its clips.
     renumber: a stage before the LLM or in the tower lowers the position ids of what it keeps.
@@ -44,7 +46,8 @@ class Plan:
     first_hook: int
     dry_run_layers: frozenset[int]
     tower_needs: frozenset[Signal]
-    relevance: bool
+    of_words: list[SignalKind]
+    head_signals: list[str]
     reweighing: list[Method]
     by_clip: bool
     renumber: bool
@@ -57,6 +60,7 @@ class Plan:
         before = [s for s in stages if s.where == "llm"]
         inside = [s for s in stages if isinstance(s.where, int)]
         first = min((layer_of(s) for s in inside), default=depth)
+        needs = [need for s in inside for need in s.method.needs]
         reweighing: list[Method] = []
         for stage in stages:
             if stage.method.reweighs and stage.method not in reweighing:
@@ -76,7 +80,8 @@ class Plan:
             first_hook=0 if "flash" in adapter.attention() else first,
             dry_run_layers=frozenset(layer_of(s) for s in inside for need in s.method.needs if need.layer == 0),
             tower_needs=frozenset(need for s in before for need in s.method.needs),
-            relevance=any(need.kind == "relevance" for s in stages for need in s.method.needs),
+            of_words=[kind for kind in dict.fromkeys(map(kind_of, needs)) if kind.source == "embeddings"],
+            head_signals=list(dict.fromkeys(n.kind for s in inside if s.method.of == "heads" for n in s.method.needs)),
             reweighing=reweighing,
             by_clip=any(s.per == "sample" and s.method.video for s in stages),
             renumber=any(s.compact for s in stages if not isinstance(s.where, int)),

@@ -59,13 +59,13 @@ class LayerStates:
 class Readings:
     """Signals that were read inside the LLM, by kind and layer: [B, n, ..] of the current slots.
 
-    relevance: for each row that of its words. head_output: [B, H], what the heads said so far. text: embeddings of the
-    words behind the first visual token, by row and place.
+    words: signals of words by kind, a tensor [T] each row. heads: signals of query heads by kind, [B, H]. text: states
+    of all words, by row and place.
     """
 
     rows: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    relevance: list[Tensor] = field(default_factory=list)
-    head_output: Tensor | None = None
+    words: dict[str, list[Tensor]] = field(default_factory=dict)
+    heads: dict[str, Tensor] = field(default_factory=dict)
     text: dict[tuple[int, Where], Tensor] = field(default_factory=dict)
 
 

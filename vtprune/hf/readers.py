@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from ..compilers import outside_while_busy
 from ..core.errors import UnsupportedModel
-from .attention_probe import probe, probe_change, reweighed
-from .heads import read_heads
+from ..signals import LayerAttention, kind_of
+from .attention_probe import Reader, probe, probe_change, reweighed
+from .checks import layers_read
 from .hooks import DryRunDone
-from .llm_signals import AttentionProduct, read_rope_weight, read_rows, read_transition
+from .llm_signals import PromptSlots, read_attention, read_heads, read_module, read_rope
 from .plan import layer_of
-from .slots import prompt_slots
 
 if TYPE_CHECKING:
     from .session import Patch
@@ -23,57 +23,54 @@ if TYPE_CHECKING:
 
 def install_readers(patch: Patch) -> None:
     """Put readers on the decoder layers that the stages read; each quantity of a layer is read once."""
-    layers, plan, seen = patch.adapter.layers, patch.plan, set()
+    plan, seen = patch.plan, set()
     for stage in plan.inside:
         for need in stage.method.needs:
-            layer, own = layer_of(stage) + need.offset, need.offset == 0
-            if need.kind in ("relevance", "head_output"):
-                continue
-            if need.kind == "rope_weight":
-                attention = attention_of(layers[layer])
-                hook = attention.register_forward_pre_hook(partial(read_rope, patch, layer), with_kwargs=True)
-                patch.undo(hook.remove)
-                patch.announce(attention)
-                continue
-            if need.kind == "transition":
-                if ("transition", layer, False) not in seen:
-                    seen.add(("transition", layer, False))
-                    _watch_transitions(patch, layer)
-                continue
-            patch.announce(attention_of(layers[layer]))
-            if "decode" in stage.method.phases:
-                patch.undo(probe(attention_of(layers[layer]), partial(read_step, patch, layer)))
-            if "prefill" not in stage.method.phases:
-                continue
-            for i in range(layer + 1) if need.kind == "received_so_far" else (layer,):
-                if (need.kind, i, own) not in seen:
-                    seen.add((need.kind, i, own))
-                    attention = attention_of(layers[i])
-                    patch.undo(probe(attention, partial(read_attention, patch, need.kind, i, own), before=own))
-                    patch.announce(attention)
+            for layer in layers_read(need, layer_of(stage)):
+                key = (need.kind, layer, need.offset == 0)
+                if "prefill" in stage.method.phases and key not in seen:
+                    seen.add(key)
+                    _read(patch, *key)
+                if "decode" in stage.method.phases:
+                    _probe(patch, layer, partial(read_step, patch, layer))
     for i in sorted(plan.dry_run_layers):
-        patch.undo(probe(attention_of(layers[i]), partial(stop_dry_run, patch), before=True))
-    for i, module in enumerate(layers if plan.reweighing or plan.of_heads else ()):
+        _probe(patch, i, partial(stop_dry_run, patch), before=True)
+    for i, module in enumerate(patch.adapter.layers if plan.reweighing or plan.of_heads else ()):
         patch.undo(probe_change(attention_of(module), partial(change_attention, patch, i)))
         patch.announce(attention_of(module))
 
 
-def _watch_transitions(patch: Patch, layer: int) -> None:
-    for module in (attention_of(patch.adapter.layers[layer]), mlp_of(patch.adapter.layers[layer])):
-        hook = module.register_forward_hook(partial(read_module, patch, layer), with_kwargs=True)
+def _read(patch: Patch, kind: str, i: int, dry: bool) -> None:
+    """Put the reader of one signal on layer i; dry: it reads the layer's dry run, else its real one."""
+    layer, source = patch.adapter.layers[i], kind_of(kind).source
+    if source == "rotary":
+        hook = attention_of(layer).register_forward_pre_hook(partial(rope_reader, patch, kind, i), with_kwargs=True)
         patch.undo(hook.remove)
-        patch.announce(module)
+        patch.announce(attention_of(layer))
+    elif source == "modules":
+        for module in (attention_of(layer), mlp_of(layer)):
+            hook = module.register_forward_hook(partial(module_reader, patch, kind, i), with_kwargs=True)
+            patch.undo(hook.remove)
+            patch.announce(module)
+    elif source == "attention":
+        _probe(patch, i, partial(attention_reader, patch, kind, i, dry), before=dry)
+
+
+def _probe(patch: Patch, i: int, reader: Reader, before: bool = False) -> None:
+    attention = attention_of(patch.adapter.layers[i])
+    patch.undo(probe(attention, reader, before=before))
+    patch.announce(attention)
 
 
 # -- what they do -----------------------------------------------------------------------------------------------------
 
 
 @outside_while_busy
-def read_attention(
+def attention_reader(
     patch: Patch,
     kind: str,
     layer: int,
-    own: bool,
+    dry: bool,
     module: nn.Module,
     q: Tensor,
     k: Tensor,
@@ -81,10 +78,11 @@ def read_attention(
     mask: Tensor | None,
     scaling: float,
 ) -> None:
-    """Read one signal of a layer's attention product; `own`: of the layer's dry run, else of its real one."""
+    """Read one signal of a layer's attention product; dry: of its dry run, else of its real one."""
     prefill = patch.acting
-    if prefill is not None and q.shape[2] > 1 and patch.local.dry_running == own:
-        read_rows(prefill, kind, layer, AttentionProduct(q, k, v, mask, scaling, prefill.past_at(layer)))
+    if prefill is not None and q.shape[2] > 1 and patch.local.dry_running == dry:
+        past, prompt = prefill.past_at(layer), PromptSlots(prefill)
+        read_attention(prefill, kind, layer, LayerAttention(q, k, v, mask, scaling, past, prompt))
 
 
 def read_step(patch: Patch, layer: int, module: nn.Module, *product: Any) -> None:
@@ -114,20 +112,20 @@ def change_attention(
     prefill = patch.acting
     if prefill is not None and out.shape[1] > 1 and i < max(patch.plan.of_heads, default=0):
         with torch.no_grad():
-            read_heads(prefill, out, prompt_slots(prefill))
+            read_heads(prefill, patch.plan.head_signals, out)
     return out
 
 
 @outside_while_busy
-def read_module(
-    patch: Patch, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+def module_reader(
+    patch: Patch, kind: str, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
 ) -> None:
     """Read what a module of layer i makes of its input."""
     prefill = patch.acting
     before = args[0] if args else kwargs["hidden_states"]
     if prefill is not None and not patch.local.dry_running and before.shape[1] > 1:
         with torch.no_grad():
-            read_transition(prefill, i, before, out[0] if isinstance(out, tuple) else out)
+            read_module(prefill, kind, i, before, out[0] if isinstance(out, tuple) else out)
 
 
 @outside_while_busy
@@ -138,7 +136,9 @@ def stop_dry_run(patch: Patch, *_: Any) -> None:
 
 
 @outside_while_busy
-def read_rope(patch: Patch, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def rope_reader(
+    patch: Patch, kind: str, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     """Read the rotary embeddings that a layer was given."""
     prefill, rope = patch.acting, kwargs.get("position_embeddings")
     if prefill is None or (args[0] if args else kwargs["hidden_states"]).shape[1] == 1:
@@ -146,9 +146,9 @@ def read_rope(patch: Patch, layer: int, module: nn.Module, args: tuple[Any, ...]
     if not isinstance(rope, tuple) or rope[0].dim() != 3:
         raise UnsupportedModel(
             f"{type(module).__name__} has no rotary embedding [B, n, d] of a single axis, which the signal "
-            "'rope_weight' divides out: choose a method or version without it"
+            f"{kind!r} divides out: choose a method or version without it"
         )
-    read_rope_weight(prefill, layer, rope)
+    read_rope(prefill, kind, layer, rope)
 
 
 # -- modules of a layer -----------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.units import arange_of
 from ..model_adapters.entries import runs_of
 from .prefill import Prefill
 
@@ -31,20 +30,11 @@ def prompt_slots(prefill: Prefill) -> Tensor:
     return real & ((prefill.token_kind if whole is None else whole.cut(prefill.token_kind, 1)) > 0)
 
 
-def visual_slots(prefill: Prefill, device: torch.device) -> Tensor:
+def visual_slots(prefill: Prefill) -> Tensor:
     """[B, n] bool: which of the current slots hold visual tokens of this call."""
     whole = prefill.prompt.whole
-    visual = (prefill.token_kind if whole is None else whole.cut(prefill.token_kind, 1)).to(device) > 1
-    return visual if whole is None or whole.valid is None else visual & whole.valid.to(device)
-
-
-def last_slots(prefill: Prefill, n: int) -> Tensor:
-    """[B] int64 on the host: the slot of the last token of each row's prompt, of n."""
-    host = prefill.token_kind_on_host
-    if prefill.prompt.whole is not None:  # pads were dropped: rows end with a real token
-        return torch.full((len(host),), n - 1 - prefill.behind)
-    position = torch.arange(1, host.shape[1] + 1)
-    return ((host > 0) * position).amax(1) - 1
+    visual = (prefill.token_kind if whole is None else whole.cut(prefill.token_kind, 1)) > 1
+    return visual if whole is None or whole.valid is None else visual & whole.valid.to(visual.device)
 
 
 def text_behind(prefill: Prefill, row: int) -> list[tuple[int, int]]:
@@ -56,8 +46,3 @@ def text_behind(prefill: Prefill, row: int) -> list[tuple[int, int]]:
         prefill.prompt.note(WORDLESS)
         return [(host.shape[1] - 1 - prefill.behind, 1)]
     return behind
-
-
-def word_slots(prefill: Prefill, row: int, device: torch.device) -> Tensor:
-    """[T] int64: current slots of that text."""
-    return prefill.prompt.slots(row, arange_of(text_behind(prefill, row), device))

@@ -1,0 +1,87 @@
+"""Signals of decoder layers: what the prompt's last token looks at, what tokens receive, and how they change."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..kernels import page_rank as walk
+from .product import LayerAttention
+from .row import signal
+
+SHARPNESS, STEPS = 10, 5  # of the PageRank in AIM (https://arxiv.org/abs/2412.03248)
+
+
+@signal("last_row", shape="[N]", where=("llm",))
+def last_row(a: LayerAttention) -> Tensor:
+    """The softmax row of the prompt's last query restricted to the unit's tokens, mean over heads.
+
+    At decode it is the row of the new token, over all that the layer shows.
+    """
+    return a.last_rows().mean(1)
+
+
+@signal("last_visual", shape="[N]", where=("llm",))
+def last_visual(a: LayerAttention) -> Tensor:
+    """The prompt's last softmax row over the visual tokens only, so that each head's sums to 1, mean over heads."""
+    return _among_visual(a, a.last_rows()).mean(1)
+
+
+@signal("last_value", shape="[N]", where=("llm",))
+def last_value(a: LayerAttention) -> Tensor:
+    """The softmax of v_last . v_j / sqrt(d) over the visual tokens j of the sample, mean over heads."""
+    by_values = replace(a, q=a.values, k=a.all_values, scaling=a.values.shape[-1] ** -0.5)
+    return _among_visual(a, by_values.last_rows()).mean(1)
+
+
+@signal("page_rank", shape="[N]", where=("llm",))
+def page_rank(a: LayerAttention) -> Tensor:
+    """Five steps of PageRank among the tokens of this call on softmax(10 q.k / sqrt(d)); root mean square of heads."""
+    n, mask, real = a.n, a.mask, a.words.real().to(a.q.device)
+    if mask is not None and mask.shape[-2] == n:
+        mask = mask[..., a.past : a.past + n]
+    else:  # causal, with no mask or (flash attention) one that knows padding only
+        allowed = torch.ones(n, n, dtype=torch.bool, device=real.device).tril()
+        mask = allowed[None, None] & real[:, None, None]
+    start = real.float() / real.sum(1, keepdim=True)
+    keys = a.k[:, :, a.past : a.past + n]
+    return walk(a.q, keys, mask, SHARPNESS * a.scaling, STEPS, start[:, None]).square().mean(1).sqrt()
+
+
+@signal("received_so_far", shape="[N]", where=("llm",), so_far=True)
+def received_so_far(a: LayerAttention) -> Tensor:
+    """The softmax weight that all queries of this call gave to a token, in this layer and all before it.
+
+    It is summed over queries and layers, as far as they still were there, and the mean over heads is taken.
+    """
+    return a.given_by(a.words.real().to(a.q.device))
+
+
+@signal("transition", shape="[N]", where=("llm",), source="modules")
+def transition(before: Tensor, after: Tensor, real: Tensor) -> Tensor:
+    """How much a layer turns and stretches a token: the sum over its attention and its MLP of what follows.
+
+    With `in` the module's normalised input and `out` what it adds: |out| / |in| times the softmax of 1 - cos(in, out)
+    over the tokens of the sample. It is of layers that ran before only.
+    """
+    x, y = before.float(), after.float()
+    ratio = y.norm(dim=-1) / x.norm(dim=-1).clamp(min=torch.finfo(x.dtype).tiny)
+    turned = 1 - torch.cosine_similarity(x, y, dim=-1)
+    return ratio.masked_fill(~real, 0) * turned.masked_fill(~real, -torch.inf).softmax(-1)
+
+
+@signal("head_output", shape="[H]", where=("llm",), source="heads", so_far=True)
+def head_output(out: Tensor, real: Tensor) -> Tensor:
+    """The sum of |output| of a head before the output projection, in this layer and all before it.
+
+    The sum runs over the head's channels, the tokens of this call, and the layers.
+    """
+    return (out.float().abs().sum(-1) * real[..., None]).sum(1)
+
+
+def _among_visual(a: LayerAttention, rows: Tensor) -> Tensor:
+    """Softmax rows [B, H, n] as if only the visual tokens of this call had been there."""
+    rows = rows * a.words.visual().to(rows.device)[:, None]
+    return rows / rows.sum(-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)

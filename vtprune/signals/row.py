@@ -1,0 +1,51 @@
+"""`signal`, which makes a function one row of the registry of signals, and `kind_of`, which finds the row."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from ..core.signal import Place, Signal, SignalKind, Source
+from ..registry import SIGNALS
+
+
+def signal(
+    name: str,
+    *,
+    shape: str,
+    where: tuple[Place, ...],
+    source: Source = "attention",
+    of_cls: bool = False,
+    over_queries: bool = False,
+    so_far: bool = False,
+    vit: str | None = None,
+) -> Callable[[Callable[..., Any]], SignalKind]:
+    """Decorator: make a function known as the signal `name`, which any method may then list in `needs`.
+
+    The arguments are the fields of `SignalKind`; the docstring of the function says what the signal is. The answer is
+    the row, which can be called like the function. Raises ValueError if the name is taken or the fields do not fit.
+
+    >>> @vtprune.signals.signal("key_norm", shape="[N]", where=("tower",))
+    ... def key_norm(a):
+    ...     '''The L2 norm of the keys' mean over heads.'''
+    ...     return a.k.float().mean(1).norm(dim=-1)
+    """
+
+    def add(read: Callable[..., Any]) -> SignalKind:
+        doc = inspect.cleandoc(read.__doc__ or "")
+        row = SignalKind(name, shape, where, source, read, doc, of_cls, over_queries, so_far, vit)
+        SIGNALS.add(name, row, f"@signal({name!r})")
+        return row
+
+    return add
+
+
+def kind_of(wanted: Signal | str) -> SignalKind:
+    """The row of a signal, or of its name; ValueError on a name that nobody registered, with those that are known."""
+    return SIGNALS.get(wanted.kind if isinstance(wanted, Signal) else wanted)
+
+
+def kinds() -> list[SignalKind]:
+    """The rows of all signals, sorted by name."""
+    return SIGNALS.all()
