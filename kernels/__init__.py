@@ -22,18 +22,18 @@ def _step_aside() -> bool:
 
 if __name__ != "kernels" or not _step_aside():
     from .attention import attention_received, attention_rows
-    from .checks import Verdict, check, check_finite, deferring
+    from .checks import DeferredChecks, check, check_finite, deferring
     from .compact import Compacted, compact
     from .dispatch import best_first, full_precision, recorded, recording, use
     from .farthest_point import farthest_point
     from .merge import merge
     from .page_rank import page_rank
-    from .transfer import Arriving, to_device
+    from .transfer import HostCopy, to_device
 
     __all__ = [
-        "Arriving",
         "Compacted",
-        "Verdict",
+        "DeferredChecks",
+        "HostCopy",
         "attention_received",
         "attention_rows",
         "best_first",
@@ -50,3 +50,4 @@ if __name__ != "kernels" or not _step_aside():
         "to_device",
         "use",
     ]
+    Arriving, Verdict = HostCopy, DeferredChecks  # TEMPORARY

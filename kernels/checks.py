@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .transfer import Arriving
+from .transfer import HostCopy
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ _deferred: ContextVar[list[Check] | None] = ContextVar("vtprune_checks", default
 
 @contextmanager
 def deferring() -> Iterator[list[Check]]:
-    """Collect the checks made in this block instead of reading them; hand the list to `Verdict`.
+    """Collect the checks made in this block instead of reading them; hand the list to `DeferredChecks`.
 
     An exception inside the block gives way to the error of a check that does not hold: it explains the other.
     """
@@ -35,20 +35,20 @@ def deferring() -> Iterator[list[Check]]:
     try:
         yield checks
     except Exception:
-        Verdict(checks).settle()
+        DeferredChecks(checks).raise_if_failed()
         raise
     finally:
         _deferred.reset(token)
 
 
-class Verdict:
+class DeferredChecks:
     """Checks whose results are on their way to the host."""
 
     def __init__(self, checks: Sequence[Check]) -> None:
         self._checks = checks
-        self._flags = Arriving(torch.stack([check.holds for check in checks])) if checks else None
+        self._flags = HostCopy(torch.stack([check.holds for check in checks])) if checks else None
 
-    def settle(self) -> None:
+    def raise_if_failed(self) -> None:
         """Raise the error of the first check that does not hold."""
         if self._flags is None:
             return
@@ -56,12 +56,14 @@ class Verdict:
             if not holds:
                 raise check.error()
 
+    settle = raise_if_failed  # TEMPORARY
+
 
 def check(holds: Tensor, error: Callable[[], Exception]) -> None:
-    """Raise error() unless holds [] bool is True: now, or where an enclosing `deferring` block settles its checks."""
+    """Raise error() unless holds [] bool is True: now, or where an enclosing `deferring` block reads its checks."""
     deferred = _deferred.get()
     if deferred is None:
-        Verdict([Check(holds, error)]).settle()
+        DeferredChecks([Check(holds, error)]).raise_if_failed()
     else:
         deferred.append(Check(holds, error))
 

@@ -13,7 +13,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True)
 
 
-class Arriving:
+class HostCopy:
     """A small tensor on its way to the host: the copy starts now, `read` waits for that copy and for nothing later."""
 
     def __init__(self, x: Tensor) -> None:

@@ -25,9 +25,18 @@ def filled(kind: str, batch: int = 2) -> DynamicCache | StaticCache:
     return cache
 
 
-def shrink(cache, valid=None, shift=None, remask=False) -> None:
+def shrink(cache, valid=None, position_offset=None, rebuild_mask=False) -> None:
     for layer in range(2):
-        kv.shrink(cache, layer, past=0, fed=FED, ran=RAN, valid=valid, remask=remask, shift=shift)
+        kv.shrink(
+            cache,
+            layer,
+            past=0,
+            fed=FED,
+            ran=RAN,
+            valid=valid,
+            rebuild_mask=rebuild_mask,
+            position_offset=position_offset,
+        )
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
@@ -55,20 +64,20 @@ def test_a_second_pruned_call_adds_up() -> None:
     more = torch.ones(2, 1, 3, WIDTH)
     cache.update(more, more, 0)
     kv.leave()
-    kv.shrink(cache, 0, past=FED, fed=5, ran=3, valid=None, remask=False, shift=None)
+    kv.shrink(cache, 0, past=FED, fed=5, ran=3, valid=None, rebuild_mask=False, position_offset=None)
     layer = cache.layers[0]
     assert (layer.dropped, layer.prefix, int(layer.get_seq_length())) == (8, 7, 15)
     assert layer.valid.tolist() == [[True] * 7, [False] + [True] * 6]
-    assert layer.remask
+    assert layer.rebuild_mask
 
 
 def test_rows_follow_beams_and_selection() -> None:
     cache = filled("dynamic")
     valid = torch.tensor([[True] * 4, [False, True, True, True]])
-    shrink(cache, valid=valid, shift=torch.tensor([6, 7]))
+    shrink(cache, valid=valid, position_offset=torch.tensor([6, 7]))
     cache.reorder_cache(torch.tensor([1, 1]))
     assert torch.equal(cache.layers[0].valid, valid[[1, 1]])
-    assert cache.layers[0].shift.tolist() == [7, 7]
+    assert cache.layers[0].position_offset.tolist() == [7, 7]
     cache.batch_repeat_interleave(2)
     assert cache.layers[1].valid.shape == (4, 4)
     assert cache.layers[1].keys.shape[0] == 4
@@ -125,13 +134,13 @@ def test_ragged_rows_cannot_be_continued_without_the_patch() -> None:
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_layers_that_store_other_tokens_cannot_be_continued_without_the_patch(kind: str) -> None:
     cache = filled(kind)
-    kv.shrink(cache, 1, past=0, fed=FED, ran=RAN, valid=None, remask=False, shift=None, uneven=True)
+    kv.shrink(cache, 1, past=0, fed=FED, ran=RAN, valid=None, rebuild_mask=False, position_offset=None, own_tokens=True)
     one = torch.ones(2, 1, 1, WIDTH)
     for layers in (cache.layers[1], copy.deepcopy(cache).layers[1]):
         with pytest.raises(UnsupportedCall, match="rows or layers"):
             layers.update(one, one)
-    kv.shrink(cache, 1, past=FED, fed=0, ran=0, valid=None, remask=False, shift=None)
-    assert cache.layers[1].uneven, "a later call does not even it out"
+    kv.shrink(cache, 1, past=FED, fed=0, ran=0, valid=None, rebuild_mask=False, position_offset=None)
+    assert cache.layers[1].own_tokens, "a later call does not even it out"
     cache.reset()
     cache.update(one, one, 1)
 

@@ -224,7 +224,7 @@ def test_non_finite_rows_are_refused_and_harm_no_memory(
         picks = by_triton([fine, x, x * bad], [3, 7, 7], objective="maxsum", memory=memory)
     assert [sorted(p) for p in picks] == [list(range(n)) for n in (3, 7, 7)]
     with pytest.raises(ValueError, match=r"feature rows of unit 1 hold 1 NaN or Inf.*5"):
-        kernels.Verdict(checks).settle()
+        kernels.DeferredChecks(checks).raise_if_failed()
     with pytest.raises(ValueError, match=r"unit 0 hold 1 NaN or Inf"):
         by_triton([x], [1], memory=memory)
 

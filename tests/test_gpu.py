@@ -10,9 +10,12 @@ import torch
 
 import vtprune
 from vtprune import Stage
+from vtprune.core.prompt import PromptState
 from vtprune.evals import tiny
 from vtprune.evals.accuracy import Exam
-from vtprune.frame import Frame
+from vtprune.hf import hooks
+from vtprune.hf.arguments import cut_text_call
+from vtprune.hf.prefill import Prefill, open_prompt, run_before_llm
 from vtprune.model_adapters.generic import Features
 
 pytestmark = [
@@ -91,8 +94,9 @@ ON_DEVICE = ["divprune", "todre", "hiprune", "visionzip", "cls_topk"]
 def test_the_pre_llm_path_never_waits(method: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the units to the cut arguments of the text model; transformers' own waits are not ours to judge."""
     _, twin, _, there = _pair(family)
-    for name in ("open", "run_stages", "cut_call", "settle"):
-        _without_waiting(monkeypatch, name)
+    for name in ("open_prompt", "run_before_llm", "cut_text_call"):
+        _without_waiting(monkeypatch, hooks, name)
+    _without_waiting(monkeypatch, PromptState, "raise_if_failed")
     with vtprune.patch(twin, Stage("llm", vtprune.create(method), keep=0.5)) as handle, torch.inference_mode():
         for _ in range(2):  # the first run compiles kernels and copies, once per layout, where its crops lie
             twin(**there)
@@ -100,8 +104,8 @@ def test_the_pre_llm_path_never_waits(method: str, family: str, monkeypatch: pyt
     assert handle.last.kernels["compact"] == "triton"
 
 
-def _without_waiting(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    function, calls = getattr(Frame, name), []
+def _without_waiting(monkeypatch: pytest.MonkeyPatch, owner, name: str) -> None:
+    function, calls = getattr(owner, name), []
 
     def strict(*args):
         calls.append(name)
@@ -111,48 +115,47 @@ def _without_waiting(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(Frame, name, strict)
+    monkeypatch.setattr(owner, name, strict)
 
 
 @pytest.mark.parametrize("method", ON_DEVICE)
 def test_the_pre_llm_path_in_a_cuda_graph(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Recorded once, replayed on other features: the same cut as without a graph."""
     _, twin, _, there = _pair("llava")
-    frames, calls = [], []
-    cut_call = Frame.cut_call
+    prefills, calls = [], []
 
-    def recorded(frame, call):
-        frames.append(frame)
+    def recorded(prefill, call):
+        prefills.append(prefill)
         calls.append(dict(call))
-        return cut_call(frame, call)
+        return cut_text_call(prefill, call)
 
-    monkeypatch.setattr(Frame, "cut_call", recorded)
+    monkeypatch.setattr(hooks, "cut_text_call", recorded)
     with vtprune.patch(twin, Stage("llm", vtprune.create(method), keep=0.5)) as handle, torch.inference_mode():
         twin(**there)
-        session, (seen,), (call,) = handle._session, frames, calls
+        patch, (seen,), (call,) = handle._session, prefills, calls
         signals = [unit.signals for unit in seen.units]
         features = {"image": Features([unit.n for unit in seen.units], [u.spans for u in seen.units], signals)}
         monkeypatch.undo()
 
         def cut():
-            frame = Frame(session.adapter, session.stages, seen.code.clone())
-            frame.foresee({})
-            return frame, lambda: (frame.open(call, features), frame.run_stages("llm", call["inputs_embeds"]))
+            prefill = Prefill(patch.adapter, patch.plan, seen.token_kind.clone())
+            prefill.start_host_copies({})
+            return prefill, lambda: (open_prompt(prefill, call, features), run_before_llm(prefill))
 
         cut()[1]()
         torch.cuda.synchronize()
-        frame, run = cut()
-        frame._arriving.read()
+        prefill, run = cut()
+        prefill.copies[0].read()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             run()
-            out = frame.cut_call(call)
+            out = cut_text_call(prefill, call)
         call["inputs_embeds"].copy_(torch.randn_like(call["inputs_embeds"]))
         graph.replay()
         torch.cuda.synchronize()
         again, run = cut()
         run()
-        expected = again.cut_call(call)
+        expected = cut_text_call(again, call)
     assert torch.equal(out["inputs_embeds"], expected["inputs_embeds"])
     assert torch.equal(out["position_ids"], expected["position_ids"])
 

@@ -185,7 +185,7 @@ def test_only_indices_outlive_a_call(family: str) -> None:
             gc.collect()
             assert dead() is None, (method, how)
             session = handle._session
-            kept = [handle.last, session.local.__dict__, list(session.seen._known.values())]
+            kept = [handle.last, session.local.__dict__, list(session.encoded._known.values())]
             assert not wide_tensors(kept, 8), (method, how)
         handle.remove()
 

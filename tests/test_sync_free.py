@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vtprune
-from vtprune import frame as frames
+from vtprune.core import stage_run
+from vtprune.hf import hooks, prefill
 from vtprune.kernels import use
 from vtprune.model_adapters.generic import Features
 from vtprune.types import Signal, Span
@@ -72,20 +73,20 @@ def test_no_host_waits_on_the_pre_llm_path(method: str, monkeypatch: pytest.Monk
     code = torch.ones(1, length, dtype=torch.int8)
     code[0, 4 : 4 + n] = 2
     pretended = FakeTensorMode(allow_non_fake_inputs=True)
-    begin = frames.begin
+    begin = prefill.begin
 
     def begin_there(*args: Any) -> Any:
         with pretended:
             return begin(*args)
 
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)  # there is no driver to start
-    monkeypatch.setattr(frames, "begin", begin_there)
-    monkeypatch.setattr(frames, "Arriving", Pretended(code))
-    monkeypatch.setattr(frames, "Clock", _NoClock)
-    monkeypatch.setattr(frames, "capturing", lambda device: False)
-    monkeypatch.setattr(frames, "Verdict", _NoVerdict)
+    monkeypatch.setattr(prefill, "begin", begin_there)
+    monkeypatch.setattr(prefill, "HostCopy", Pretended(code))
+    monkeypatch.setattr(stage_run, "Clock", _NoClock)
+    monkeypatch.setattr(stage_run, "capturing", lambda device: False)
+    monkeypatch.setattr(stage_run, "DeferredChecks", _NoChecks)
     with vtprune.patch(model, method, keep=0.25) as handle, use("reference"), torch.no_grad():
-        session, stage = handle._session, handle.stages[0]
+        patch, stage = handle._session, handle.stages[0]
         parts_of(spans, n, stage.per, stage.newlines, False)  # once per layout, on the host
         for _ in range(2):  # the first run may copy the tokens of the parts, once per layout
             with pretended:
@@ -94,14 +95,14 @@ def test_no_host_waits_on_the_pre_llm_path(method: str, monkeypatch: pytest.Monk
                     "attention_mask": torch.ones(1, length, dtype=torch.int64, device="cuda"),
                     "position_ids": torch.arange(length, device="cuda")[None],
                 }
-                signals = {need: _signal(need, n) for need in session.tower_needs}
+                signals = {need: _signal(need, n) for need in patch.plan.tower_needs}
                 there = torch.ones(1, length, dtype=torch.int8, device="cuda")
-                frame = frames.Frame(session.adapter, session.stages, there)
-                frame.foresee(call)
-            frame.open(call, {"image": Features([n], [spans], [signals])})
+                begun = prefill.Prefill(patch.adapter, patch.plan, there)
+                begun.start_host_copies(call)
+            prefill.open_prompt(begun, call, {"image": Features([n], [spans], [signals])})
             with pretended, Waits() as waits:
-                assert frame.run_stages("llm", call["inputs_embeds"])
-                cut = session._cut_text_call(frame, call)
+                assert prefill.run_before_llm(begun)
+                cut = hooks.cut_text_call(begun, call)
             assert cut["inputs_embeds"].device.type == "cuda"
             assert cut["inputs_embeds"].shape[1] < length
     assert waits.seen == []
@@ -118,7 +119,7 @@ class _NoClock:
         return self
 
 
-class _NoVerdict:
+class _NoChecks:
     def __init__(self, checks: Any) -> None: ...
 
 

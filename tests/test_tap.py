@@ -205,7 +205,7 @@ def test_outputs_are_bit_identical_and_the_config_comes_back(make, inputs, imple
         after = model(**inputs(), output_hidden_states=True).hidden_states
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(before, tapped, after))
     assert all(m.config is config for m, config in zip(attention, configs))
-    assert not any(hasattr(config, "vtprune_tap") for config in configs)
+    assert not any(hasattr(config, "vtprune_probe") for config in configs)
 
 
 def test_only_one_module_is_touched():

@@ -11,7 +11,7 @@ from .recipe import Recipe, given_stages, method_of
 if TYPE_CHECKING:
     from torch import nn
 
-    from .hooks import Session
+    from .hf.session import Patch
     from .vit import VitSession
 
 _KEY = "_vtprune"
@@ -26,7 +26,7 @@ class Handle:
     ...     handle.last.units[0].idx
     """
 
-    def __init__(self, model: nn.Module, session: Session | VitSession) -> None:
+    def __init__(self, model: nn.Module, session: Patch | VitSession) -> None:
         self._root: nn.Module | None = session.root
         self._session, self._name = session, type(model).__name__
         self._enter()
@@ -146,18 +146,18 @@ def patch(
         from .vit import VitSession
 
         return Handle(model, VitSession(vit, stages))
-    from .hooks import Session
+    from .hf.session import Patch
 
     if before is not None:
-        if not isinstance(before._session, Session):
+        if not isinstance(before._session, Patch):
             raise ValueError(f"a part of this model is patched alone ({before!r}): call vtprune.unpatch(model) first")
         stages = sorted([*before.stages, *stages], key=lambda s: s.where if isinstance(s.where, int) else -1)
         before._session.remove()
     try:
-        session = Session(model, stages)
+        session = Patch(model, stages)
     except BaseException:
         if before is not None:
-            before._session._install()
+            before._session.install()  # type: ignore[union-attr]
         raise
     if before is not None:
         before.remove()

@@ -1,10 +1,10 @@
 """The old import path of `vtprune.core.units`."""
 
-from .core.units import Alive, Part, arange_of, begin, divide, emptied, groups, kept_by_crop, parts_of
+from .core.units import Part, TokenGroup, arange_of, begin, divide, emptied, groups, kept_by_crop, parts_of
 
 __all__ = [
-    "Alive",
     "Part",
+    "TokenGroup",
     "arange_of",
     "begin",
     "divide",

@@ -6,20 +6,19 @@ images of a row, side by side -> units of a stage -> one answer of the method ea
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..kernels import full_precision
-from .ask import ask
 from .framing import clips_seen, clips_told
 from .method import Stage
+from .prompt import PromptState, side_by_side
+from .result import UnitResult
 from .signal import Signal
-from .units import Alive, Unit, begin, groups, joined_spans, tokens_of
-from .visual import Assignment, Visual
+from .stage_run import encoded_signals, run_stage
+from .units import TokenGroup, Unit, begin
+from .visual import Span
 
 
 @dataclass(frozen=True)
@@ -41,25 +40,6 @@ class Selected:
     notes: tuple[str, ...] = ()
 
 
-@dataclass
-class _Rows:
-    """The rows of one call while the stages run. hidden: [L, D] for each row, merged tokens in place.
-
-    picked: for each image the row positions of its units in the order picked, of the last stage that asked about it;
-    None stands for a unit without an order. scores: [L] for each row; scored: the images that have some.
-    """
-
-    stages: Sequence[Stage]
-    units: Sequence[Unit]
-    hidden: list[Tensor]
-    text: Sequence[Tensor | None]
-    alive: list[Alive]
-    scores: list[Tensor]
-    picked: dict[int, list[Tensor | None]] = field(default_factory=dict)
-    scored: set[int] = field(default_factory=set)
-    notes: list[str] = field(default_factory=list)
-
-
 def run_stages(
     features: Sequence[Tensor], units: Sequence[Unit], stages: Sequence[Stage], text: Sequence[Tensor | None]
 ) -> list[Selected]:
@@ -71,16 +51,49 @@ def run_stages(
     """
     for stage in stages:
         _check(stage)
-    rows: list[list[Tensor]] = [[] for _ in text]
-    for x, unit in zip(features, units):
-        rows[unit.row].append(x)
-    hidden = [torch.cat(row) for row in rows]
-    alive = [begin(unit, i, hidden[unit.row].device) for i, unit in enumerate(units)]
-    scores = [torch.full((len(x),), torch.nan, device=x.device) for x in hidden]
-    run = _Rows(stages, units, hidden, text, alive, scores)
-    for stage in stages:
-        _run(run, stage)
-    return [_selected(run, i) for i in range(len(units))]
+    hidden = side_by_side(features, units, len(text))
+    groups = [begin(unit, i, hidden[unit.row].device) for i, unit in enumerate(units)]
+    keep = [torch.ones(len(x), dtype=torch.bool, device=x.device) for x in hidden]
+    state = PromptState(list(units), groups, hidden, keep, [len(x) for x in hidden])
+    orders: dict[int, list[Tensor | None]] = {}
+    scores: dict[int, Tensor] = {}
+    for number, stage in enumerate(stages):
+        clips = _clips(stage, stages, units, len(text))
+        asked = run_stage(state, number, stage, clips, encoded_signals, lambda row, _: text[row])
+        orders |= {group.image: [] for unit, _ in asked for group in unit}
+        for unit, result in asked:
+            _note(unit, result, orders, scores, len(hidden[result.row]))
+    state.raise_if_failed()
+    return [_selected(state, i, orders.get(i, []), scores) for i in range(len(units))]
+
+
+def _note(
+    unit: Sequence[TokenGroup],
+    result: UnitResult,
+    orders: dict[int, list[Tensor | None]],
+    scores: dict[int, Tensor],
+    length: int,
+) -> None:
+    """Keep the order and the scores of one answer, in positions of the row, for the images it was about."""
+    assert result.seen is not None
+    order = None if result.order is None else result.seen.index_select(0, result.order)
+    for image in {group.image for group in unit}:
+        orders[image].append(order)
+        if result.scores is not None:
+            before = scores.get(image)
+            row = before if before is not None else torch.full((length,), torch.nan, device=result.seen.device)
+            scores[image] = row.index_copy(0, result.seen, result.scores.float())
+
+
+def _clips(stage: Stage, stages: Sequence[Stage], units: Sequence[Unit], rows: int) -> list[int] | None:
+    """The clip of every image, for a stage that sees samples: as counted, or neighbours of one size."""
+    if stage.per != "sample":
+        return None
+    if stage.clips:
+        return clips_told(units, rows, stage.clips)
+    if any(s.per == "sample" and s.method.video for s in stages):
+        return clips_seen(units, [()] * rows)  # no words stand between
+    return None
 
 
 def _check(stage: Stage) -> None:
@@ -99,7 +112,7 @@ def _check(stage: Stage) -> None:
 
 def rows_of(
     sizes: Sequence[int],
-    spans: Sequence[tuple[Any, ...]],
+    spans: Sequence[tuple[Span, ...]],
     video: Sequence[bool],
     signals: Sequence[dict[Signal, Tensor]],
     rows: Sequence[int],
@@ -114,104 +127,22 @@ def rows_of(
     return units
 
 
-def _run(run: _Rows, stage: Stage) -> None:
-    """Ask the method of a stage about every unit of which something goes."""
-    run.alive, units = groups(run.alive, stage, _clips(run, stage))
-    budgets = _budgets(stage, units, len(run.text))
-    todo = [i for i, group in enumerate(units) if (k := budgets[i]) is None or k < sum(a.m for a in group)]
-    state: dict[str, Any] = {}
-    views = [_visual(run, stage, units[i], budgets[i], state) for i in todo]
-    with full_precision(run.hidden[0].device):
-        answers = ask(stage, views) if views else []
-    asked = {a.image for i in todo for a in units[i]}
-    for image in asked:
-        run.picked[image] = []
-    for i, view, answer in zip(todo, views, answers):
-        _take(run, units[i], view, answer)
-        note = view.state.get("note")
-        if note and note not in run.notes:
-            run.notes.append(note)
-    if stage.newlines == "drop":
-        for a in run.alive:
-            if a.separator and a.image in asked:
-                a.keep(a.positions[:0])
-
-
-def _clips(run: _Rows, stage: Stage) -> list[int] | None:
-    """The clip of every image, for a stage that sees samples: as counted, or neighbours of one size."""
-    if stage.per != "sample":
-        return None
-    if stage.clips:
-        return clips_told(run.units, len(run.text), stage.clips)
-    if any(s.per == "sample" and s.method.video for s in run.stages):
-        return clips_seen(run.units, [()] * len(run.text))  # no words stand between
-    return None
-
-
-def _budgets(stage: Stage, units: list[list[Alive]], rows: int) -> list[int | None]:
-    budgets: list[int | None] = [None] * len(units)
-    for row in range(rows):
-        mine = [i for i, group in enumerate(units) if group[0].row == row]
-        dealt = stage.budgets([sum(a.n for a in units[i]) for i in mine]) if mine else []
-        for i, budget in zip(mine, dealt):
-            budgets[i] = budget
-    return budgets
-
-
-def _visual(run: _Rows, stage: Stage, group: list[Alive], budget: int | None, state: dict[str, Any]) -> Visual:
-    row, one = group[0].row, group[0] if len(group) == 1 else None
-    positions, order = tokens_of(group)
-    signals = {}
-    for need in stage.method.needs:
-        if all(need in a.unit.signals for a in group):
-            joined = torch.cat([a.unit.signals[need].index_select(0, a.origin) for a in group])
-            signals[need] = joined if order is None else joined.index_select(0, order)
-    return Visual(
-        x=run.hidden[row].index_select(0, positions),
-        budget=budget,
-        grid=one.grid if one else None,
-        spans=one.spans if one else joined_spans(group),
-        video=stage.per == "sample" or group[0].unit.modality == "video",
-        signals=signals,
-        text=run.text[row],
-        state=state,
-    )
-
-
-def _take(run: _Rows, group: list[Alive], view: Visual, answer: Assignment) -> None:
-    """Write down an answer: merged tokens, what is left of each member, the order and the scores."""
-    row, (positions, order) = group[0].row, tokens_of(group)
-    images = {a.image for a in group}
-    if answer.merges:
-        places = positions.index_select(0, answer.idx)
-        run.hidden[row] = run.hidden[row].index_put((places,), answer.apply(view.x))
-    for image in images:
-        run.picked[image].append(None if answer.order is None else positions.index_select(0, answer.order))
-    if answer.scores is not None:
-        run.scores[row] = run.scores[row].index_copy(0, positions, answer.scores.float())
-        run.scored |= images
-    chosen = answer.idx if order is None else order.index_select(0, answer.idx).sort().values
-    for a, start in zip(group, list(accumulate((a.m for a in group), initial=0))):
-        a.keep(chosen[(chosen >= start) & (chosen < start + a.m)] - start)
-
-
-def _selected(run: _Rows, image: int) -> Selected:
-    unit = run.units[image]
+def _selected(state: PromptState, image: int, orders: Sequence[Tensor | None], scores: dict[int, Tensor]) -> Selected:
+    """What is left of an image."""
+    unit = state.units[image]
     start, n = unit.ranges[0]
-    hidden, members = run.hidden[unit.row], [a for a in run.alive if a.image == image]
-    idx = torch.cat([a.origin for a in members]).sort().values
-    scores = run.scores[unit.row][start : start + n] if image in run.scored else None
+    idx = torch.cat([group.origin for group in state.groups if group.image == image]).sort().values
     return Selected(
         n=n,
         idx=idx,
-        features=hidden.index_select(0, idx + start),
-        order=_order(run.picked.get(image, []), idx, start, n),
-        scores=scores,
-        notes=tuple(run.notes),
+        features=state.hidden[unit.row].index_select(0, idx + start),
+        order=_order(orders, idx, start, n),
+        scores=scores[image][start : start + n] if image in scores else None,
+        notes=tuple(state.notes),
     )
 
 
-def _order(picked: list[Tensor | None], idx: Tensor, start: int, n: int) -> Tensor | None:
+def _order(picked: Sequence[Tensor | None], idx: Tensor, start: int, n: int) -> Tensor | None:
     """The kept positions idx of an image in the order in which its units were picked."""
     units = [some for some in picked if some is not None]
     if not units or len(units) < len(picked):

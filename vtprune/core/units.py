@@ -1,4 +1,4 @@
-"""What is alive of every image while it shrinks, and how a stage sees it: by image, crop, frame or sample."""
+"""`TokenGroup`: what is left of an image while it shrinks, and how a stage sees it: by image, crop, frame or sample."""
 
 from __future__ import annotations
 
@@ -60,18 +60,18 @@ class Part:
 
 
 @dataclass
-class Alive:
+class TokenGroup:
     """An image, or a part of one, while it shrinks.
 
-    image: its number in the batch. part: number of the crop or frame, None for the whole. n: its tokens unpruned.
-    positions: [m] where its tokens stand in the row as fed. origin: [m] the same counted in the image's tokens.
+    image: its number in the batch. part: number of the crop or frame, None for the whole. total: its tokens unpruned.
+    positions: [left] where its tokens stand in the row as fed. origin: [left] the same counted in the image's tokens.
     run: (start, length) in the row while nothing was cut and nothing stands between; else None.
     spans: its rasters, empty once something was cut. separator: newlines and the like, which stand in no raster.
     """
 
     unit: Unit
     image: int
-    n: int
+    total: int
     positions: Tensor
     origin: Tensor
     spans: tuple[Span, ...] = ()
@@ -80,14 +80,14 @@ class Alive:
     separator: bool = False
 
     @property
-    def m(self) -> int:
+    def left(self) -> int:
         """Tokens left."""
         return self.positions.shape[0]
 
     @property
     def whole(self) -> bool:
         """True until something is cut."""
-        return self.m == self.n
+        return self.left == self.total
 
     @property
     def row(self) -> int:
@@ -98,20 +98,20 @@ class Alive:
     def grid(self) -> tuple[int, int, int] | None:
         """(t, h, w) if the tokens are one raster without separators."""
         one = self.spans[0] if len(self.spans) == 1 else None
-        return one.grid if one and not one.newline and len(one) == self.m else None
+        return one.grid if one and not one.newline and len(one) == self.left else None
 
     def keep(self, idx: Tensor) -> None:
         """Cut down to the tokens idx [K], ascending."""
-        if idx.shape[0] < self.m:
+        if idx.shape[0] < self.left:
             self.spans, self.run = (), None
         self.positions, self.origin = self.positions.index_select(0, idx), self.origin.index_select(0, idx)
 
 
-def begin(unit: Unit, image: int, device: torch.device) -> Alive:
+def begin(unit: Unit, image: int, device: torch.device) -> TokenGroup:
     """A unit before anything was cut. Indices are made on the device: nothing is copied there."""
     positions = arange_of(unit.ranges, device)
     run = unit.ranges[0] if len(unit.ranges) == 1 else None
-    return Alive(unit, image, unit.n, positions, torch.arange(unit.n, device=device), unit.spans, run)
+    return TokenGroup(unit, image, unit.n, positions, torch.arange(unit.n, device=device), unit.spans, run)
 
 
 def arange_of(ranges: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
@@ -121,38 +121,38 @@ def arange_of(ranges: Sequence[tuple[int, int]], device: torch.device) -> Tensor
 
 
 def groups(
-    alive: list[Alive], stage: Stage, clips: Sequence[int] | None = None
-) -> tuple[list[Alive], list[list[Alive]]]:
-    """What is alive, divided as finely as the stage needs, and the units of the stage: lists of its members.
+    left: list[TokenGroup], stage: Stage, clips: Sequence[int] | None = None
+) -> tuple[list[TokenGroup], list[list[TokenGroup]]]:
+    """What is left, divided as finely as the stage needs, and the units of the stage: lists of their members.
 
     clips: for each image of the batch the number of its clip, where a sample is divided into clips.
     """
-    alive = [part for a in alive for part in divide(a, stage)]
-    seen = [a for a in alive if not (a.separator and (stage.newlines != "compete" or stage.per in ("crop", "frame")))]
+    left = [part for a in left for part in divide(a, stage)]
+    seen = [a for a in left if not (a.separator and (stage.newlines != "compete" or stage.per in ("crop", "frame")))]
     if stage.per == "image":
         keys: list[tuple[int, ...]] = [(a.row, a.image) for a in seen]
     elif stage.per == "sample":
         keys = [(a.row, clips[a.image] if clips else 0) for a in seen]
     else:
         keys = [(a.row, a.image, number) for number, a in enumerate(seen)]
-    members: dict[tuple[int, ...], list[Alive]] = {}
+    members: dict[tuple[int, ...], list[TokenGroup]] = {}
     for a, key in zip(seen, keys):
-        if a.m:  # a unit of which nothing is left is none
+        if a.left:  # a unit of which nothing is left is none
             members.setdefault(key, []).append(a)
-    return alive, list(members.values())
+    return left, list(members.values())
 
 
-def divide(a: Alive, stage: Stage) -> list[Alive]:
+def divide(a: TokenGroup, stage: Stage) -> list[TokenGroup]:
     """The parts of a whole image that the stage looks at one by one; what was cut before stays as it is."""
     if a.part is not None or a.separator or not a.whole:
         return [a]
-    parts = parts_of(a.spans, a.n, stage.per, stage.newlines, a.unit.modality == "video")
+    parts = parts_of(a.spans, a.total, stage.per, stage.newlines, a.unit.modality == "video")
     if len(parts) == 1:
         return [a]
     device, out, number = a.positions.device, [], 0
     for i, part in enumerate(parts):
-        idx = _on_device(a.spans, a.n, stage.per, stage.newlines, a.unit.modality == "video", device)[i]
-        piece = replace(a, n=len(idx), spans=part.spans, run=None, separator=part.separator)
+        idx = _on_device(a.spans, a.total, stage.per, stage.newlines, a.unit.modality == "video", device)[i]
+        piece = replace(a, total=len(idx), spans=part.spans, run=None, separator=part.separator)
         piece.positions, piece.origin = a.positions.index_select(0, idx), a.origin.index_select(0, idx)
         if a.run and part.start is not None:
             piece.run = (a.run[0] + part.start, len(idx))
@@ -215,7 +215,7 @@ def _rasters(span: Span, per: Per, newlines: Newlines, video: bool) -> Iterator[
         yield ids, replace(span, start=0, newline=ends)
 
 
-def tokens_of(group: Sequence[Alive]) -> tuple[Tensor, Tensor | None]:
+def tokens_of(group: Sequence[TokenGroup]) -> tuple[Tensor, Tensor | None]:
     """Positions in the row of all tokens of a unit; for parts of an image also the order that makes them ascend."""
     if len(group) == 1:
         return group[0].positions, None
@@ -226,15 +226,15 @@ def tokens_of(group: Sequence[Alive]) -> tuple[Tensor, Tensor | None]:
     return positions.index_select(0, order), order
 
 
-def joined_spans(group: Sequence[Alive]) -> tuple[Span, ...]:
+def joined_spans(group: Sequence[TokenGroup]) -> tuple[Span, ...]:
     """Spans of several whole images side by side; none once one was cut or divided."""
-    if not all(a.whole and a.n == a.unit.n for a in group):
+    if not all(a.whole and a.total == a.unit.n for a in group):
         return ()
     spans: list[Span] = []
     start = 0
     for a in group:
         spans += [replace(span, start=span.start + start) for span in a.spans]
-        start += a.n
+        start += a.total
     return tuple(spans)
 
 

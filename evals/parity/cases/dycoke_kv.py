@@ -38,7 +38,7 @@ def dycoke_kv(arrays: Arrays, folder: Path) -> str:
             same(f"tokens seen at step {t}", kept, arrays[f"step{t}_kept_sorted"])
             worst.append(close(f"states of step {t}", states, arrays[f"step{t}_last_hidden_state"]))
             memory: Any = state(cache, layer)
-            row = memory.recall.memory[0]["row"]
+            row = memory.selection.memory[0]["row"]
             worst.append(close(f"attention of step {t}", row, arrays[f"step{t}_image_attention"]))
             seen.append(len(kept))
     return f"stock LLaVA, layers from {layer} on see {listed(seen)} tokens; all within {max(worst):.1g}"

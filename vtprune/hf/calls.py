@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..compilers import outside
+from ..core.errors import VtpruneError
+from ..covering import cover, standing
 from . import cache as kv
-from .compilers import outside
-from .covering import cover, standing
-from .types import VtpruneError
+from . import packed
+from .base_call import begin_base_call, may_prune, recognised
 
 if TYPE_CHECKING:
-    from .hooks import Session
+    from .patch import Patch
 
 
 class Running:
@@ -78,8 +80,8 @@ class Running:
 class Cover:
     """Stands before a method of a module, on the instance, and calls what stood there."""
 
-    def __init__(self, session: Session, module: nn.Module, name: str) -> None:
-        self.session, self.module, self.__name__ = session, module, name
+    def __init__(self, patch: Patch, module: nn.Module, name: str) -> None:
+        self.patch, self.module, self.__name__ = patch, module, name
         self.original = standing(module, name)
 
     def install(self) -> Callable[[], None]:
@@ -111,11 +113,11 @@ class Forward(Cover):
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        session = self.session
-        if session.removed or not torch.compiler.is_compiling():
+        patch = self.patch
+        if patch.removed or not torch.compiler.is_compiling():
             return self._run(*args, **kwargs)
-        text = self.module is session.adapter.text
-        if session.busy() if text else session.may_prune(self.module, args, kwargs):
+        text = self.module is patch.adapter.text
+        if patch.busy() if text else may_prune(patch, self.module, args, kwargs):
             return self._run_outside(*args, **kwargs)
         return self._traced(text, *args, **kwargs)
 
@@ -124,37 +126,38 @@ class Forward(Cover):
         return self._run(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        session = self.session
-        with session.running.one():
-            if session.removed:  # while this call waited
+        patch = self.patch
+        with patch.running.one():
+            if patch.removed:  # while this call waited
                 return self.original(*args, **kwargs)
-            text, done = self.module is session.adapter.text, False
-            if not text and not session.local.depth:
-                session.local.clear()
-            session.local.depth += 1
+            text, done = self.module is patch.adapter.text, False
+            if not text and not patch.local.depth:
+                patch.local.clear()
+            patch.local.depth += 1
             held = kv.enter()
             try:
-                args, kwargs = (args, kwargs) if text else session.base_pre(self.module, args, kwargs)
+                args, kwargs = (args, kwargs) if text else begin_base_call(patch, self.module, args, kwargs)
                 output, done = self.original(*args, **kwargs), True
-                return output if text else session.base_post(output)
+                samples = patch.local.samples
+                return output if text or samples is None else packed.pack_output(output, samples)
             finally:
-                session.local.depth -= 1
+                patch.local.depth -= 1
                 if text and not done:
-                    session.roll_back()
+                    patch.roll_back()
                 kv.leave(held)
-                if not session.local.depth and not (text and done):  # the hook behind it comes yet
-                    session.local.clear()
+                if not patch.local.depth and not (text and done):  # the hook behind it comes yet
+                    patch.local.clear()
 
     def _traced(self, text: bool, *args: Any, **kwargs: Any) -> Any:
         """Without locks and clean-up, which cannot be traced: `generate` is counted already."""
-        session = self.session
+        patch = self.patch
         kv.enter()
-        session.local.depth += 1
-        args, kwargs = (args, kwargs) if text else session.base_pre(self.module, args, kwargs)
+        patch.local.depth += 1
+        args, kwargs = (args, kwargs) if text else begin_base_call(patch, self.module, args, kwargs)
         output = self.original(*args, **kwargs)
-        session.local.depth -= 1
+        patch.local.depth -= 1
         if not text:
-            session.local.clear()
+            patch.local.clear()
             kv.leave()
         return output
 
@@ -168,16 +171,16 @@ class Generate(Cover):
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        session, local = self.session, self.session.local
-        with session.running.one():
-            if session.removed:
+        patch, local = self.patch, self.patch.local
+        with patch.running.one():
+            if patch.removed:
                 return self.original(*args, **kwargs)
-            before = local.prompt, local.told  # an assistant may be this model as well
-            local.prompt, local.told = _end_of(args, kwargs), session.recognised(kwargs)
+            before = local.prompt_length, local.told  # an assistant may be this model as well
+            local.prompt_length, local.told = _end_of(args, kwargs), recognised(patch, kwargs)
             try:
                 return self.original(*args, **kwargs)
             finally:
-                local.prompt, local.told = before
+                local.prompt_length, local.told = before
 
 
 def _end_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

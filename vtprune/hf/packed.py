@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.errors import UnsupportedCall
+from ..core.masks import allowed, causal_mask, hide, reach_back
+from ..model_adapters.base import Adapter
 from . import cache as kv
-from .compact import allowed, causal_mask, hide, reach_back
-from .frame import OF_THE_HEAD
-from .model_adapters.generic import Adapter
-from .types import UnsupportedCall
+from .arguments import OF_THE_HEAD
 
 # What collators say of samples in a row (transformers' FlashAttentionKwargs and `seq_idx`).
 LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")

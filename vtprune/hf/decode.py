@@ -1,0 +1,397 @@
+"""Decode-time stages: at every step a method chooses anew which visual tokens the layers behind it see.
+
+What was stored stays stored: a layer of the cache shows a selection (its keys and values), the whole stands aside, so a
+token may come back at the next step. One that the prefill dropped has no keys behind that stage: its hidden state was
+put by, and when it is chosen it runs through those layers beside the new token, once for all.
+
+State lives on the cache: a `DecodeSelection` on the layer where a stage stands, for the layers up to the next such
+stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.ask import ask
+from ..core.compaction import Compaction
+from ..core.errors import UnsupportedCall
+from ..core.masks import mask_of
+from ..core.method import Stage
+from ..core.visual import Visual
+from ..kernels import DeferredChecks, deferring, full_precision
+from ..tap import read
+from . import cache as kv
+from .checks import ROW
+
+Rope = tuple[Tensor, ...]
+
+
+@dataclass
+class DecodeSelection:
+    """What a stage knows of the prompt at decode. Visual tokens are numbered in every row, from 0, pads at the end.
+
+        number           0    1    2        of V visual tokens
+        where            4    5    6        their positions as fed
+        kv_index         4   -1    5        where their keys are stored; number 1 was dropped by the prefill
+        visible_index    -1  -1    4        where they stand in what the layers show; number 2 alone was chosen
+
+    where: [B, V] int64, -1: no token. order: [B, P] int64, the positions of all tokens that its layers store.
+    kv_index: [B, V] int64, -1: not stored. kv_index_before: the same in the layer before the first such stage, which
+        stores them all. visible_index: [B, V] int64, -1: not shown.
+    counts, totals: visual tokens of each row, as they came to the first such stage and as fed.
+    hidden: [B, V, D] states entering the layer, and rope: rotary embeddings [.., B, V, d], where tokens may come back.
+    memory: the method's state, row by row. chosen: numbers chosen in each row at the last step, None before the first.
+    picks: the answers that led to them. visible: the cut of the store that the layers show.
+    real: [B, P] bool, what of the store is no padding. came: at which length each of its P tokens came back, or ().
+    steps: between which lengths the method was asked at every step and remembered something.
+    """
+
+    where: Tensor
+    order: Tensor
+    kv_index: Tensor
+    counts: list[int]
+    totals: list[int]
+    kv_index_before: Tensor
+    hidden: Tensor | None = None
+    rope: Rope | None = None
+    memory: list[dict[str, Any]] = field(default_factory=list)
+    chosen: list[Tensor] | None = None
+    picks: list[Tensor] = field(default_factory=list)
+    visible: Compaction | None = None
+    visible_index: Tensor | None = None
+    real: Tensor | None = None
+    came: tuple[int, ...] = ()
+    steps: list[tuple[int, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.memory = self.memory or [{} for _ in self.counts]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """From a pickle, also one of version 0.1, which had other names."""
+        names = {"slots": "kv_index", "entry": "kv_index_before", "columns": "visible_index", "shown": "visible"}
+        self.__dict__.update({names.get(name, name): value for name, value in state.items()})
+
+    def select(self, rows: Callable[[Tensor], Tensor]) -> None:
+        """Reorder, repeat or pick rows, as the cache does; the next step chooses again, from the same memory."""
+        picked = rows(torch.arange(len(self.counts), device=self.where.device)).tolist()
+        self.where, self.order = rows(self.where), rows(self.order)
+        self.kv_index, self.kv_index_before = rows(self.kv_index), rows(self.kv_index_before)
+        self.counts, self.totals = [self.counts[i] for i in picked], [self.totals[i] for i in picked]
+        self.memory = [dict(self.memory[i]) for i in picked]
+        self.hidden = None if self.hidden is None else rows(self.hidden)
+        self.rope = None if self.rope is None else tuple(_by_row(x, rows) for x in self.rope)
+        self._show_all()
+
+    def forget(self) -> None:
+        """Several tokens come at once, a new turn: they see everything, and the method starts anew."""
+        self.memory = [{} for _ in self.counts]
+        self._show_all()
+
+    def check_crop(self, length: int) -> None:
+        """Raise UnsupportedCall where what the method remembered at this length is not known any more."""
+        if any(first < length <= last for first, last in self.steps):
+            raise UnsupportedCall(
+                "the method that chooses at every decode step compares each with the one before, so a cache cropped to "
+                f"{length} tokens, in the middle of an answer, would go on with a later memory: crop to where the "
+                "answer starts, or copy.deepcopy the cache at the step that you want to come back to"
+            )
+
+    def crop(self, length: int) -> None:
+        """Know what was known when so many tokens had been fed; as `check_crop`."""
+        self.check_crop(length)
+        self.forget()
+        self.steps = [step for step in self.steps if step[1] < length]
+        self.cut(length)
+
+    def cut(self, length: int) -> None:
+        """Store what was stored when so many tokens had been fed; the next step chooses anew."""
+        self._show_all()
+        if any(at >= length for at in self.came):
+            left = [i for i, at in enumerate(self.came) if at < length]
+            self.came = tuple(self.came[i] for i in left)
+            place = torch.full((self.order.shape[1],), -1, dtype=torch.int64)
+            place[left] = torch.arange(len(left))
+            place = place.to(self.kv_index.device)
+            self.kv_index = place[self.kv_index.clamp(min=0)].masked_fill(self.kv_index < 0, -1)
+            self.order = self.order[:, left]
+        end = int((self.order < length).any(0).sum())  # those that were fed later stand at the end
+        self.order, self.came = self.order[:, :end], self.came[:end]
+
+    def note_step(self, length: int) -> None:
+        """The method was asked when so many tokens had been fed, and remembers something."""
+        if self.steps and self.steps[-1][1] == length:
+            self.steps[-1] = self.steps[-1][0], length + 1
+        else:
+            self.steps.append((length, length + 1))
+
+    def _show_all(self) -> None:
+        self.chosen, self.picks, self.visible, self.visible_index = None, [], None, None
+        self.real = None
+
+    def joined(self, later: DecodeSelection) -> DecodeSelection:
+        """With the tokens of a later turn; `later.order` covers all that is stored by now."""
+        where = torch.cat([self.where, later.where], 1)
+        counts = [a + b for a, b in zip(self.counts, later.counts)]
+        last = torch.iinfo(where.dtype).max
+        place = where.masked_fill(where < 0, last).argsort(dim=1, stable=True)[:, : max(counts)]
+        hidden = rope = None
+        if self.hidden is not None and later.hidden is not None and self.rope and later.rope:
+            hidden = pick(torch.cat([self.hidden, later.hidden], 1), place)
+            rope = tuple(pick(torch.cat([a, b], -2), place) for a, b in zip(self.rope, later.rope))
+        return DecodeSelection(
+            where.gather(1, place),
+            later.order,
+            torch.cat([self.kv_index, later.kv_index], 1).gather(1, place),
+            counts,
+            [a + b for a, b in zip(self.totals, later.totals)],
+            torch.cat([self.kv_index_before, later.kv_index_before], 1).gather(1, place),
+            hidden,
+            rope,
+            came=(*self.came, *[-1] * (later.order.shape[1] - len(self.came))) if self.came else (),
+            steps=self.steps,
+        )
+
+
+class DecodeStep:
+    """One decode step of a cache that has a `DecodeSelection` for each of `stages`, which act at decode, in order."""
+
+    def __init__(self, cache: Any, stages: Sequence[Stage]) -> None:
+        self.cache = cache
+        self.stages: dict[int, Stage] = {s.where: s for s in stages}  # type: ignore[misc]
+        self.rows: dict[int, Tensor] = {}
+        self.checks: list[DeferredChecks] = []
+        self.running: Tensor | None = None  # [B, R] numbers of the tokens that came back, left-padded with -1
+        self.length = int(cache.get_seq_length())
+        found = [selection for k in self.stages if (selection := self._selection(k)) is not None]
+        self._before = [
+            (selection, [dict(row) for row in selection.memory], list(selection.steps)) for selection in found
+        ]
+
+    def roll_back(self) -> None:
+        """The step was not completed: the cache and what the method remembers are as before it."""
+        kv.roll_back(self.cache, self.length)
+        for selection, memory, steps in self._before:
+            selection.cut(self.length)
+            selection.memory, selection.steps = memory, steps
+
+    def read_row(
+        self, layer: int, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
+    ) -> None:
+        """Keep the new token's attention in a layer over all that the layer shows, mean over heads: [B, K]."""
+        self.rows[layer] = read("last_row", q, k, v, mask, scaling)
+
+    @property
+    def back(self) -> int:
+        """Tokens that run beside the new one, pads included."""
+        return 0 if self.running is None else self.running.shape[1]
+
+    def enter(self, i: int, hidden: Tensor) -> Tensor:
+        """Hidden states [B, R + 1, D] that layer i runs on, its cache showing what is chosen; the new token is last."""
+        selection = self._selection(max((k for k in self.stages if k <= i), default=-1))
+        if selection is None:
+            return hidden
+        if i in self.stages:
+            hidden = self._choose(i, selection, hidden)
+        if selection.visible is not None:
+            show(self.cache.layers[i], selection, self.back)
+        return hidden
+
+    def extend(self, i: int, hidden: Tensor, call: dict[str, Any], attention: str) -> None:
+        """Arguments of layer i, made for the new token alone, for those that came back as well."""
+        call["hidden_states"] = hidden
+        if self.running is None:
+            return
+        selection = self._selection(max(k for k in self.stages if k <= i))
+        assert selection is not None
+        assert selection.visible is not None
+        assert selection.rope is not None
+        place = self.running.clamp(min=0)
+        ropes = zip(selection.rope, call["position_embeddings"])
+        call["position_embeddings"] = tuple(torch.cat([pick(x, place), _rows(new, place)], -2) for x, new in ropes)
+        visible, mask = selection.visible, call.get("attention_mask")
+        at = selection.where.gather(1, place).masked_fill(self.running < 0, -1)
+        allowed = selection.order.gather(1, visible.index)[:, None] <= at[:, :, None]
+        allowed = allowed if visible.valid is None else allowed & visible.valid[:, None]
+        length = kv.stored(self.cache.layers[i]) + 1
+        new = torch.ones(len(at), 1, length, dtype=torch.bool, device=at.device)
+        if mask is not None:
+            new = (mask if mask.dtype == torch.bool else mask == 0)[:, 0].expand(len(at), -1, -1)
+        behind = new.new_zeros(len(at), self.back, length - visible.n)
+        behind[..., -1] = self.running < 0  # pads see something, so that they stay finite; nothing sees them
+        allowed = torch.cat([torch.cat([allowed, behind], 2), new], 1)
+        call["attention_mask"] = mask_of(allowed[:, None], attention, hidden.dtype)
+
+    def raise_if_failed(self) -> None:
+        """Raise what the checks found."""
+        while self.checks:
+            self.checks.pop(0).raise_if_failed()
+
+    def kept(self) -> dict[int, list[Tensor]]:
+        """Positions as fed of the visual tokens that were chosen, by stage and row."""
+        out = {}
+        for k in self.stages:
+            selection = self._selection(k)
+            if selection is not None and selection.chosen is not None:
+                out[k] = [where.index_select(0, some) for where, some in zip(selection.where, selection.chosen)]
+        return out
+
+    def _selection(self, k: int) -> DecodeSelection | None:
+        return getattr(kv.state(self.cache, k), "selection", None) if k >= 0 else None
+
+    def _choose(self, k: int, selection: DecodeSelection, hidden: Tensor) -> Tensor:
+        """Ask the method of the stage at layer k, and say in `selection` what its layers show; as `enter`."""
+        stage = self.stages[k]
+        budgets = [stage.budgets([n])[0] if n else 0 for n in selection.totals]
+        if all(budget is not None and budget >= n for budget, n in zip(budgets, selection.totals)):
+            return hidden
+        seen = self._selection(max((j for j in self.stages if j < k), default=-1))
+        if seen is not None and seen.chosen is not None and seen.visible_index is not None:
+            numbers, visible_index = seen.chosen, seen.visible_index
+        else:
+            numbers = [torch.arange(n, device=selection.where.device) for n in selection.counts]
+            visible_index = selection.kv_index_before if seen is None else seen.kv_index
+        if self.running is not None and selection.hidden is not None:
+            _put(selection.hidden, self.running, hidden)
+        todo = [b for b, n in enumerate(numbers) if budgets[b] is None or 0 < budgets[b] < len(n)]  # type: ignore[operator]
+        asked = [(b, numbers[b], visible_index[b]) for b in todo]
+        picks, chosen = self._ask(stage, k, selection, asked, budgets), list(numbers)
+        if selection.hidden is None and selection.picks and all(a is b for a, b in zip(picks, selection.picks)):
+            return hidden
+        for b, some in zip(todo, picks):
+            chosen[b] = numbers[b].index_select(0, some)
+        selection.picks, selection.chosen = picks, chosen
+        hidden = hidden[:, -1:]
+        if selection.hidden is not None:
+            hidden = self._bring_back(selection, chosen, hidden)
+        _select_visible(selection, chosen)
+        return hidden
+
+    def _ask(
+        self,
+        stage: Stage,
+        k: int,
+        selection: DecodeSelection,
+        rows: list[tuple[int, Tensor, Tensor]],
+        budgets: list[int | None],
+    ) -> list[Tensor]:
+        """What the method chooses of the numbers of each row, given where they stand in what layer k - 1 shows."""
+        if rows and k - 1 not in self.rows:
+            raise UnsupportedCall(
+                f"{stage.method.name} at layer {k} found no attention in layer {k - 1} at this decode step: it did not "
+                "go through transformers' attention interface"
+            )
+        views = []
+        for b, numbers, visible_index in rows:
+            row = self.rows[k - 1][b].index_select(0, visible_index.index_select(0, numbers))
+            views.append(Visual(row.new_zeros(len(row), 0), budgets[b], signals={ROW: row}, state=selection.memory[b]))
+        with deferring() as checks, full_precision(selection.where.device):
+            answers = ask(stage, views) if views else []
+        if any(selection.memory):
+            selection.note_step(self.length)
+        self.checks.append(DeferredChecks(checks))
+        if not stage.method.trusted:
+            self.raise_if_failed()
+        return [answer.idx for answer in answers]
+
+    def _bring_back(self, selection: DecodeSelection, chosen: list[Tensor], new: Tensor) -> Tensor:
+        """The new token's states behind those of the chosen tokens that these layers never saw."""
+        assert selection.hidden is not None
+        wanted = torch.zeros_like(selection.where, dtype=torch.bool)
+        for row, some in zip(wanted, chosen):
+            row.index_fill_(0, some, True)
+        wanted &= selection.kv_index < 0
+        counts = wanted.sum(1).tolist()
+        self.running = None
+        if not any(counts):
+            return new
+        back = Compaction.of(wanted, counts)
+        self.running = back.index if back.valid is None else back.index.masked_fill(~back.valid, -1)
+        ends = torch.arange(self.back, device=new.device) + selection.order.shape[1]
+        at = selection.where.gather(1, back.index).masked_fill(self.running < 0, -1)
+        stood = selection.came or (-1,) * selection.order.shape[1]
+        selection.came = (*stood, *[self.length] * self.back)
+        selection.order = torch.cat([selection.order, at], 1)
+        _put(selection.kv_index, self.running, ends.expand(len(counts), -1))
+        return torch.cat([pick(selection.hidden, back.index).to(new.dtype), new], 1)
+
+
+def show(layer: kv.Pruned, selection: DecodeSelection, returning: int) -> None:
+    """Let a layer show the cut `selection.visible` of the tokens it stores first, and all that came behind them.
+
+    returning: how many of those tokens, the last, come back with the next update. A static layer hides the others.
+    """
+    visible, size = selection.visible, selection.order.shape[1] - returning
+    assert visible is not None
+    if layer.visible is visible and not returning:
+        return
+    layer.real = selection.real
+    if kv.is_static(layer):
+        layer.valid, layer.prefix, layer.rebuild_mask, layer.visible = visible.kept, size, True, visible
+        return
+    length = layer.get_seq_length()
+    if layer.full_kv is None:
+        layer.full_kv, layer.prefix = (layer.keys[:, :, :size], layer.values[:, :, :size]), size
+    index = visible.index.clamp(max=size - 1)  # of those that come back nothing is there yet
+    layer._gather(index)
+    layer.prefix, layer.valid, layer.rebuild_mask = visible.n, visible.valid, True
+    layer.dropped, layer.visible, layer.returning = length - kv.stored(layer), visible, returning
+    layer.came = selection.came
+
+
+def selections(cache: Any) -> bool:
+    """True if stages act on this cache at decode."""
+    return any(getattr(layer, "selection", None) is not None for layer in getattr(cache, "layers", ()))
+
+
+def show_all(cache: Any) -> None:
+    """Let every layer show all it stores, for a call of several tokens; what stages at decode remember starts anew."""
+    for layer in cache.layers:
+        if not isinstance(layer, kv.Pruned):
+            continue
+        if layer.selection is not None:
+            layer.selection.forget()
+        layer.show_all()
+
+
+def _select_visible(selection: DecodeSelection, chosen: list[Tensor]) -> None:
+    """Let the layers show the text and the chosen visual tokens: `visible` and `visible_index`."""
+    keep = selection.real = selection.order >= 0
+    visual = keep.new_zeros(len(keep), keep.shape[1] + 1)  # one place more, for tokens that are not stored
+    visual.scatter_(1, selection.kv_index.masked_fill(selection.kv_index < 0, keep.shape[1]), True)
+    keep = keep & ~visual[:, :-1]
+    counts = keep.sum(1).tolist()
+    picked = torch.zeros_like(selection.where, dtype=torch.bool)
+    for b, some in enumerate(chosen):
+        keep[b].index_fill_(0, selection.kv_index[b].index_select(0, some), True)
+        picked[b].index_fill_(0, some, True)
+        counts[b] += len(some)
+    selection.visible = Compaction.of(keep, counts)
+    selection.visible_index = selection.visible.src.gather(1, selection.kv_index.clamp(min=0)).masked_fill(~picked, -1)
+
+
+def pick(x: Tensor, place: Tensor) -> Tensor:
+    """x [.., B or 1, V, d] -> [.., B, n, d] at place [B, n]."""
+    size = (*x.shape[:-3], len(place), *x.shape[-2:])
+    index = place.view(*[1] * (x.dim() - 3), *place.shape, 1)
+    return x.expand(size).gather(-2, index.expand(*size[:-2], place.shape[1], size[-1]))
+
+
+def _rows(x: Tensor, like: Tensor) -> Tensor:
+    """x [.., B or 1, n, d] for all rows."""
+    return x.expand(*x.shape[:-3], len(like), *x.shape[-2:])
+
+
+def _by_row(x: Tensor, rows: Callable[[Tensor], Tensor]) -> Tensor:
+    """`rows` on a tensor [.., B, V, d]."""
+    return rows(x.movedim(-3, 0)).movedim(0, -3)
+
+
+def _put(store: Tensor, numbers: Tensor, values: Tensor) -> None:
+    """Write values [B, >= R, ..] of the tokens numbers [B, R] (-1: of none) into store [B, V, ..], in place."""
+    row, column = (numbers >= 0).nonzero(as_tuple=True)
+    store[row, numbers[row, column]] = values[row, column].to(store.dtype)

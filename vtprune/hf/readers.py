@@ -1,0 +1,170 @@
+"""Readers inside the decoder: hooks and probes on the modules whose signals stages ask for."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..compilers import outside_while_busy
+from ..core.errors import UnsupportedModel
+from ..signals import LayerAttention, kind_of
+from .attention_probe import Reader, probe, probe_change, reweighed
+from .checks import layers_read
+from .hooks import DryRunDone
+from .llm_signals import PromptSlots, read_attention, read_heads, read_module, read_rope
+from .plan import layer_of
+
+if TYPE_CHECKING:
+    from .session import Patch
+
+
+def install_readers(patch: Patch) -> None:
+    """Put readers on the decoder layers that the stages read; each quantity of a layer is read once."""
+    plan, seen = patch.plan, set()
+    for stage in plan.inside:
+        for need in stage.method.needs:
+            for layer in layers_read(need, layer_of(stage)):
+                key = (need.kind, layer, need.offset == 0)
+                if "prefill" in stage.method.phases and key not in seen:
+                    seen.add(key)
+                    _read(patch, *key)
+                if "decode" in stage.method.phases:
+                    _probe(patch, layer, partial(read_step, patch, layer))
+    for i in sorted(plan.dry_run_layers):
+        _probe(patch, i, partial(stop_dry_run, patch), before=True)
+    for i, module in enumerate(patch.adapter.layers if plan.reweighing or plan.of_heads else ()):
+        patch.undo(probe_change(attention_of(module), partial(change_attention, patch, i)))
+        patch.announce(attention_of(module))
+
+
+def _read(patch: Patch, kind: str, i: int, dry: bool) -> None:
+    """Put the reader of one signal on layer i; dry: it reads the layer's dry run, else its real one."""
+    layer, source = patch.adapter.layers[i], kind_of(kind).source
+    if source == "rotary":
+        hook = attention_of(layer).register_forward_pre_hook(partial(rope_reader, patch, kind, i), with_kwargs=True)
+        patch.undo(hook.remove)
+        patch.announce(attention_of(layer))
+    elif source == "modules":
+        for module in (attention_of(layer), mlp_of(layer)):
+            hook = module.register_forward_hook(partial(module_reader, patch, kind, i), with_kwargs=True)
+            patch.undo(hook.remove)
+            patch.announce(module)
+    elif source == "attention":
+        _probe(patch, i, partial(attention_reader, patch, kind, i, dry), before=dry)
+
+
+def _probe(patch: Patch, i: int, reader: Reader, before: bool = False) -> None:
+    attention = attention_of(patch.adapter.layers[i])
+    patch.undo(probe(attention, reader, before=before))
+    patch.announce(attention)
+
+
+# -- what they do -----------------------------------------------------------------------------------------------------
+
+
+@outside_while_busy
+def attention_reader(
+    patch: Patch,
+    kind: str,
+    layer: int,
+    dry: bool,
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+) -> None:
+    """Read one signal of a layer's attention product; dry: of its dry run, else of its real one."""
+    prefill = patch.acting
+    if prefill is not None and q.shape[2] > 1 and patch.local.dry_running == dry:
+        past, prompt = prefill.past_at(layer), PromptSlots(prefill)
+        read_attention(prefill, kind, layer, LayerAttention(q, k, v, mask, scaling, past, prompt))
+
+
+def read_step(patch: Patch, layer: int, module: nn.Module, *product: Any) -> None:
+    """Read the new token's attention row at a decode step."""
+    if patch.local.step is not None:
+        patch.local.step.read_row(layer, module, *product)
+
+
+@outside_while_busy
+def change_attention(
+    patch: Patch,
+    i: int,
+    out: Tensor,
+    heads: Tensor | None,
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """The attention product out [B, n, H, d] of layer i as the methods want it."""
+    for method in patch.plan.reweighing:
+        out = reweighed(q, k, v, mask, scaling, method.reweigh)
+    if heads is not None:
+        out = out * heads.to(out.device)[:, None, :, None]
+    prefill = patch.acting
+    if prefill is not None and out.shape[1] > 1 and i < max(patch.plan.of_heads, default=0):
+        with torch.no_grad():
+            read_heads(prefill, patch.plan.head_signals, out)
+    return out
+
+
+@outside_while_busy
+def module_reader(
+    patch: Patch, kind: str, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+) -> None:
+    """Read what a module of layer i makes of its input."""
+    prefill = patch.acting
+    before = args[0] if args else kwargs["hidden_states"]
+    if prefill is not None and not patch.local.dry_running and before.shape[1] > 1:
+        with torch.no_grad():
+            read_module(prefill, kind, i, before, out[0] if isinstance(out, tuple) else out)
+
+
+@outside_while_busy
+def stop_dry_run(patch: Patch, *_: Any) -> None:
+    """End a dry run once the readers before have seen its queries and keys."""
+    if patch.local.dry_running:
+        raise DryRunDone
+
+
+@outside_while_busy
+def rope_reader(
+    patch: Patch, kind: str, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Read the rotary embeddings that a layer was given."""
+    prefill, rope = patch.acting, kwargs.get("position_embeddings")
+    if prefill is None or (args[0] if args else kwargs["hidden_states"]).shape[1] == 1:
+        return
+    if not isinstance(rope, tuple) or rope[0].dim() != 3:
+        raise UnsupportedModel(
+            f"{type(module).__name__} has no rotary embedding [B, n, d] of a single axis, which the signal "
+            f"{kind!r} divides out: choose a method or version without it"
+        )
+    read_rope(prefill, kind, layer, rope)
+
+
+# -- modules of a layer -----------------------------------------------------------------------------------------------
+
+
+def mlp_of(layer: nn.Module) -> nn.Module:
+    """The feed-forward module of a decoder layer."""
+    for name in ("mlp", "feed_forward"):
+        if hasattr(layer, name):
+            return getattr(layer, name)
+    raise UnsupportedModel(f"{type(layer).__name__} has no feed-forward module whose transitions could be read")
+
+
+def attention_of(layer: nn.Module) -> nn.Module:
+    """The self-attention module of a decoder layer."""
+    for name in ("self_attn", "attention", "attn"):
+        if hasattr(layer, name):
+            return getattr(layer, name)
+    raise UnsupportedModel(f"{type(layer).__name__} has no self-attention module to read signals from")

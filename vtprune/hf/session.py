@@ -1,0 +1,201 @@
+"""`Patch`: everything that is installed on one model instance, and how it is taken off again.
+
+Order in one forward pass: `base_call` (is there something to prune?) -> the vision encoder with its readers ->
+`hooks.before_text` (stages before the LLM) -> `hooks.before_layer` (stages inside) -> `hooks.after_text` (cache and
+output lengths). What cleans up after a call, however it ends, stands in `calls`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ..compilers import announce
+from ..core.errors import UnsupportedModel
+from ..core.method import Stage
+from ..core.result import Last
+from ..covering import cover, standing
+from ..model_adapters.base import Adapter
+from ..model_adapters.entries import MODALITIES, Features
+from . import cache as kv
+from . import hooks
+from .calls import Forward, Generate, Running
+from .checks import check_reads, check_stages
+from .features import EncodedFeatures, FeatureRecorder
+from .packed import Samples
+from .plan import DEEPSTACK, Plan
+from .prefill import Prefill
+from .readers import install_readers
+
+if TYPE_CHECKING:
+    from .decode import DecodeStep
+
+
+class Local(threading.local):
+    """Per-thread state of one patched model; a copy or an unpickled one starts empty."""
+
+    def __init__(self) -> None:
+        self.prefill: Prefill | None = None
+        self.features: dict[str, Features | None] = {}
+        self.observing = False
+        self.last: Last | None = None
+        self.step: DecodeStep | None = None  # a decode step at which stages act
+        self.dry_running = False  # a layer is run up to its attention product, before it runs
+        self.told: dict[str, Any] = {}  # what `generate` was told of grids, which it keeps from the model
+        self.placed: tuple[Any, ...] = ()  # the last position ids that were lowered, and what came of them
+        self.samples: Samples | None = None  # of packed rows, while each is a row of its own
+        self.prompt_length: int | None = None  # tokens up to the end of the prompt of the `generate` under way
+        self.depth = 0  # calls of the base and the text model under way, one inside the other
+
+    def clear(self) -> None:
+        """Nothing of a call is left, and nothing of one that was interrupted before."""
+        self.prefill, self.step, self.placed, self.dry_running, self.features = None, None, (), False, {}
+        self.samples = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Local:
+        return Local()
+
+    def __reduce__(self) -> Any:
+        return Local, ()
+
+
+class Patch:
+    """What one `vtprune.patch` put on a vision-language model. `remove()` takes it off."""
+
+    def __init__(self, model: nn.Module, stages: Sequence[Stage]) -> None:
+        self.adapter = Adapter(model)
+        self.notes: list[str] = []
+        self.plan = Plan.of(self.adapter, [self._placeable(stage) for stage in stages])
+        self.local = Local()
+        self.encoded = EncodedFeatures()
+        self.running, self.removed = Running(), False
+        self.latest: Last | None = None
+        self._undo: list[Callable[[], None]] = []
+        check_stages(self.adapter, self.plan)
+        check_reads(self.adapter, self.plan)
+        try:
+            self.install()
+        except BaseException:
+            self.remove()
+            raise
+
+    @property
+    def root(self) -> nn.Module:
+        """The module that is patched, whatever it was found in."""
+        return self.adapter.base
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The stages in force."""
+        return self.plan.stages
+
+    @property
+    def acting(self) -> Prefill | None:
+        """The prefill whose stages act and read signals by now; none where all tokens stay."""
+        prefill = self.local.prefill
+        return prefill if prefill is not None and prefill.state is not None and not self.plan.keeps_all else None
+
+    def busy(self) -> bool:
+        """True while this thread prunes a prompt."""
+        return self.local.prefill is not None
+
+    def _placeable(self, stage: Stage) -> Stage:
+        """The stage, which keeps positions where its method would renumber by default and the model cannot."""
+        if stage.positions is not None or not stage.compact or not self.adapter.mrope:
+            return stage
+        name = stage.method.name or type(stage.method).__name__
+        note = f"{name}: positions are kept, because renumbering is undefined for M-RoPE ({self.adapter.model_type})"
+        if note not in self.notes:
+            self.notes.append(note)
+        return replace(stage, positions="keep")
+
+    # -- installing and removing --------------------------------------------------------------------------------------
+
+    def undo(self, function: Callable[[], None]) -> None:
+        """Call a function when the patch is removed; the last one first."""
+        self._undo.append(function)
+
+    def install(self) -> None:
+        """Put hooks, forwards, readers and recorders on the model."""
+        adapter, plan, self.removed = self.adapter, self.plan, False
+        text, layers = adapter.text, adapter.layers
+        self.undo(text.register_forward_pre_hook(partial(hooks.before_text, self), with_kwargs=True).remove)
+        self.undo(text.register_forward_hook(partial(hooks.after_text, self), with_kwargs=True).remove)
+        self.forwards = [Forward(self, module, "forward") for module in (adapter.base, text)]
+        self._undo += [forward.install() for forward in self.forwards]
+        for i in range(plan.first_hook, plan.depth):
+            hook = partial(hooks.before_layer, self, i)
+            self.undo(layers[i].register_forward_pre_hook(hook, with_kwargs=True).remove)
+        self._announced: set[nn.Module] = set()
+        self.announce(*layers[plan.first_hook :])
+        if plan.first_layer < plan.deepstack:
+            self.add_features: Callable[..., Tensor] = standing(text, DEEPSTACK)
+            self.undo(cover(text, DEEPSTACK, partial(hooks.add_features, self)))
+        install_readers(self)
+        self._record_features()
+        if hasattr(type(adapter.model), "generate"):
+            self.undo(Generate(self, adapter.model, "generate").install())
+
+    def announce(self, *modules: nn.Module) -> None:
+        """Let compilers know of the hooks on these modules; once each."""
+        for module in modules:
+            if module not in self._announced:
+                self._announced.add(module)
+                self.undo(announce(module, self.busy))
+
+    def _record_features(self) -> None:
+        """Stand before the encoders of the base model, with the readers and the stages of their towers."""
+        base, plan = self.adapter.base, self.plan
+        for modality in MODALITIES:
+            name = f"get_{modality}_features"
+            if modality not in self.adapter.token_ids or not hasattr(type(base), name):
+                continue
+            tower = stages = None
+            if plan.tower_needs:
+                from ..model_adapters.towers import TowerSignals
+
+                tower = TowerSignals(base, modality, set(plan.tower_needs))
+                self._undo += tower.install()
+            if plan.in_tower:
+                from ..tower import TowerStages
+
+                stages = TowerStages(base, modality, plan.in_tower)
+                self._undo += stages.install()
+                if tower and stages.by_patch:
+                    raise UnsupportedModel(
+                        "single patches chosen inside the tower leave no token where it was, so signals for a stage "
+                        "before the LLM cannot be placed: choose whole tokens (unit='block'), or a rule without signals"
+                    )
+                if tower:
+                    tower.restore = stages.restore
+            recorder = FeatureRecorder(self, modality, standing(base, name), tower, stages)
+            self.undo(cover(base, name, recorder))
+
+    def check_still_in_place(self) -> None:
+        """Refuse a call of the text model alone where another library put its own forward before this patch."""
+        if any(forward.module.__dict__.get("forward") is not forward for forward in self.forwards):
+            raise hooks.refuse_changed_forward()
+
+    def remove(self) -> None:
+        """Undo everything, once calls in other threads have ended; safe to call twice."""
+        with self.running.none():
+            while self._undo:
+                self._undo.pop()()
+            self.removed = True
+
+    def release(self) -> None:
+        """Let go of the model, once removed for good."""
+        del self.adapter
+
+    def roll_back(self) -> None:
+        """A call of the text model did not end well: its cache holds what it held before."""
+        prefill, step = self.local.prefill, self.local.step
+        if step is not None:
+            step.roll_back()
+        elif prefill is not None and prefill.state is not None and prefill.cache is not None:
+            kv.roll_back(prefill.cache, prefill.past)
