@@ -22,13 +22,12 @@ def _step_aside() -> bool:
 
 if __name__ != "kernels" or not _step_aside():
     from .attention import attention_received, attention_rows
-    from .checks import DeferredChecks, check, check_finite, deferring
     from .compact import Compacted, compact
     from .dispatch import best_first, full_precision, recorded, recording, use
     from .farthest_point import farthest_point
+    from .host import DeferredChecks, HostCopy, check, check_finite, deferring, to_device
     from .merge import merge
     from .page_rank import page_rank
-    from .transfer import HostCopy, to_device
 
     __all__ = [
         "Compacted",

@@ -103,14 +103,15 @@ class Adapter:
         """True if this call carries pixels or encoded features (and not merely placeholder ids)."""
         return bool(self.given(call))
 
-    def visual_code(self, call: dict[str, Any]) -> Tensor | None:
+    def visual_code(self, call: dict[str, Any], given: list[str] | None = None) -> Tensor | None:
         """[B, L] int8 on the device: 1 text, 2 image, 3 video; None if the call names no tokens or none is visual.
 
-        Features that the caller merged into `inputs_embeds` are told by `mm_token_type_ids`.
+        given: what `given` says of the call, where it is known. Features that the caller merged into `inputs_embeds`
+        are told by `mm_token_type_ids`.
         """
         ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
         like = ids if ids is not None else None if embeds is None else embeds[..., 0]
-        given = self.given(call)
+        given = self.given(call) if given is None else given
         if like is None or not given:
             return None if ids is not None or embeds is None else self._merged_code(call)
         code = torch.ones_like(like, dtype=torch.int8)

@@ -11,6 +11,7 @@ from transformers import DynamicCache, LlamaConfig, StaticCache
 
 from vtprune import UnsupportedCall
 from vtprune import cache as kv
+from vtprune.hf import cache as hf_cache
 
 CONFIG = LlamaConfig(hidden_size=16, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2, vocab_size=8)
 FED, RAN, WIDTH = 10, 4, 8
@@ -60,10 +61,10 @@ def test_a_second_pruned_call_adds_up() -> None:
     cache = filled("dynamic")
     valid = torch.tensor([[True] * 4, [False, True, True, True]])
     shrink(cache, valid=valid)
-    kv.enter()
+    hf_cache.inside.on = True
     more = torch.ones(2, 1, 3, WIDTH)
     cache.update(more, more, 0)
-    kv.leave()
+    hf_cache.inside.on = False
     kv.shrink(cache, 0, past=FED, fed=5, ran=3, valid=None, rebuild_mask=False, position_offset=None)
     layer = cache.layers[0]
     assert (layer.dropped, layer.prefix, int(layer.get_seq_length())) == (8, 7, 15)

@@ -305,7 +305,7 @@ def test_a_captured_call_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU only the question whether one is recording can be answered for it."""
     model, batch = families.fresh("llava"), families.inputs("llava")
     with vtprune.patch(model, "divprune", keep=KEEP):
-        monkeypatch.setattr("vtprune.compilers.capturing", lambda device: True)
+        monkeypatch.setattr("vtprune.hf.checks.capturing", lambda device: True)
         with pytest.raises(UnsupportedCall, match="a CUDA graph"):
             logits(model, batch)
 

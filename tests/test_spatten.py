@@ -22,6 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import vtprune
 from vtprune import Signal, Stage, Visual, tap
+from vtprune.hf import attention_probe
 from vtprune.methods.in_llm.spatten import RECEIVED
 from vtprune.methods.in_llm.spatten_heads import SAID, SpAttenHeads, most_important
 from vtprune.signals import product
@@ -308,7 +309,7 @@ def test_local_value_pruning(family: str, keep: float) -> None:
 
 @pytest.mark.parametrize("masked", ["causal", "padding", "whole"])
 def test_reweighing_nothing_is_attention(monkeypatch: pytest.MonkeyPatch, masked: str) -> None:
-    monkeypatch.setattr(tap, "MASKED", 1)
+    monkeypatch.setattr(attention_probe, "MASKED", 1)
     n, past = 9, 3
     q, k, v = torch.randn(2, 4, n, 8), torch.randn(2, 2, n + past, 8), torch.randn(2, 2, n + past, 8)
     allowed = torch.ones(n, n + past, dtype=torch.bool).tril(past).expand(2, 1, -1, -1).clone()

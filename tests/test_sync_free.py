@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vtprune
-from vtprune.core import stage_run
+from vtprune.core import prompt as prompts
 from vtprune.hf import hooks, prefill
 from vtprune.kernels import use
 from vtprune.model_adapters.generic import Features
@@ -82,9 +82,9 @@ def test_no_host_waits_on_the_pre_llm_path(method: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)  # there is no driver to start
     monkeypatch.setattr(prefill, "begin", begin_there)
     monkeypatch.setattr(prefill, "HostCopy", Pretended(code))
-    monkeypatch.setattr(stage_run, "Clock", _NoClock)
-    monkeypatch.setattr(stage_run, "capturing", lambda device: False)
-    monkeypatch.setattr(stage_run, "DeferredChecks", _NoChecks)
+    monkeypatch.setattr(prompts, "Clock", _NoClock)
+    monkeypatch.setattr(prompts, "capturing", lambda device: False)
+    monkeypatch.setattr(prompts, "DeferredChecks", _NoChecks)
     with vtprune.patch(model, method, keep=0.25) as handle, use("reference"), torch.no_grad():
         patch, stage = handle._session, handle.stages[0]
         parts_of(spans, n, stage.per, stage.newlines, False)  # once per layout, on the host

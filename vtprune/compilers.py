@@ -12,10 +12,7 @@ from functools import partial, wraps
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
-
-from .clock import capturing
-from .types import UnsupportedCall
+from torch import nn
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 _untraced = partial(torch.compiler.disable, reason="vtprune prunes visual tokens outside of compiled graphs")
@@ -66,29 +63,3 @@ def _restore(module: nn.Module, ours: Any, own: Any) -> None:
     del module.__dict__["forward"]
     if own is not None:
         module.__dict__["forward"] = own
-
-
-def refuse_tracers(tokens: Tensor) -> None:
-    """Raise UnsupportedCall if this call is recorded to be run again on other inputs, which would keep its picks."""
-    from torch._C._functorch import TransformType, get_interpreter_stack
-    from torch._subclasses.fake_tensor import FakeTensor
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode
-
-    if torch.compiler.is_exporting():
-        what = "torch.export"
-    elif torch.jit.is_tracing():
-        what = "torch.jit.trace"
-    elif isinstance(tokens, torch.fx.Proxy) or get_proxy_mode() is not None:
-        what = "torch.fx"
-    elif any(level.key() == TransformType.Vmap for level in get_interpreter_stack() or ()):
-        what = "torch.vmap"
-    elif isinstance(tokens, FakeTensor) or tokens.is_meta:
-        what = "a run on fake or meta tensors"
-    elif capturing(tokens.device):
-        what = "a CUDA graph"
-    else:
-        return
-    raise UnsupportedCall(
-        f"this call is recorded by {what}, but which visual tokens are kept depends on the image: a recording would "
-        "keep those of its own example; call the model itself, use torch.compile, or handle.remove() first"
-    )

@@ -42,11 +42,10 @@ def farthest_point(
     Raises ValueError for NaN or Inf features, and for budgets, first picks or options out of range.
     """
     reference.check_arguments(features, budgets, objective, first, memory)
-    held = [x.shape[0] for x in features if not reference.without_gram(x.shape[0], memory)]
-    limit = ""
-    if max(held, default=0) > TRITON_ROWS:
-        limit = f"{max(held)} rows with memory={memory!r}, and one program holds {TRITON_ROWS}: choose memory='low'"
+    limit, rows = "", reference.most_rows_with_gram(features, memory)
+    if rows > TRITON_ROWS:
+        limit = f"{rows} rows with memory={memory!r}, and one program holds {TRITON_ROWS}: choose memory='low'"
     run = reference.farthest_point
-    if features and backend_for("farthest_point", *(x.detach() for x in features), limit=limit) == "triton":
+    if features and backend_for("farthest_point", *map(Tensor.detach, features), limit=limit) == "triton":
         from .triton import farthest_point as run
     return run(features, budgets, objective=objective, first=first, memory=memory)

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..checks import check_finite
+from ..host import check_finite
 
 Objective = Literal["maxmin", "maxsum"]
 Memory = Literal["auto", "fast", "low"]
@@ -94,6 +94,11 @@ def first_pick(index: int | Tensor, unit: Tensor) -> Tensor:
     if isinstance(index, int):
         return torch.full((), index, dtype=torch.int64, device=unit.device)
     return index.to(unit.device, torch.int64)
+
+
+def most_rows_with_gram(features: Sequence[Tensor], memory: Memory) -> int:
+    """Rows of the largest problem that holds a Gram matrix; 0 if none does."""
+    return max((x.shape[0] for x in features if not without_gram(x.shape[0], memory)), default=0)
 
 
 def without_gram(n: int, memory: Memory) -> bool:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..checks import check, not_finite
+from ..host import check, not_finite
 from . import reference
 from .reference import Memory, Objective
 

@@ -20,7 +20,7 @@ def ask(stage: Stage, views: Sequence[Visual], least: bool = False) -> list[Assi
     least: budgets are what must be left at least, as before the last block of a schedule.
     """
     name = stage.method.name or type(stage.method).__name__
-    ours = stage.method.trusted
+    ours = stage.trusted
     given = [(what, x, _mark(x, ours)) for view in views for what, x in _tensors(view)]
     answers = stage.method.batch(views)
     for what, x, mark in given:
@@ -79,12 +79,12 @@ def check_answers(stage: Stage, views: Sequence[Visual], answers: Sequence[Assig
 
 
 def _check_count(stage: Stage, name: str, view: Visual, count: int, least: bool) -> None:
-    exact, budget = stage.method.exact, view.budget
+    exact, budget, n = stage.exact, view.budget, view.x.shape[0]
     if budget is None:
         return
-    most = view.n if least or (not exact and count >= view.n) else budget
+    most = n if least or (not exact and count >= n) else budget
     if count > most or (count < budget and (exact or least)):
-        raise VtpruneError(f"{name} kept {count} tokens of {view.n}, but its budget is {budget}")
+        raise VtpruneError(f"{name} kept {count} tokens of {n}, but its budget is {budget}")
 
 
 def _is(x: Any, dims: int, device: torch.device, dtype: torch.dtype | None) -> bool:
@@ -124,16 +124,16 @@ def _conditions(views: Sequence[Visual], answers: Sequence[Assignment]) -> list[
     idx, hit, rows, weights = [], [], [], []
     size = start = 0  # tokens and output rows of the units before
     for view, a in zip(views, answers):
-        k = len(a.idx)
-        idx.append(torch.cat([a.idx[:1] + 1, a.idx.diff(), view.n - a.idx[-1:]]))
+        k, n = len(a.idx), view.x.shape[0]
+        idx.append(torch.cat([a.idx[:1] + 1, a.idx.diff(), n - a.idx[-1:]]))
         if a.order is not None:
-            hit.append((a.idx, a.order, view.n, size))
+            hit.append((a.idx, a.order, n, size))
         if a.src is not None and a.dst is not None and a.w is not None:
-            idx += [a.src + 1, view.n - a.src, a.dst + 1, k - a.dst]
+            idx += [a.src + 1, n - a.src, a.dst + 1, k - a.dst]
             rows.append(a.dst.clamp(0, max(0, k - 1)) + start)
             start += k
             weights.append(a.w)
-        size += view.n
+        size += n
     found = [torch.cat(idx) > 0] if idx else []
     if weights:
         found.append(torch.cat([w.isfinite() for w in weights]))

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
@@ -174,18 +175,33 @@ class Stage:
         if self.positions not in (None, *get_args(Positions)):
             raise ValueError(f"positions={self.positions!r}: choose 'keep' or 'compact'")
 
-    @property
+    @cached_property
+    def needs(self) -> tuple[Signal, ...]:
+        """The signals that its method reads."""
+        return self.method.needs
+
+    @cached_property
+    def trusted(self) -> bool:
+        """As of its method (`Method.trusted`)."""
+        return self.method.trusted
+
+    @cached_property
+    def exact(self) -> bool:
+        """As of its method (`Method.exact`)."""
+        return self.method.exact
+
+    @cached_property
     def compact(self) -> bool:
         """True if kept tokens are renumbered: as asked for, else as the method's default says."""
         return (self.positions or self.method.positions) == "compact"
 
-    @property
+    @cached_property
     def keeps_all(self) -> bool:
         """True if the share of tokens to keep is 1.0."""
         keep = self.keep if self.keep_total is None else self.keep_total
         return isinstance(keep, float) and keep == 1.0
 
-    @property
+    @cached_property
     def policy(self) -> str:
         """How budgets are dealt out, in words: "per crop, newlines dropped, positions kept"."""
         share = ", one total a row" if self.keep_total is not None else ""

@@ -1,22 +1,32 @@
-"""`PromptState`: which visual tokens of a batch of prompts are left, and where they stand."""
+"""`PromptState`: which visual tokens of a batch of prompts are left, and where they stand; `run_stage` prunes it.
+
+A stage runs in four steps: divide what is left into units, deal out the budgets, ask the method, write its answers down.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels import DeferredChecks
+from ..kernels import DeferredChecks, deferring, full_precision, recording
 from ..kernels.dispatch import Backend
-from .clock import Clock
+from .ask import ask
+from .clock import Clock, capturing
 from .compaction import Compaction
-from .result import UnitResult
-from .units import TokenGroup, Unit
-from .visual import Assignment
+from .method import Stage, Where
+from .result import UnitResult, joined_by_row
+from .signal import Signal
+from .units import TokenGroup, Unit, arange_of, groups, joined_spans, tokens_of
+from .visual import Assignment, Visual
 
+Members = list[TokenGroup]
+# (stage, members of a unit, their slots, the order that makes their positions ascend or None) -> what `Visual` carries
+ReadSignals = Callable[[Stage, Members, Tensor, "Tensor | None"], dict[Signal, Tensor]]
 # A merge in a row: the slots of a unit's tokens when a stage saw them, and the answer.
 Merge = tuple[int, Tensor, Assignment]
 
@@ -33,8 +43,10 @@ class PromptState:
     keep: [B, L] bool on the device, or a list of [L]: the positions that are left. counts: its row sums, on the host.
     whole: the cut from positions to slots; None while nothing was cut, when a slot is a position. step: its last part.
     merges: what was merged since the last cut. results: one `UnitResult` a unit and stage. notes: fallbacks in words.
-    method_state: by the number of a stage, what its method keeps from unit to unit (`Visual.state`).
+    method_state: by the number of a stage, what its method keeps from unit to unit (`Visual.state`). words: states of
+    text by row and place, once a stage asked.
     checks: conditions whose results are on their way to the host.
+    text: runs (start, length) of words, row by row; or [M, D] their embeddings (or None), where they are given.
     """
 
     units: list[Unit]
@@ -42,6 +54,7 @@ class PromptState:
     hidden: Any
     keep: Any
     counts: list[int]
+    text: Sequence[Any] = ()
     whole: Compaction | None = None
     step: Compaction | None = None
     merges: list[Merge] = field(default_factory=list)
@@ -51,6 +64,7 @@ class PromptState:
     clocks: list[Clock] = field(default_factory=list)
     kernels: dict[str, Backend] = field(default_factory=dict)
     checks: list[DeferredChecks] = field(default_factory=list)
+    words: dict[tuple[int, Where], Tensor] = field(default_factory=dict)
 
     def slots(self, row: int, positions: Tensor) -> Tensor:
         """Where tokens of a row stand in the current states: [K] int64 -> [K] int64."""
@@ -92,6 +106,159 @@ class PromptState:
         """Raise what the checks of the stages found; the caller gets no answer that was computed from bad input."""
         while self.checks:
             self.checks.pop(0).raise_if_failed()
+
+
+def run_stage(
+    state: PromptState,
+    number: int,
+    stage: Stage,
+    clips: Sequence[int] | None,
+    signals: ReadSignals,
+) -> list[tuple[Members, UnitResult]]:
+    """Ask the method of the stage about every unit of which something goes: those units, and what became of them.
+
+    number: that of the stage among its method's stages, for `Visual.state`. clips: the clip of every image, or None.
+    """
+    state.groups, units = groups(state.groups, stage, clips)
+    budgets = budgets_of(stage, units, len(state.counts))
+    todo = [i for i, unit in enumerate(units) if _shrinks(unit, budgets[i])]
+    views = [_visual(state, number, stage, units[i], budgets[i], signals) for i in todo]
+    answers = ask_method(state, stage, views) if views else []
+    first, asked = len(state.results), []
+    for i, view, answer in zip(todo, views, answers):
+        asked.append((units[i], _take(state, stage, units[i], view, answer)))
+        state.note(view.state.get("note"))
+    for unit in units if not asked else ():
+        take_whole(state, stage, unit)
+    if stage.per == "sample":  # a method may have seen the clips of a row one by one
+        state.results[first:] = joined_by_row(state.results[first:])
+    if stage.newlines == "drop":
+        touched = {(g.unit.row, g.image) for unit, _ in asked for g in unit}
+        for g in state.groups:
+            if g.separator and (g.unit.row, g.image) in touched:
+                state.shrink(g, g.positions[:0])
+    return asked
+
+
+def budgets_of(stage: Stage, units: Sequence[Members], rows: int) -> list[int | None]:
+    """Budgets of the units of a batch: a total is dealt out row by row."""
+    budgets: list[int | None] = [None] * len(units)
+    for row in range(rows):
+        mine = [i for i, unit in enumerate(units) if unit[0].unit.row == row]
+        dealt = stage.budgets([sum(g.total for g in units[i]) for i in mine]) if mine else []
+        for i, budget in zip(mine, dealt):
+            budgets[i] = budget
+    return budgets
+
+
+def _shrinks(unit: Members, budget: int | None) -> bool:
+    """True if a method has something to choose: it decides itself, or has fewer places than there are tokens."""
+    return budget is None or budget < sum(g.positions.shape[0] for g in unit)
+
+
+def ask_method(state: PromptState, stage: Stage, views: Sequence[Visual]) -> list[Assignment]:
+    """What the method answers, checked: at once, or for a trusted method on a GPU when the LLM is under way."""
+    device = views[0].x.device
+    clock = Clock(device)
+    with deferring() as found, recording(state.kernels), full_precision(device):
+        answers = ask(stage, views)
+    captured = capturing(device)  # a CUDA graph replays what its warm-up run has checked
+    state.clocks.append(clock.stop())
+    if not captured:
+        state.checks.append(DeferredChecks(found))
+    if device.type != "cuda" or not stage.trusted:
+        state.raise_if_failed()
+    return answers
+
+
+def _visual(
+    state: PromptState,
+    number: int,
+    stage: Stage,
+    unit: Members,
+    budget: int | None,
+    signals: ReadSignals,
+) -> Visual:
+    """What the method sees of a unit."""
+    row, one = unit[0].unit.row, unit[0] if len(unit) == 1 else None
+    positions, order = tokens_of(unit)
+    slots, hidden = state.slots(row, positions), state.hidden[row]
+    if one and one.run and state.whole is None:
+        start, length = one.run
+        x = hidden[start : start + length]
+    else:
+        x = hidden.index_select(0, slots.to(hidden.device))
+    return Visual(
+        x=x,
+        budget=budget,
+        grid=one.grid if one else None,
+        spans=one.spans if one else joined_spans(unit),
+        video=stage.per == "sample" or unit[0].unit.modality == "video",
+        signals=signals(stage, unit, slots, order),
+        text=_text_of(state, row, stage.where),
+        state=state.method_state.setdefault(number, {}),
+    )
+
+
+def _text_of(state: PromptState, row: int, where: Where) -> Tensor | None:
+    """States [M, D] of a row's words, as they enter the place `where`."""
+    text = state.text[row]
+    if text is None or isinstance(text, Tensor):
+        return text
+    if (row, where) not in state.words:
+        slots = state.slots(row, arange_of(text, state.hidden.device))
+        state.words[row, where] = state.hidden[row].index_select(0, slots)
+    return state.words[row, where]
+
+
+def encoded_signals(stage: Stage, unit: Members, slots: Tensor, order: Tensor | None) -> dict[Signal, Tensor]:
+    """The signals that came with the features of the unit's images, as far as all of them have one."""
+    found = {}
+    for need in stage.needs:
+        if all(need in g.unit.signals for g in unit):
+            joined = torch.cat([g.unit.signals[need].to(g.origin.device).index_select(0, g.origin) for g in unit])
+            found[need] = joined if order is None else joined.index_select(0, order)
+    return found
+
+
+def _take(state: PromptState, stage: Stage, unit: Members, view: Visual, answer: Assignment) -> UnitResult:
+    """Write down an answer: merged states, the result, and what is left of each member."""
+    first, (positions, order) = unit[0], tokens_of(unit)
+    if answer.merges:
+        row = first.unit.row
+        with recording(state.kernels):
+            merged = answer.apply(view.x)
+        slots = state.slots(row, positions).to(view.x.device)
+        state.write(row, slots.index_select(0, answer.idx), merged)
+        state.merges.append((row, slots, answer))
+    result = UnitResult(
+        first.unit.row, first.image, first.part, first.unit.modality, stage.method.name, stage.where, view.x.shape[0],
+        positions.index_select(0, answer.idx), answer.idx, answer.order, answer.scores, view.spans, view.grid,
+        answer, positions,
+    )  # fmt: skip
+    state.results.append(result)
+    if len(unit) == 1:
+        state.shrink(first, answer.idx)
+        return result
+    chosen = answer.idx if order is None else order.index_select(0, answer.idx).sort().values
+    for g, start in zip(unit, list(accumulate((g.left for g in unit), initial=0))):
+        # How many tokens each member keeps is known to the device alone.
+        state.shrink(g, chosen[(chosen >= start) & (chosen < start + g.left)] - start)
+    return result
+
+
+def take_whole(state: PromptState, stage: Stage, unit: Members, where: Where | None = None) -> None:
+    """Note a unit that keeps all it has, of which the method is not asked."""
+    first, one = unit[0], unit[0] if len(unit) == 1 else None
+    positions = tokens_of(unit)[0]
+    idx = torch.arange(len(positions), device=positions.device)
+    state.results.append(
+        UnitResult(
+            first.unit.row, first.image, first.part, first.unit.modality, stage.method.name,
+            stage.where if where is None else where, len(idx), positions, idx, None, None,
+            one.spans if one else joined_spans(unit), one.grid if one else None, Assignment(idx), positions,
+        )
+    )  # fmt: skip
 
 
 def side_by_side(features: Sequence[Tensor], units: Sequence[Unit], rows: int) -> list[Tensor]:

@@ -17,7 +17,7 @@ def budget_of(v: Visual, name: str) -> int:
     """The number of tokens to keep; ValueError if nobody gave one or the unit has fewer tokens."""
     if v.budget is None:
         raise ValueError(f"{name} does not choose its own budget: pass keep=..., a share in (0, 1] or a count >= 1")
-    if not 1 <= v.budget <= v.n:
+    if not 1 <= v.budget <= v.x.shape[0]:
         raise ValueError(f"budget={v.budget}: {name} can keep 1..{v.n} tokens of this unit")
     return v.budget
 

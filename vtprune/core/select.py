@@ -13,10 +13,9 @@ from torch import Tensor
 
 from .framing import clips_seen, clips_told
 from .method import Stage
-from .prompt import PromptState, side_by_side
+from .prompt import PromptState, encoded_signals, run_stage, side_by_side
 from .result import UnitResult
 from .signal import Signal
-from .stage_run import encoded_signals, run_stage
 from .units import TokenGroup, Unit, begin
 from .visual import Span
 
@@ -54,12 +53,12 @@ def run_stages(
     hidden = side_by_side(features, units, len(text))
     groups = [begin(unit, i, hidden[unit.row].device) for i, unit in enumerate(units)]
     keep = [torch.ones(len(x), dtype=torch.bool, device=x.device) for x in hidden]
-    state = PromptState(list(units), groups, hidden, keep, [len(x) for x in hidden])
+    state = PromptState(list(units), groups, hidden, keep, [len(x) for x in hidden], text)
     orders: dict[int, list[Tensor | None]] = {}
     scores: dict[int, Tensor] = {}
     for number, stage in enumerate(stages):
         clips = _clips(stage, stages, units, len(text))
-        asked = run_stage(state, number, stage, clips, encoded_signals, lambda row, _: text[row])
+        asked = run_stage(state, number, stage, clips, encoded_signals)
         orders |= {group.image: [] for unit, _ in asked for group in unit}
         for unit, result in asked:
             _note(unit, result, orders, scores, len(hidden[result.row]))

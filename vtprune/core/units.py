@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -98,7 +99,8 @@ class TokenGroup:
     def grid(self) -> tuple[int, int, int] | None:
         """(t, h, w) if the tokens are one raster without separators."""
         one = self.spans[0] if len(self.spans) == 1 else None
-        return one.grid if one and not one.newline and len(one) == self.left else None
+        whole = one and not one.newline and math.prod(one.grid) == self.positions.shape[0]
+        return one.grid if one and whole else None
 
     def keep(self, idx: Tensor) -> None:
         """Cut down to the tokens idx [K], ascending."""

@@ -107,9 +107,9 @@ def _masks(prefill: Prefill, cut: Compaction, mask: Any) -> Any:
     return torch.cat([past, real if cut.valid is None else hide(real, cut.valid)], dim=1)
 
 
-def _cut_mask(prefill: Prefill, cut: Compaction, mask: Any) -> Tensor:
+def _cut_mask(prefill: Prefill, cut: Compaction, mask: Any, layer: int = 0) -> Tensor:
     mask = tensor_mask(mask)
-    return cut.cut_mask(mask, prefill.past_columns(mask, 0, cut.length))
+    return cut.cut_mask(mask, prefill.past_columns(mask, layer, cut.length))
 
 
 def causal_mask(prefill: Prefill, layer: int | None = None) -> Tensor | None:
@@ -186,15 +186,13 @@ def _cut_features(where: Tensor, features: Tensor, cuts: list[tuple[list[Merge],
 def cut_layer_call(prefill: Prefill, layer: int, call: dict[str, Any]) -> None:
     """Give a layer behind a stage the mask and positions of the tokens that are left."""
     cut = prefill.inner
-    if cut is None:
-        return
+    assert cut is not None
     for name in ("position_embeddings", "position_ids"):
         if name in call:
             call[name] = _once(prefill, call[name], lambda value: cut_any(value, cut))
     mask = call.get("attention_mask")
     if mask is not None:
-        past = prefill.past_columns(tensor_mask(mask), layer, cut.length)
-        call["attention_mask"] = _once(prefill, mask, lambda value: cut.cut_mask(value, past))
+        call["attention_mask"] = _once(prefill, mask, lambda value: _cut_mask(prefill, cut, value, layer))
     elif cut.valid is not None and prefill.plan.layer_types[layer] == LINEAR:
         call["attention_mask"] = cut.valid
     elif cut.valid is not None:

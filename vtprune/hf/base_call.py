@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..compilers import refuse_tracers
 from ..core.errors import UnsupportedCall
 from ..core.result import Last
 from ..model_adapters.entries import Features
 from . import cache as kv
 from . import packed
-from .checks import check_call, check_guesses
+from .checks import check_call, check_guesses, check_tracers
 from .past import with_past_mask
 from .prefill import Prefill
 
@@ -33,13 +32,19 @@ def begin_base_call(
     patch: Patch, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Before the base model runs: its arguments, in which a mask over the past may be another."""
-    call = patch.adapter.bind(module, args, kwargs)
-    tokens = _tokens_of(call)
+    adapter = patch.adapter
+    call = adapter.bind(module, args, kwargs)
+    tokens = call.get("input_ids")
+    ids, tokens = tokens is not None, tokens if tokens is not None else call.get("inputs_embeds")
     if tokens is not None and tokens.shape[1] > 1:  # decode steps leave here: nothing to prune
-        check_call(patch, call)
-        if _may_prune(patch, call):
-            call = _begin_prefill(patch, call, tokens)
-    if patch.adapter.masks_in_base:
+        given = adapter.given(call)
+        kinds = adapter.visual_code(call, given) if given or not ids else None
+        check_call(patch, call, bool(given))
+        if kinds is not None:
+            call = _begin_prefill(patch, call, tokens, kinds, given)
+        elif not ids:
+            _without_places(patch, call)
+    if patch.plan.masks_in_base:
         cache = call.get(kv.NAME)
         call = with_past_mask(call, None if cache is None else kv.state(cache, kv.reference_layer(cache)))
     return (args, kwargs) if call is kwargs else ((), call)
@@ -48,34 +53,23 @@ def begin_base_call(
 def may_prune(patch: Patch, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """True for a call of the base model that is a prompt with features, or embeddings that may hold some."""
     call = patch.adapter.bind(module, args, kwargs)
-    tokens = _tokens_of(call)
-    return tokens is not None and tokens.shape[1] > 1 and _may_prune(patch, call)
-
-
-def _may_prune(patch: Patch, call: dict[str, Any]) -> bool:
-    return call.get("input_ids") is None or bool(patch.adapter.given(call))
-
-
-def _tokens_of(call: dict[str, Any]) -> Tensor | None:
-    """Ids or embeddings of a call of the base model."""
     ids = call.get("input_ids")
-    return ids if ids is not None else call.get("inputs_embeds")
+    tokens = ids if ids is not None else call.get("inputs_embeds")
+    return tokens is not None and tokens.shape[1] > 1 and (ids is None or bool(patch.adapter.given(call)))
 
 
-def _begin_prefill(patch: Patch, call: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
-    """Start to prune this prompt, if it has visual tokens and says where; the call that goes on."""
-    local, kinds = patch.local, patch.adapter.visual_code(call)
-    if kinds is None:
-        if call.get("input_ids") is None:
-            _without_places(patch, call)
-        return call
-    refuse_tracers(tokens)
-    if not patch.plan.keeps_all:
+def _begin_prefill(
+    patch: Patch, call: dict[str, Any], tokens: Tensor, kinds: Tensor, given: list[str]
+) -> dict[str, Any]:
+    """Start to prune this prompt, whose tokens are of the kinds [B, L]; the call that goes on."""
+    local, keeps_all = patch.local, patch.plan.keeps_all
+    check_tracers(tokens)
+    if not keeps_all and packed.may_hold_samples(call):
         call, kinds = _unpack(patch, call, kinds)
-    local.features = _brought(patch, call)
+    local.features = _brought(patch, call, given)
     prefill = local.prefill = Prefill(patch.adapter, patch.plan, kinds, notes=list(patch.notes))
     prefill.start_host_copies(call, local.prompt_length)
-    if prefill.behind and prefill.cache is not None and not patch.plan.keeps_all:
+    if prefill.behind and prefill.cache is not None and not keeps_all:
         check_guesses(patch)
     return call
 
@@ -115,10 +109,13 @@ def recognised(patch: Patch, call: dict[str, Any]) -> dict[str, Any]:
     return told
 
 
-def _brought(patch: Patch, call: dict[str, Any]) -> dict[str, Features | None]:
-    """What is known of features that were there before this call; pixels are encoded in the course of it."""
+def _brought(patch: Patch, call: dict[str, Any], given: list[str]) -> dict[str, Features | None]:
+    """What is known of features that were there before this call; pixels are encoded in the course of it.
+
+    given: the modalities whose pixels or features the call carries.
+    """
     encoded, adapter = call.get("mm_encoder_outputs"), patch.adapter
-    if not adapter.given(call):
+    if not given:
         told = _told(patch, call)
         return {m: adapter.brought(m, told, None) for m in adapter.token_ids}
     if not isinstance(encoded, Mapping):

@@ -8,6 +8,7 @@ storage is physical (what was kept), every answer about length is logical (what 
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from functools import lru_cache
 from inspect import signature
 from typing import Any
@@ -24,19 +25,15 @@ from ..core.errors import UnsupportedCall
 NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 # What `crop` takes: how many tokens go, negative; older versions take the length that is left as well.
 COUNTS_LEFT = "max_length" in signature(DynamicLayer.crop).parameters
-_inside = threading.local()
 
 
-def enter() -> bool:
-    """A patched model is running in this thread: ragged pruned layers may be extended. Returns what was before."""
-    before = getattr(_inside, "on", False)
-    _inside.on = True
-    return before
+class _Inside(threading.local):
+    """Per thread: `on` while a patched model is running, which alone may extend ragged pruned layers."""
+
+    on = False
 
 
-def leave(before: bool = False) -> None:
-    """The patched model has returned, however; another one that called it may still be running."""
-    _inside.on = before
+inside = _Inside()
 
 
 def renamed(call: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +105,7 @@ class Pruned:
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As the base class; refuses to continue where only a patched model can mask or place the new tokens."""
-        if self.needs_patch and not getattr(_inside, "on", False):
+        if self.needs_patch and not inside.on:
             raise UnsupportedCall(
                 "this cache was filled by a patched model and its rows or layers kept different numbers of tokens (or "
                 "compact positions, silent heads, or a choice made at every decode step), so an unpatched model would "
@@ -337,6 +334,23 @@ def shrink(
     new.tail = tail
     new.came = (*new.came, *[-1] * (new.prefix - len(new.came))) if new.came else ()
     cache.layers[i] = new
+
+
+def shrink_layers(cache: Any, layers: Sequence[dict[str, Any]], **call: Any) -> None:
+    """`shrink` every layer that the cache has: its own arguments in `layers`, those of all of them in `call`.
+
+    All of them change, also those that were not cut: none may be cropped where another refuses.
+    """
+    for i in range(min(len(cache.layers), len(layers))):
+        shrink(cache, i, **layers[i], **call)
+
+
+def set_gate(cache: Any) -> None:
+    """Let the layer that is cropped first know of all stages at decode, any of which may refuse."""
+    first = state(cache, reference_layer(cache))
+    if first is not None:
+        held = [getattr(layer, "selection", None) for layer in cache.layers if isinstance(layer, Pruned)]
+        first.gate = tuple(selection for selection in held if selection is not None)
 
 
 def stored(layer: Any) -> int:

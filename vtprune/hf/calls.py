@@ -22,7 +22,11 @@ from . import packed
 from .base_call import begin_base_call, may_prune, recognised
 
 if TYPE_CHECKING:
-    from .patch import Patch
+    from ..core.result import Last
+    from ..model_adapters.entries import Features
+    from .decode import DecodeStep
+    from .prefill import Prefill
+    from .session import Patch
 
 
 class Running:
@@ -75,6 +79,35 @@ class Running:
 
     def __reduce__(self) -> Any:
         return Running, ()
+
+
+class Local(threading.local):
+    """Per-thread state of one patched model; a copy or an unpickled one starts empty."""
+
+    def __init__(self) -> None:
+        self.prefill: Prefill | None = None
+        self.features: dict[str, Features | None] = {}
+        self.observing = False
+        self.last: Last | None = None
+        self.step: DecodeStep | None = None  # a decode step at which stages act
+        self.dry_running = False  # a layer is run up to its attention product, before it runs
+        self.told: dict[str, Any] = {}  # what `generate` was told of grids, which it keeps from the model
+        self.placed: tuple[Any, ...] = ()  # the last position ids that were lowered, and what came of them
+        self.samples: packed.Samples | None = None  # of packed rows, while each is a row of its own
+        self.prompt_length: int | None = None  # tokens up to the end of the prompt of the `generate` under way
+        self.pruned_past = False  # layers of the cache of this call store fewer tokens than they answer for
+        self.depth = 0  # calls of the base and the text model under way, one inside the other
+
+    def clear(self) -> None:
+        """Nothing of a call is left, and nothing of one that was interrupted before."""
+        self.prefill, self.step, self.placed, self.dry_running, self.features = None, None, (), False, {}
+        self.samples = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Local:
+        return Local()
+
+    def __reduce__(self) -> Any:
+        return Local, ()
 
 
 class Cover:
@@ -134,7 +167,7 @@ class Forward(Cover):
             if not text and not patch.local.depth:
                 patch.local.clear()
             patch.local.depth += 1
-            held = kv.enter()
+            before, kv.inside.on = kv.inside.on, True
             try:
                 args, kwargs = (args, kwargs) if text else begin_base_call(patch, self.module, args, kwargs)
                 output, done = self.original(*args, **kwargs), True
@@ -144,21 +177,21 @@ class Forward(Cover):
                 patch.local.depth -= 1
                 if text and not done:
                     patch.roll_back()
-                kv.leave(held)
+                kv.inside.on = before
                 if not patch.local.depth and not (text and done):  # the hook behind it comes yet
                     patch.local.clear()
 
     def _traced(self, text: bool, *args: Any, **kwargs: Any) -> Any:
         """Without locks and clean-up, which cannot be traced: `generate` is counted already."""
         patch = self.patch
-        kv.enter()
+        kv.inside.on = True
         patch.local.depth += 1
         args, kwargs = (args, kwargs) if text else begin_base_call(patch, self.module, args, kwargs)
         output = self.original(*args, **kwargs)
         patch.local.depth -= 1
         if not text:
             patch.local.clear()
-            kv.leave()
+            kv.inside.on = False
         return output
 
 

@@ -9,7 +9,9 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from ..core.clock import capturing
 from ..core.errors import UnsupportedCall, UnsupportedModel
 from ..core.method import Stage
 from ..core.signal import Signal
@@ -219,13 +221,13 @@ def _way_out(plan: Plan, stage: Stage) -> str:
 # -- in a call --------------------------------------------------------------------------------------------------------
 
 
-def check_call(patch: Patch, call: dict[str, Any]) -> None:
-    """Refuse caches that cannot hold a pruned prompt."""
+def check_call(patch: Patch, call: dict[str, Any], features: bool) -> None:
+    """Refuse caches that cannot hold a pruned prompt. features: the call carries pixels or encoded features."""
     from transformers.cache_utils import Cache, EncoderDecoderCache
 
-    adapter, cache = patch.adapter, call.get(kv.NAME)
-    paged = "paged" in adapter.attention() or (cache is not None and not isinstance(cache, Cache))
-    if paged and adapter.given(call):
+    cache = call.get(kv.NAME)
+    paged = "paged" in patch.adapter.attention() or (cache is not None and not isinstance(cache, Cache))
+    if paged and features:
         raise UnsupportedCall(
             f"paged caches and continuous batching ({type(cache).__name__}) cannot hold pruned prompts: use "
             "model.generate with its own cache, or handle.remove() first; requests without images work"
@@ -236,7 +238,7 @@ def check_call(patch: Patch, call: dict[str, Any]) -> None:
         raise UnsupportedCall("an encoder-decoder cache cannot hold pruned prompts; use a DynamicCache")
     layers = getattr(cache, "layers", ())
     windows = any(kv.is_static(x) and getattr(x, "is_sliding", False) for x in layers)
-    if windows and not patch.plan.keeps_all and adapter.given(call):
+    if windows and not patch.plan.keeps_all and features:
         raise UnsupportedCall(
             "a static cache with sliding-window layers cannot hold pruned prompts; drop "
             "cache_implementation='static' (a DynamicCache works)"
@@ -252,7 +254,7 @@ def check_guesses(patch: Patch) -> None:
             "verifies several guessed tokens at once, as assisted decoding and prompt lookup do: leave out "
             "assistant_model and prompt_lookup_num_tokens, or use a method that acts while the prompt is read only"
         )
-    if plan.inside and patch.adapter.masks_in_base:
+    if plan.inside and plan.masks_in_base:
         raise UnsupportedCall(
             f"{plan.inside[0].method.name} acts inside the LLM, and {patch.adapter.model_type} reads its prompt in "
             "both directions, so guessed tokens (assisted decoding, prompt lookup) would have a say in which tokens "
@@ -325,3 +327,29 @@ def check_room(prefill: Prefill, cache: Any) -> None:
         raise UnsupportedCall(
             "a static cache has no room for tokens that come back at decode: use the default dynamic cache"
         )
+
+
+def check_tracers(tokens: Tensor) -> None:
+    """Refuse a call that is recorded to be run again on other inputs, which would keep its picks."""
+    from torch._C._functorch import TransformType, get_interpreter_stack
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    if torch.compiler.is_exporting():
+        what = "torch.export"
+    elif torch.jit.is_tracing():
+        what = "torch.jit.trace"
+    elif isinstance(tokens, torch.fx.Proxy) or get_proxy_mode() is not None:
+        what = "torch.fx"
+    elif any(level.key() == TransformType.Vmap for level in get_interpreter_stack() or ()):
+        what = "torch.vmap"
+    elif isinstance(tokens, FakeTensor) or tokens.is_meta:
+        what = "a run on fake or meta tensors"
+    elif capturing(tokens.device):
+        what = "a CUDA graph"
+    else:
+        return
+    raise UnsupportedCall(
+        f"this call is recorded by {what}, but which visual tokens are kept depends on the image: a recording would "
+        "keep those of its own example; call the model itself, use torch.compile, or handle.remove() first"
+    )

@@ -71,6 +71,8 @@ class FeatureRecorder:
 
     @outside
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.patch.local.depth:  # the base model, whose call is counted, encodes
+            return self._record(args, kwargs)
         with self.patch.running.one():
             if self.patch.removed:  # somebody kept the function beyond the patch, or this call waited
                 return self.original(*args, **kwargs)
@@ -84,11 +86,26 @@ class FeatureRecorder:
         try:
             call = inspect.signature(self.original).bind(*args, **kwargs).arguments
             call = {**call, **call.pop("kwargs", {})}
+            if self.tower or self.inside:
+                output, as_tuple, found = self._read(call, args, kwargs)
+            else:
+                output, as_tuple = self._encode(args, kwargs)
+                found = self.patch.adapter.observe(self.modality, call, output, [])
+            if local.depth:  # else they will be known by the output
+                local.features[self.modality] = found
+            self.patch.encoded.add(output, found)
+            return output.to_tuple() if as_tuple else output
+        finally:
+            local.observing = False
+
+    def _read(self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool, Features]:
+        """Encode while readers and stages are at work in the tower."""
+        clocks: list[Clock] = []
+        try:
             if self.tower:
                 self.tower.start()
             if self.inside:
                 self.inside.start(call)
-            clocks: list[Clock] = []
             with recording() as kernels, timing(clocks):
                 output, as_tuple = self._encode(args, kwargs)
                 signals = self.tower.finish(call, output) if self.tower else []
@@ -97,17 +114,12 @@ class FeatureRecorder:
                 signals = [{**s, KEPT: k} for s, k in zip(signals or [{}] * len(run.kept), run.kept)]
             found = self.patch.adapter.observe(self.modality, call, output, signals)
             found.tower, found.kernels, found.clocks = run and run.report(), kernels, clocks
-            if local.depth:  # else they will be known by the output
-                local.features[self.modality] = found
-            self.patch.encoded.add(output, found)
-            output = output.to_tuple() if as_tuple else output
         finally:
-            local.observing = False
             if self.inside:
                 self.inside.stop()
             if self.tower:
                 self.tower.stop()
-        return output
+        return output, as_tuple, found
 
     def _encode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool]:
         """The features by name, and whether the caller gets them as a tuple, which tells no names."""

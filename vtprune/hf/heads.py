@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..core.method import Stage
-from ..core.stage_run import ask_method
+from ..core.prompt import ask_method
 from ..core.visual import Visual
 from . import cache as kv
 from .plan import layer_of
@@ -26,7 +26,7 @@ def run_heads(prefill: Prefill, number: int, stage: Stage) -> None:
         return
     memory, views = state.method_state.setdefault(number, {}), []
     for i in rows:
-        signals = {need: said[need.kind][i].index_select(0, active[i]) for need in stage.method.needs}
+        signals = {need: said[need.kind][i].index_select(0, active[i]) for need in stage.needs}
         views.append(Visual(output.new_zeros(len(active[i]), 0), budget, signals=signals, state=memory))
     before = prefill.layers.heads[layer]
     if before is None and prefill.cache is not None:  # rows without an image in this turn

@@ -32,6 +32,12 @@ class DryRunDone(Exception):
     """Ends a layer's forward once its queries and keys are known."""
 
 
+def acting(patch: Patch) -> Prefill | None:
+    """The prefill whose stages act and read signals by now; none where all tokens stay."""
+    prefill = patch.local.prefill
+    return prefill if prefill is not None and prefill.acting else None
+
+
 # -- the text model ---------------------------------------------------------------------------------------------------
 
 
@@ -43,7 +49,8 @@ def before_text(patch: Patch, module: nn.Module, args: tuple[Any, ...], kwargs: 
         patch.local.clear()
     call = patch.adapter.bind(module, args, kwargs)
     cache = call.get(kv.NAME)
-    if cache is not None:
+    patch.local.pruned_past = any(isinstance(layer, kv.Pruned) for layer in getattr(cache, "layers", ()))
+    if patch.local.pruned_past:
         call = _over_past(patch, call, cache)
     prefill = patch.local.prefill
     if prefill is not None and call.get("inputs_embeds") is not None:
@@ -62,7 +69,7 @@ def _over_past(patch: Patch, call: dict[str, Any], cache: Any) -> dict[str, Any]
     layer = kv.state(cache, kv.reference_layer(cache))
     if layer is None:
         return call
-    if not patch.adapter.masks_in_base:
+    if not patch.plan.masks_in_base:
         call = with_past_mask(call, layer)
     return call if layer.position_offset is None else with_position_offset(call, layer)
 
@@ -106,9 +113,9 @@ def _close(patch: Patch, output: Any) -> Any:
     prefill, step = patch.local.prefill, patch.local.step
     if step is not None:
         return _close_step(patch, step, output)
-    if prefill is None or prefill.state is None:
+    if prefill is None or not prefill.opened:
         return None
-    state, cache = prefill.state, getattr(output, kv.NAME, None)
+    state, cache = prefill.prompt, getattr(output, kv.NAME, None)
     try:
         state.raise_if_failed()
         if prefill.selections:
@@ -145,36 +152,34 @@ def _close_step(patch: Patch, step: decode.DecodeStep, output: Any) -> Any:
 @outside_while_busy
 def before_layer(patch: Patch, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The arguments of layer i: what its stages left, and masks and positions of what this layer stores."""
-    prefill, step = patch.acting, patch.local.step
+    local, plan = patch.local, patch.plan
+    prefill, step = acting(patch), local.step
     hidden = args[0] if args else kwargs["hidden_states"]
     if prefill is None and step is None and hidden.shape[1] == 1 and kwargs.get("attention_mask") is None:
         held = kv.state(kv.renamed(kwargs).get(kv.NAME), i)
         if held is None or (held.valid is None and held.layer_position_offset is None and held.heads is None):
             return None  # decode without padding: every layer sees all it stores, so there is nothing to change
     call = patch.adapter.bind(module, args, kwargs)
-    cache = call.get(kv.NAME)
-    held = kv.state(cache, i) if cache is not None else None
+    held = kv.state(call.get(kv.NAME), i) if local.pruned_past else None
     if step is not None:
         hidden = step.enter(i, hidden)
         call = {**call, "hidden_states": hidden[:, -1:]}
     changed = dict(call)
-    if held is not None and i != (reference := kv.reference_layer(cache)):
-        set_layer_mask(changed, held, kv.state(cache, reference), patch.adapter.attention())
+    if held is not None and i != (reference := kv.reference_layer(call[kv.NAME])):
+        set_layer_mask(changed, held, kv.state(call[kv.NAME], reference), patch.adapter.attention())
     if prefill is not None:
-        if i in patch.plan.dry_run_layers:
-            _dry_run(patch, i, module, dict(changed), prefill)
-        ids, rope = call.get("position_ids"), call.get("position_embeddings")
-        changed["hidden_states"] = run_layer(prefill, i, call["hidden_states"], ids, rope)
-        cut_layer_call(prefill, i, changed)
+        _prune_layer(patch, prefill, i, module, changed)
     lowered = prefill.layers.position_offset[i] if prefill else None
-    _lower_positions(patch, changed, lowered, held.layer_position_offset if held else None)
+    held_offset = held.layer_position_offset if held else None
+    if lowered is not None or held_offset is not None:
+        _lower_positions(patch, changed, lowered, held_offset)
     if step is not None:
         step.extend(i, hidden, changed, patch.adapter.attention())
     heads = prefill.layers.heads[i] if prefill else None
     heads = held.heads if heads is None and held is not None else heads
     if heads is not None:
         changed[HEADS] = heads
-    if (prefill or held or step) and "flash" in patch.adapter.attention():
+    if plan.flash and (prefill or held or step):
         # Flash attention takes gaps in position ids for packed sequences; rotary embeddings are already made.
         width = changed["hidden_states"].shape[1]
         if torch.is_tensor(changed.get("position_ids")):
@@ -183,12 +188,26 @@ def before_layer(patch: Patch, i: int, module: nn.Module, args: tuple[Any, ...],
     return (changed.pop("hidden_states"),), changed
 
 
+def _prune_layer(patch: Patch, prefill: Prefill, i: int, layer: nn.Module, call: dict[str, Any]) -> None:
+    """Run the stages at layer i, and cut its arguments to what is left."""
+    if i in patch.plan.stage_layers:
+        if i in patch.plan.dry_run_layers:
+            _dry_run(patch, i, layer, dict(call), prefill)
+        ids, rope = call.get("position_ids"), call.get("position_embeddings")
+        call["hidden_states"] = run_layer(prefill, i, call["hidden_states"], ids, rope)
+    if prefill.inner is not None:
+        cut_layer_call(prefill, i, call)
+
+
 def _dry_run(patch: Patch, i: int, layer: nn.Module, call: dict[str, Any], prefill: Prefill) -> None:
     """Run layer i up to its attention product on what enters it, for the signals of stages that stand there."""
-    cut_layer_call(prefill, i, call)
+    if prefill.inner is not None:
+        cut_layer_call(prefill, i, call)
     cache = call.get(kv.NAME)
     held = kv.state(cache, i) if cache is not None else None
-    _lower_positions(patch, call, prefill.layers.position_offset[i], held.layer_position_offset if held else None)
+    lowered, before = prefill.layers.position_offset[i], held.layer_position_offset if held else None
+    if lowered is not None or before is not None:
+        _lower_positions(patch, call, lowered, before)
     if cache is not None:
         call[kv.NAME] = ReadOnlyCache(cache, prefill.past_at(i))
     patch.local.dry_running = True
@@ -204,8 +223,6 @@ def _dry_run(patch: Patch, i: int, layer: nn.Module, call: dict[str, Any], prefi
 
 def _lower_positions(patch: Patch, call: dict[str, Any], lowered: Tensor | None, held: Tensor | None) -> None:
     """positions="compact" inside the LLM: this layer's own ids, by `lowered` [B, n] of this call and `held` [B]."""
-    if lowered is None and held is None:
-        return
     local, ids = patch.local, call["position_ids"]
     key, compiling = (ids, lowered, held), torch.compiler.is_compiling()
     if not compiling and local.placed and all(a is b for a, b in zip(key, local.placed)):

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ..core.errors import UnsupportedCall
 from ..core.method import Stage
+from ..core.prompt import Members, run_stage
 from ..core.signal import Signal
-from ..core.stage_run import Members, run_stage
 from ..signals import kind_of
 from .arguments import note_lengths
 from .heads import run_heads
 from .plan import layer_of
-from .prefill import Prefill, clips_of, text_of
+from .prefill import Prefill, clips_of
 from .remember import remember, remembered
 from .slots import real_slots, text_behind
 
@@ -47,8 +47,7 @@ def _run_stages(prefill: Prefill, i: int, hidden: Tensor, ids: Tensor | None) ->
         if stage.method.of == "heads":
             run_heads(prefill, number, stage)
         else:
-            clips, signals, text = clips_of(prefill, stage), partial(_signals, prefill), partial(text_of, prefill)
-            run_stage(state, number, stage, clips, signals, text)
+            run_stage(state, number, stage, clips_of(prefill, stage), partial(_signals, prefill))
     if sum(state.counts) == count:
         return hidden
     state.cut()
@@ -72,7 +71,7 @@ def _signals(
 ) -> dict[Signal, Tensor]:
     """What was read in the layers before, of the tokens of a unit."""
     row, found, readings = unit[0].row, {}, prefill.readings
-    for need in stage.method.needs:
+    for need in stage.needs:
         if need.kind in readings.words:
             found[need] = readings.words[need.kind][row]
             continue

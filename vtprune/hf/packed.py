@@ -69,6 +69,14 @@ class Samples:
         return hide(cut, self.valid)
 
 
+def may_hold_samples(call: dict[str, Any]) -> bool:
+    """False where nothing among the arguments could tell several samples in a row apart, as in most calls."""
+    mask = call.get("attention_mask")
+    return any(call.get(name) is not None for name in (*LENGTHS, "position_ids")) or (
+        mask is not None and not (torch.is_tensor(mask) and mask.dim() == 2)
+    )
+
+
 def find(call: dict[str, Any], code: Tensor, adapter: Adapter, *, caches: bool) -> Samples | None:
     """The samples of a call of the base model whose rows hold several; None if every row is one sample.
 

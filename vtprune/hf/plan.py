@@ -20,13 +20,14 @@ class Plan:
     """Where stages act and what they read.
 
     stages: all of them, in order. before: those between projector and LLM, inside: those at decoder layers, in_tower:
-    those in the vision tower. at_decode: those of `inside` that act at decode. of_heads: layers where stages choose
-    among heads.
-    depth, layer_types: of the decoder. deepstack: how many of its first layers have visual features added behind them.
+        those in the vision tower. at_decode: those of `inside` that act at decode. stage_layers: the layers of `inside`.
+    of_heads: layers where stages choose among heads.
+    depth, layer_types: of the decoder. masks_in_base: it receives 4-D masks that the base model built. flash: it runs
+        on flash attention. deepstack: how many of its first layers have visual features added behind them.
     first_layer: the first decoder layer with a stage, or `depth`. first_hook: the first whose arguments are looked
-    after. dry_run_layers: those whose own attention a stage that stands there reads, so that they run twice.
+        after. dry_run_layers: those whose own attention a stage that stands there reads, so that they run twice.
     tower_needs: signals that stages before the LLM read from the vision tower. of_words: those that stages inside the
-    LLM read from the embeddings. head_signals: those of heads that stages read, by kind.
+        LLM read from the embeddings. head_signals: those of heads that stages read, by kind.
     reweighing: methods that change attention; the checks let one through.
     by_clip: a stage compares the frames of a sample, so what stages see of a sample are its clips.
     renumber: a stage before the LLM or in the tower lowers the position ids of what it keeps.
@@ -40,10 +41,13 @@ class Plan:
     at_decode: list[Stage]
     of_heads: list[int]
     depth: int
+    masks_in_base: bool
     layer_types: list[str]
     deepstack: int
+    stage_layers: frozenset[int]
     first_layer: int
     first_hook: int
+    flash: bool
     dry_run_layers: frozenset[int]
     tower_needs: frozenset[Signal]
     of_words: list[SignalKind]
@@ -56,7 +60,7 @@ class Plan:
     @classmethod
     def of(cls, adapter: Adapter, stages: Sequence[Stage]) -> Plan:
         """The plan of stages on a model; whether the model can hold them is for `checks.check_stages` to say."""
-        depth = len(adapter.layers)
+        depth, flash = len(adapter.layers), "flash" in adapter.attention()
         before = [s for s in stages if s.where == "llm"]
         inside = [s for s in stages if isinstance(s.where, int)]
         first = min((layer_of(s) for s in inside), default=depth)
@@ -74,10 +78,13 @@ class Plan:
             at_decode=[s for s in stages if "decode" in s.method.phases],
             of_heads=[layer_of(s) for s in inside if s.method.of == "heads"],
             depth=depth,
+            masks_in_base=adapter.masks_in_base,
             layer_types=adapter.layer_types,
             deepstack=len(getattr(vision, "deepstack_visual_indexes", None) or ()),
+            stage_layers=frozenset(map(layer_of, inside)),
             first_layer=first,
-            first_hook=0 if "flash" in adapter.attention() else first,
+            first_hook=0 if flash else first,
+            flash=flash,
             dry_run_layers=frozenset(layer_of(s) for s in inside for need in s.method.needs if need.layer == 0),
             tower_needs=frozenset(need for s in before for need in s.method.needs),
             of_words=[kind for kind in dict.fromkeys(map(kind_of, needs)) if kind.source == "embeddings"],

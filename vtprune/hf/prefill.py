@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +17,11 @@ from ..core.compaction import Compaction
 from ..core.errors import UnsupportedCall
 from ..core.framing import clips_seen, clips_told
 from ..core.masks import visible
-from ..core.method import Stage, Where
-from ..core.prompt import Merge, PromptState
+from ..core.method import Stage
+from ..core.prompt import Merge, PromptState, encoded_signals, run_stage, take_whole
 from ..core.result import Last, UnitResult, joined_by_row
 from ..core.signal import KEPT
-from ..core.stage_run import encoded_signals, run_stage, take_whole
-from ..core.units import Unit, arange_of, begin, groups
+from ..core.units import Unit, begin, groups
 from ..core.visual import Assignment
 from ..kernels import HostCopy, to_device
 from ..model_adapters.base import Adapter
@@ -59,14 +57,12 @@ class LayerStates:
 class Readings:
     """Signals that were read inside the LLM, by kind and layer: [B, n, ..] of the current slots.
 
-    words: signals of words by kind, a tensor [T] each row. heads: signals of query heads by kind, [B, H]. text: states
-    of all words, by row and place.
+    words: signals of words by kind, a tensor [T] each row. heads: signals of query heads by kind, [B, H].
     """
 
     rows: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     words: dict[str, list[Tensor]] = field(default_factory=dict)
     heads: dict[str, Tensor] = field(default_factory=dict)
-    text: dict[tuple[int, Where], Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -78,8 +74,9 @@ class Prefill:
     host, with 0 at tokens that the mask hides.
     past: tokens of earlier calls on `cache`; real_past: [B, past] bool, which of them are no padding. behind: tokens of
     this call behind the end of the prompt. holes: some tokens are padding or hidden.
-    others: tokens of all rows that stay and are not visual. text: runs (start, length) of words, row by row.
-    state: None until embeddings have come. position_offset: [B], by how much new tokens' ids are lower.
+    others: tokens of all rows that stay and are not visual.
+    prompt: which tokens are left; there from `open_prompt` on, which sets `opened`. acting: stages act and read signals
+    by now; never where all tokens stay. position_offset: [B], by how much new tokens' ids are lower.
     inner: the cut made inside the LLM, inner_cuts: its steps with their merges. memo: arguments that were cut already.
     selections: by layer what stages at decode will know. active_heads: by layer [K] the heads that speak, row by row.
     """
@@ -95,10 +92,11 @@ class Prefill:
     token_kind_on_host: Tensor = field(default_factory=lambda: torch.empty(0))
     real_past: Tensor | None = None
     copies: list[HostCopy] = field(default_factory=list)
-    state: PromptState | None = None
+    prompt: PromptState = field(init=False)
+    opened: bool = False
+    acting: bool = False
     dtype: torch.dtype = torch.float32
     others: int = 0
-    text: list[list[tuple[int, int]]] = field(default_factory=list)
     clips: dict[tuple[int, ...] | None, list[int]] = field(default_factory=dict)
     layers: LayerStates = field(default_factory=lambda: LayerStates.of(0, 0))
     readings: Readings = field(default_factory=Readings)
@@ -110,12 +108,6 @@ class Prefill:
     active_heads: dict[int, list[Tensor]] = field(default_factory=dict)
     tower_units: list[UnitResult] = field(default_factory=list)
     tower_lengths: dict[str, list[int]] = field(default_factory=dict)
-
-    @property
-    def prompt(self) -> PromptState:
-        """Which tokens are left, once embeddings have come."""
-        assert self.state is not None
-        return self.state
 
     @property
     def units(self) -> list[Unit]:
@@ -189,9 +181,11 @@ def open_prompt(prefill: Prefill, call: Mapping[str, Any], features: Mapping[str
     stays = _staying(prefill, named)
     keep = (prefill.token_kind != 0).to(embeds.device) if stays is host else (stays != 0).to(embeds.device)
     units = _units(prefill, named, features)
-    state = PromptState(units, [begin(u, i, embeds.device) for i, u in enumerate(units)], embeds, keep, [])
-    state.counts, state.notes = (stays != 0).sum(1).tolist(), prefill.notes
-    prefill.state, prefill.dtype = state, embeds.dtype
+    text, counts = [runs_of(row == 1) for row in host], (stays != 0).sum(1).tolist()
+    left = [begin(u, i, embeds.device) for i, u in enumerate(units)]
+    state = PromptState(units, left, embeds, keep, counts, text, notes=prefill.notes)
+    prefill.prompt, prefill.dtype = state, embeds.dtype
+    prefill.opened, prefill.acting = True, not plan.keeps_all
     elsewhere = [m for m in modalities(units) if (known := features.get(m)) is None or known.elsewhere]
     if elsewhere:
         if not plan.keeps_all:
@@ -204,7 +198,6 @@ def open_prompt(prefill: Prefill, call: Mapping[str, Any], features: Mapping[str
         if found is not None:
             _take_tower(prefill, modality, found)
     prefill.others = sum(state.counts) - int((host > 1).sum())
-    prefill.text = [runs_of(row == 1) for row in host]
     prefill.layers = LayerStates.of(length, plan.depth)
     return elsewhere
 
@@ -282,7 +275,7 @@ def run_before_llm(prefill: Prefill) -> bool:
         _drop_unseen(prefill)
     for number, stage in enumerate(plan.stages):
         if stage.where == "llm" and "prefill" in stage.method.phases:
-            run_stage(state, number, stage, clips_of(prefill, stage), encoded_signals, partial(text_of, prefill))
+            run_stage(state, number, stage, clips_of(prefill, stage), encoded_signals)
     return sum(state.counts) != before
 
 
@@ -339,15 +332,6 @@ def clips_of(prefill: Prefill, stage: Stage) -> list[int] | None:
         else:
             prefill.clips[None] = clips_seen(prefill.units, prefill.copies[1].read().tolist())
     return prefill.clips[stage.clips]
-
-
-def text_of(prefill: Prefill, row: int, where: Where) -> Tensor:
-    """States [M, D] of a row's words, as they enter the place `where`."""
-    state, known = prefill.prompt, prefill.readings.text
-    if (row, where) not in known:
-        slots = state.slots(row, arange_of(prefill.text[row], state.hidden.device))
-        known[row, where] = state.hidden[row].index_select(0, slots)
-    return known[row, where]
 
 
 def together(prefill: Prefill) -> list[int]:

@@ -13,7 +13,7 @@ from ..core.errors import UnsupportedModel
 from ..signals import LayerAttention, kind_of
 from .attention_probe import Reader, probe, probe_change, reweighed
 from .checks import layers_read
-from .hooks import DryRunDone
+from .hooks import DryRunDone, acting
 from .llm_signals import PromptSlots, read_attention, read_heads, read_module, read_rope
 from .plan import layer_of
 
@@ -79,7 +79,7 @@ def attention_reader(
     scaling: float,
 ) -> None:
     """Read one signal of a layer's attention product; dry: of its dry run, else of its real one."""
-    prefill = patch.acting
+    prefill = acting(patch)
     if prefill is not None and q.shape[2] > 1 and patch.local.dry_running == dry:
         past, prompt = prefill.past_at(layer), PromptSlots(prefill)
         read_attention(prefill, kind, layer, LayerAttention(q, k, v, mask, scaling, past, prompt))
@@ -109,7 +109,7 @@ def change_attention(
         out = reweighed(q, k, v, mask, scaling, method.reweigh)
     if heads is not None:
         out = out * heads.to(out.device)[:, None, :, None]
-    prefill = patch.acting
+    prefill = acting(patch)
     if prefill is not None and out.shape[1] > 1 and i < max(patch.plan.of_heads, default=0):
         with torch.no_grad():
             read_heads(prefill, patch.plan.head_signals, out)
@@ -121,7 +121,7 @@ def module_reader(
     patch: Patch, kind: str, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
 ) -> None:
     """Read what a module of layer i makes of its input."""
-    prefill = patch.acting
+    prefill = acting(patch)
     before = args[0] if args else kwargs["hidden_states"]
     if prefill is not None and not patch.local.dry_running and before.shape[1] > 1:
         with torch.no_grad():
@@ -140,7 +140,7 @@ def rope_reader(
     patch: Patch, kind: str, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """Read the rotary embeddings that a layer was given."""
-    prefill, rope = patch.acting, kwargs.get("position_embeddings")
+    prefill, rope = acting(patch), kwargs.get("position_embeddings")
     if prefill is None or (args[0] if args else kwargs["hidden_states"]).shape[1] == 1:
         return
     if not isinstance(rope, tuple) or rope[0].dim() != 3:

@@ -71,23 +71,23 @@ def remembered(prefill: Prefill, i: int, selection: DecodeSelection) -> None:
 
 def shrink_cache(prefill: Prefill, cache: Any) -> None:
     """Let every layer of the cache answer for what it did not store."""
-    host, layers, offset = prefill.token_kind_on_host, prefill.layers, prefill.layers.position_offset
-    length = host.shape[1]
-    at_layers = {id(lowered): lowered[:, -1] for lowered in offset if lowered is not None}  # rows end with a real token
+    layers, length = prefill.layers, prefill.token_kind_on_host.shape[1]
+    lowered = {id(x): x[:, -1] for x in layers.position_offset if x is not None}  # rows end with a real token
     stored = {i: _stored_before(prefill, cache, i) for i in prefill.selections}
     entered = prefill.past_at(min(prefill.selections) - 1) if prefill.selections else 0
-    reference, tail = kv.reference_layer(cache), _text_at_end(host)
-    for i in range(min(len(cache.layers), len(layers.lengths))):
-        own = layers.lengths[i] != layers.lengths[reference] or layers.valid[i] is not layers.valid[reference]
-        kv.shrink(  # layers that were not cut as well: none may be cropped where another refuses
-            cache, i, past=prefill.past, fed=length, ran=layers.lengths[i], valid=layers.valid[i], tail=tail,
-            rebuild_mask=prefill.holes and layers.lengths[i] < length, position_offset=prefill.position_offset,
-            layer_position_offset=at_layers.get(id(offset[i])), own_tokens=own, heads=layers.heads[i],
-        )  # fmt: skip
-    _leave_selections(prefill, cache, entered, stored)
-    if (layer := kv.state(cache, reference)) is not None:  # the layer that is cropped first asks all of them
-        held = [getattr(kv.state(cache, i), "selection", None) for i in range(len(cache.layers))]
-        layer.gate = tuple(selection for selection in held if selection is not None)
+    tail, first = _text_at_end(prefill.token_kind_on_host), kv.reference_layer(cache)
+    told = []
+    for ran, valid, offset, heads in zip(layers.lengths, layers.valid, layers.position_offset, layers.heads):
+        own = ran != layers.lengths[first] or valid is not layers.valid[first]
+        rebuild = prefill.holes and ran < length
+        told.append(
+            {"ran": ran, "valid": valid, "rebuild_mask": rebuild, "own_tokens": own, "heads": heads}
+            | {"layer_position_offset": lowered.get(id(offset))}
+        )
+    kv.shrink_layers(cache, told, past=prefill.past, fed=length, tail=tail, position_offset=prefill.position_offset)
+    if prefill.selections:
+        _leave_selections(prefill, cache, entered, stored)
+    kv.set_gate(cache)
 
 
 def _leave_selections(prefill: Prefill, cache: Any, entered: int, stored: dict[int, Tensor]) -> None:

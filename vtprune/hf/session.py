@@ -7,11 +7,9 @@ output lengths). What cleans up after a call, however it ends, stands in `calls`
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -21,47 +19,14 @@ from ..core.method import Stage
 from ..core.result import Last
 from ..covering import cover, standing
 from ..model_adapters.base import Adapter
-from ..model_adapters.entries import MODALITIES, Features
+from ..model_adapters.entries import MODALITIES
 from . import cache as kv
 from . import hooks
-from .calls import Forward, Generate, Running
+from .calls import Forward, Generate, Local, Running
 from .checks import check_reads, check_stages
 from .features import EncodedFeatures, FeatureRecorder
-from .packed import Samples
 from .plan import DEEPSTACK, Plan
-from .prefill import Prefill
 from .readers import install_readers
-
-if TYPE_CHECKING:
-    from .decode import DecodeStep
-
-
-class Local(threading.local):
-    """Per-thread state of one patched model; a copy or an unpickled one starts empty."""
-
-    def __init__(self) -> None:
-        self.prefill: Prefill | None = None
-        self.features: dict[str, Features | None] = {}
-        self.observing = False
-        self.last: Last | None = None
-        self.step: DecodeStep | None = None  # a decode step at which stages act
-        self.dry_running = False  # a layer is run up to its attention product, before it runs
-        self.told: dict[str, Any] = {}  # what `generate` was told of grids, which it keeps from the model
-        self.placed: tuple[Any, ...] = ()  # the last position ids that were lowered, and what came of them
-        self.samples: Samples | None = None  # of packed rows, while each is a row of its own
-        self.prompt_length: int | None = None  # tokens up to the end of the prompt of the `generate` under way
-        self.depth = 0  # calls of the base and the text model under way, one inside the other
-
-    def clear(self) -> None:
-        """Nothing of a call is left, and nothing of one that was interrupted before."""
-        self.prefill, self.step, self.placed, self.dry_running, self.features = None, None, (), False, {}
-        self.samples = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Local:
-        return Local()
-
-    def __reduce__(self) -> Any:
-        return Local, ()
 
 
 class Patch:
@@ -93,12 +58,6 @@ class Patch:
     def stages(self) -> list[Stage]:
         """The stages in force."""
         return self.plan.stages
-
-    @property
-    def acting(self) -> Prefill | None:
-        """The prefill whose stages act and read signals by now; none where all tokens stay."""
-        prefill = self.local.prefill
-        return prefill if prefill is not None and prefill.state is not None and not self.plan.keeps_all else None
 
     def busy(self) -> bool:
         """True while this thread prunes a prompt."""
@@ -197,5 +156,5 @@ class Patch:
         prefill, step = self.local.prefill, self.local.step
         if step is not None:
             step.roll_back()
-        elif prefill is not None and prefill.state is not None and prefill.cache is not None:
+        elif prefill is not None and prefill.opened and prefill.cache is not None:
             kv.roll_back(prefill.cache, prefill.past)

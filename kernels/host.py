@@ -1,4 +1,4 @@
-"""Input checks shared by the kernels and the methods; inside `deferring` nobody waits for the device to make them."""
+"""Between host and device without waiting: copies that are asked for early and read late, and checks made of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .transfer import HostCopy
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on `device`; on CUDA through pinned memory, so that the host does not wait for the copy."""
+    if device.type != "cuda" or x.device.type != "cpu":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
+class HostCopy:
+    """A small tensor on its way to the host: the copy starts now, `read` waits for that copy and for nothing later."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._event = None
+        self._host = x
+        if x.is_cuda:
+            self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            self._host.copy_(x, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> Tensor:
+        """The tensor on the host."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.cpu()
 
 
 @dataclass(frozen=True)
