@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtprune.cache import renamed
-from vtprune.types import Signal, UnsupportedCall, UnsupportedModel
+from vtprune.core.errors import UnsupportedCall, UnsupportedModel
+from vtprune.core.signal import Signal
 
+from .cache_argument import renamed
 from .entries import MODALITIES, Features, Unit, entry_sizes, of_this_call, runs_of, take
 from .family import family_of
 from .vit_blocks import WORKING
@@ -75,7 +76,7 @@ class Adapter:
         return self.config.get_text_config(decoder=True)._attn_implementation or "eager"  # type: ignore[union-attr]
 
     def bind(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """All arguments of a forward call by name; the cache under `vtprune.cache.NAME`."""
+        """All arguments of a forward call by name; the cache under `cache_argument.NAME`."""
         kwargs = renamed(kwargs)
         if not args:
             return kwargs

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from vtprune.core.signal import Signal
 from vtprune.core.units import Unit
-from vtprune.types import Signal, Span
+from vtprune.core.visual import Span
 
 MODALITIES: tuple[Literal["image", "video"], ...] = ("image", "video")
 

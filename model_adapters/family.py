@@ -18,7 +18,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 
-from vtprune.types import Span, UnsupportedModel
+from vtprune.core.errors import UnsupportedModel
+from vtprune.core.visual import Span
 
 from . import rasters
 from .entries import Features, Unit

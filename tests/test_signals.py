@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import vtprune
+from vtprune.hf import tower_signals
+from vtprune.hf.tower_signals import TowerSignals
 from vtprune.model_adapters import towers
-from vtprune.model_adapters.towers import TowerSignals, attention_modules, has_cls, tower_of
+from vtprune.model_adapters.towers import attention_modules, has_cls, tower_of
 from vtprune.signals import kinds
 from vtprune.tap import read
 from vtprune.types import Signal, UnsupportedCall, UnsupportedModel
@@ -473,7 +475,7 @@ def test_threads_keep_their_own_buffers():
 
 def test_a_call_that_nobody_waits_for_is_not_read(monkeypatch):
     model, reads = families.model("llava"), []
-    monkeypatch.setattr(towers, "read", lambda *args: reads.append(args) or read(*args))
+    monkeypatch.setattr(tower_signals, "read", lambda *args: reads.append(args) or read(*args))
     signals = TowerSignals(model.base_model, "image", [Signal("cls")])
     undo = signals.install()
     call = {"pixel_values": visual_inputs("llava")["pixel_values"]}

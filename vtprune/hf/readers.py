@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..compilers import outside_while_busy
 from ..core.errors import UnsupportedModel
 from ..signals import LayerAttention, kind_of
 from .attention_probe import Reader, probe, probe_change, reweighed
 from .checks import layers_read
+from .compilers import outside_while_busy
 from .hooks import DryRunDone, acting
 from .llm_signals import PromptSlots, read_attention, read_heads, read_module, read_rope
 from .plan import layer_of
