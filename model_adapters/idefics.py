@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vtprune.types import Span
+from vtprune.core.visual import Span
 
 from .entries import Features, Unit, by_tile, split_runs
 from .family import Family, family

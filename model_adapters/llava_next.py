@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtprune.types import Span
+from vtprune.core.visual import Span
 
 from .entries import Features, with_newline
 from .family import Family, family

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vtprune.types import Span
+from vtprune.core.visual import Span
 
 from .family import Family, family
 from .rasters import checked

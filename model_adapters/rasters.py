@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vtprune.types import Span
+from vtprune.core.visual import Span
 
 
 def ints(grid: Any) -> list[list[int]]:

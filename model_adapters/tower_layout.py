@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtprune.types import UnsupportedModel
+from vtprune.core.errors import UnsupportedModel
 
 Modality = Literal["image", "video"]
 Call = dict[str, Any]

@@ -8,7 +8,7 @@ from math import isqrt
 import torch
 from torch import Tensor, nn
 
-from vtprune.types import UnsupportedCall, UnsupportedModel
+from vtprune.core.errors import UnsupportedCall, UnsupportedModel
 
 from .tower_layout import Layout, Modality, TowerCall, square_grid, squares
 from .towers import attention_modules, has_cls

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtprune.types import UnsupportedModel
+from vtprune.core.errors import UnsupportedModel
 
 Given = dict[str, Any]
 INSIDE = (

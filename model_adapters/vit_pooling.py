@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtprune.covering import cover, standing
-from vtprune.types import UnsupportedCall, UnsupportedModel
+from vtprune.core.covering import cover, standing
+from vtprune.core.errors import UnsupportedCall, UnsupportedModel
 
 from .vit_blocks import Given, Vit, class_path
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from vtprune.types import UnsupportedModel
+from vtprune.core.errors import UnsupportedModel
 
 from .family import is_supported
 from .vit_blocks import vit_of

@@ -21,8 +21,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import vtprune
+from vtprune.hf import tower_signals
+from vtprune.hf.tower_signals import TowerSignals
 from vtprune.model_adapters import towers
-from vtprune.model_adapters.towers import TowerSignals, attention_modules, has_cls, tower_of
+from vtprune.model_adapters.towers import attention_modules, has_cls, tower_of
+from vtprune.signals import kinds
 from vtprune.tap import read
 from vtprune.types import Signal, UnsupportedCall, UnsupportedModel
 
@@ -44,8 +47,8 @@ def modality_of(name: str) -> str:
     return "video" if name.endswith("-video") else "image"
 
 
-KINDS = ("cls", "cls_full", "received", "keys", "mean_keys", "values")
-VECTORS = ("keys", "mean_keys", "values")
+ROWS = {row.name: row for row in kinds() if "tower" in row.where and row.source == "attention"}
+KINDS = tuple(ROWS)
 
 
 def needs_of(layer: int) -> list[Signal]:
@@ -131,24 +134,58 @@ class Spy(TorchFunctionMode):
 
     def flat(self, kind: str) -> Tensor:
         """[tower tokens, C] in the order in which the tower holds them; scores have C = 1."""
-        if kind == "keys":
-            parts = self.keys
-        elif kind == "mean_keys":
-            parts = [k.mean(1, keepdim=True) for k in self.keys]
-        elif kind == "values":
-            parts = self.values
-        elif kind == "cls":
-            rows = [w.mean(1)[:, 0] for w in self.weights]
-            parts = [torch.cat((torch.zeros_like(r[:, :1]), r[:, 1:]), 1)[:, None, :, None] for r in rows]
-        elif kind == "cls_full":  # one head, all channels side by side
-            wide = [
-                (q.transpose(1, 2).flatten(2), k.transpose(1, 2).flatten(2)) for q, k in zip(self.queries, self.keys)
-            ]
-            rows = [(q.double() @ k.double().mT / q.shape[2] ** 0.5).softmax(2)[:, 0].float() for q, k in wide]
-            parts = [torch.cat((torch.zeros_like(r[:, :1]), r[:, 1:]), 1)[:, None, :, None] for r in rows]
-        else:
-            parts = [w.mean(1).sum(1)[:, None, :, None] for w in self.weights]  # sums: the unit divides
+        assert hasattr(self, f"_{kind}"), (
+            f"signal {kind!r} has no oracle: add a method _{kind} to {type(self).__name__}"
+        )
+        parts = getattr(self, f"_{kind}")()
+        if ROWS[kind].of_cls:  # no score of its own
+            parts = [torch.cat((torch.zeros_like(r[:, :1]), r[:, 1:]), 1) for r in parts]
+        parts = [p if ROWS[kind].vector else p[:, None, :, None].float() for p in parts]
         return torch.cat([p.transpose(1, 2).flatten(2).flatten(0, 1) for p in parts])
+
+    def _queries(self) -> list[Tensor]:
+        return self.queries
+
+    def _keys(self) -> list[Tensor]:
+        return self.keys
+
+    def _values(self) -> list[Tensor]:
+        return self.values
+
+    def _mean_keys(self) -> list[Tensor]:
+        return [k.mean(1, keepdim=True) for k in self.keys]
+
+    def _value_norm(self) -> list[Tensor]:
+        return [v.double().mean(1).norm(p=1, dim=-1) for v in self.values]
+
+    def _cls(self) -> list[Tensor]:
+        return [w.mean(1)[:, 0] for w in self.weights]
+
+    def _cls_full(self) -> list[Tensor]:
+        """One head, all channels side by side."""
+        wide = [(q.transpose(1, 2).flatten(2), k.transpose(1, 2).flatten(2)) for q, k in zip(self.queries, self.keys)]
+        return [(q.double() @ k.double().mT / q.shape[2] ** 0.5).softmax(2)[:, 0] for q, k in wide]
+
+    def _cls_value(self) -> list[Tensor]:
+        return [(v.double() @ v.double().mT).softmax(3).mean(1)[:, 0] for v in self.values]
+
+    def _received(self) -> list[Tensor]:
+        return [w.mean(1).sum(1) for w in self.weights]  # sums: the unit divides
+
+    def _mean_query(self) -> list[Tensor]:
+        """Tokens that see the same ones are an image; each image's mean query, by its share of all queries."""
+        found = []
+        for weights, queries, keys in zip(self.weights, self.queries, self.keys):
+            out = weights.new_zeros(weights.shape[0], weights.shape[2], dtype=torch.float64)
+            for b, seen in enumerate((weights > 0).any(1)):
+                real = seen.any(0)
+                for image in seen[real].unique(dim=0):
+                    mine = real & (seen == image).all(1)
+                    query = queries[b, :, mine].double().mean(1, keepdim=True)
+                    logits = (query @ keys[b].double().mT)[:, 0, image] * query.shape[-1] ** -0.5
+                    out[b, image] += logits.softmax(1).mean(0) * mine.sum() / real.sum()
+            found.append(out * weights.shape[2])  # sums, as above
+        return found
 
 
 def feature_layer(base: Any) -> int:
@@ -201,18 +238,18 @@ def expected(name: str, inputs: dict[str, Any], layer: int) -> list[dict[str, Te
     tiles, _, _, length = spy.weights[0].shape
     shares = provenance(model, name, inputs)
     entries: list[dict[str, Tensor]] = [{} for _ in shares]
-    for kind in KINDS if with_cls(name) else KINDS[2:]:
+    for kind in (kind for kind in KINDS if with_cls(name) or not ROWS[kind].of_cls):
         tokens = spy.flat(kind)
         for share, entry in zip(shares, entries):
             if not share.numel():
-                entry[kind] = tokens[:0] if kind in VECTORS else tokens[:0, 0]
+                entry[kind] = tokens[:0] if ROWS[kind].vector else tokens[:0, 0]
                 continue
             # A projector that follows the removal of CLS has fewer inputs than the tower has tokens.
             seen = tokens if share.shape[1] == len(tokens) else tokens.unflatten(0, (tiles, -1))[:, 1:].flatten(0, 1)
             rows = share @ seen
-            if kind == "received":
+            if ROWS[kind].over_queries:
                 rows = rows / ((share > 0).any(0).sum() if family(name) in PACKED else length)
-            entry[kind] = rows if kind in VECTORS else rows[:, 0]
+            entry[kind] = rows if ROWS[kind].vector else rows[:, 0]
     return entries
 
 
@@ -438,7 +475,7 @@ def test_threads_keep_their_own_buffers():
 
 def test_a_call_that_nobody_waits_for_is_not_read(monkeypatch):
     model, reads = families.model("llava"), []
-    monkeypatch.setattr(towers, "read", lambda *args: reads.append(args) or read(*args))
+    monkeypatch.setattr(tower_signals, "read", lambda *args: reads.append(args) or read(*args))
     signals = TowerSignals(model.base_model, "image", [Signal("cls")])
     undo = signals.install()
     call = {"pixel_values": visual_inputs("llava")["pixel_values"]}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..core.errors import UnsupportedCall, UnsupportedModel
 from ..core.masks import bias_of
 from ..kernels import attention_rows, full_precision
+from ..model_adapters.attention_interface import interface_of
 from ..signals import MASKED, LayerAttention, kind_of
 
 Reader = Callable[[nn.Module, Tensor, Tensor, Tensor, "Tensor | None", float], None]
@@ -278,20 +279,6 @@ def _products(
 
 def _probe_of(module: nn.Module) -> AttentionProbe | None:
     return getattr(getattr(module, "config", None), "vtprune_probe", None)
-
-
-def interface_of(module: nn.Module) -> dict[str, Any] | None:
-    """Globals of the modelling file whose code sends `module` through the attention interface, or None."""
-    if getattr(module, "config", None) is None:
-        return None
-    for cls in type(module).__mro__:
-        forward: Any = cls.__dict__.get("forward")
-        while hasattr(forward, "__wrapped__"):
-            forward = forward.__wrapped__
-        code = getattr(forward, "__code__", None)
-        if code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names:
-            return forward.__globals__
-    return None
 
 
 def read(

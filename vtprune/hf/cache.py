@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..core.compaction import Compaction
 from ..core.errors import UnsupportedCall
+from ..model_adapters.cache_argument import NAME as NAME
+from ..model_adapters.cache_argument import renamed as renamed
 
-# What transformers calls a cache among arguments and outputs; renamed in 5.24.
-NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 # What `crop` takes: how many tokens go, negative; older versions take the length that is left as well.
 COUNTS_LEFT = "max_length" in signature(DynamicLayer.crop).parameters
 
@@ -34,13 +33,6 @@ class _Inside(threading.local):
 
 
 inside = _Inside()
-
-
-def renamed(call: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call with its cache under the name of today, as transformers itself takes the old one."""
-    if NAME in call or "past_key_values" not in call:
-        return call
-    return {NAME if key == "past_key_values" else key: value for key, value in call.items()}
 
 
 class Pruned:

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..compilers import outside
+from ..core.covering import cover, standing
 from ..core.errors import VtpruneError
-from ..covering import cover, standing
 from . import cache as kv
 from . import packed
 from .base_call import begin_base_call, may_prune, recognised
+from .compilers import outside
 
 if TYPE_CHECKING:
     from ..core.result import Last

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..compilers import outside
 from ..core.clock import Clock, timing
 from ..core.signal import KEPT
 from ..kernels import recording
 from ..model_adapters.entries import Features
+from .compilers import outside
 
 if TYPE_CHECKING:
     from .session import Patch

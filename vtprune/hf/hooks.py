@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from ..compilers import outside
 from ..core.errors import UnsupportedCall, UnsupportedModel
 from . import cache as kv
 from . import decode
 from .arguments import cut_features, cut_layer_call, cut_text_call
 from .attention_probe import HEADS
 from .checks import check_cache_of_past, check_checkpointing, check_features, check_guesses, check_room
+from .compilers import outside
 from .layers import run_layer
 from .llm_signals import read_embeddings
 from .past import ReadOnlyCache, set_layer_mask, with_past_mask, with_position_offset

@@ -13,17 +13,17 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from ..compilers import announce
+from ..core.covering import cover, standing
 from ..core.errors import UnsupportedModel
 from ..core.method import Stage
 from ..core.result import Last
-from ..covering import cover, standing
 from ..model_adapters.base import Adapter
 from ..model_adapters.entries import MODALITIES
 from . import cache as kv
 from . import hooks
 from .calls import Forward, Generate, Local, Running
 from .checks import check_reads, check_stages
+from .compilers import announce, is_pruning
 from .features import EncodedFeatures, FeatureRecorder
 from .plan import DEEPSTACK, Plan
 from .readers import install_readers
@@ -105,7 +105,7 @@ class Patch:
         for module in modules:
             if module not in self._announced:
                 self._announced.add(module)
-                self.undo(announce(module, self.busy))
+                self.undo(announce(module, partial(is_pruning, self.local)))
 
     def _record_features(self) -> None:
         """Stand before the encoders of the base model, with the readers and the stages of their towers."""
@@ -116,12 +116,12 @@ class Patch:
                 continue
             tower = stages = None
             if plan.tower_needs:
-                from ..model_adapters.towers import TowerSignals
+                from .tower_signals import TowerSignals
 
                 tower = TowerSignals(base, modality, set(plan.tower_needs))
                 self._undo += tower.install()
             if plan.in_tower:
-                from ..tower import TowerStages
+                from .tower import TowerStages
 
                 stages = TowerStages(base, modality, plan.in_tower)
                 self._undo += stages.install()

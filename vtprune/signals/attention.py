@@ -69,13 +69,13 @@ def queries(a: LayerAttention) -> Tensor:
 @signal("keys", shape="[N, C]", where=("tower", "vit"), vit="keys")
 def keys(a: LayerAttention) -> Tensor:
     """The keys, heads concatenated, in the model's dtype."""
-    return a.k.transpose(1, 2).flatten(2)
+    return a.keys.transpose(1, 2).flatten(2)
 
 
 @signal("mean_keys", shape="[N, d]", where=("tower", "vit"), vit="mean_keys")
 def mean_keys(a: LayerAttention) -> Tensor:
     """The mean of the keys over heads; a plain vision transformer takes it before rotary embedding."""
-    return a.k.float().mean(1)
+    return a.keys.float().mean(1)
 
 
 @signal("values", shape="[N, C]", where=("tower",))

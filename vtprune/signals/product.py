@@ -71,6 +71,11 @@ class LayerAttention:
         return self.k.shape[2] if self.prompt is None else self.q.shape[2]
 
     @property
+    def keys(self) -> Tensor:
+        """[B, G, n, d]: those of this call's tokens."""
+        return self.k if self.prompt is None else self.k[:, :, self.past : self.past + self.n]
+
+    @property
     def all_values(self) -> Tensor:
         """v [B, G, past + n, d] or longer; UnsupportedCall where a plain vision transformer does not show it."""
         if self.v is None:
@@ -79,7 +84,7 @@ class LayerAttention:
 
     @property
     def values(self) -> Tensor:
-        """[B, G, n, d]: those of this call's tokens; UnsupportedCall as above."""
+        """[B, G, n, d]: those of this call's tokens; UnsupportedCall as for `all_values`."""
         return self.all_values if self.prompt is None else self.all_values[:, :, self.past : self.past + self.n]
 
     @property

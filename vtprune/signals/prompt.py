@@ -46,8 +46,7 @@ def page_rank(a: LayerAttention) -> Tensor:
         allowed = torch.ones(n, n, dtype=torch.bool, device=real.device).tril()
         mask = allowed[None, None] & real[:, None, None]
     start = real.float() / real.sum(1, keepdim=True)
-    keys = a.k[:, :, a.past : a.past + n]
-    return walk(a.q, keys, mask, SHARPNESS * a.scaling, STEPS, start[:, None]).square().mean(1).sqrt()
+    return walk(a.q, a.keys, mask, SHARPNESS * a.scaling, STEPS, start[:, None]).square().mean(1).sqrt()
 
 
 @signal("received_so_far", shape="[N]", where=("llm",), so_far=True)

@@ -29,7 +29,7 @@ def signal(
     >>> @vtprune.signals.signal("key_norm", shape="[N]", where=("tower",))
     ... def key_norm(a):
     ...     '''The L2 norm of the keys' mean over heads.'''
-    ...     return a.k.float().mean(1).norm(dim=-1)
+    ...     return a.keys.float().mean(1).norm(dim=-1)
     """
 
     def add(read: Callable[..., Any]) -> SignalKind:

@@ -1,0 +1,478 @@
+"""Every row of the registry of signals: its formula against float64, its row in a patched model, and rows of users.
+
+The lists come from the registry, so a new signal is tested without an edit here, but for its oracle in `ORACLES`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+import vits
+from test_registry import install
+from torch import Tensor
+
+import vtprune
+from vtprune import Assignment, Method, Signal, Stage, UnsupportedModel, Visual, VtpruneError
+from vtprune.registry import SIGNALS
+from vtprune.signals import LayerAttention, SignalKind, kind_of, kinds, signal
+
+B, N, PAST, D, G = 2, 9, 3, 4, 2
+VISUAL, TEXT = [[1, 2, 3, 4], [2, 3]], [[5, 6, 7, 8], [4, 5, 6, 7]]  # by row; the second row ends with a pad
+LAST = [8, 7]
+
+
+class Words:
+    """A prompt of two rows."""
+
+    batch = B
+
+    def real(self) -> Tensor:
+        real = torch.ones(B, N, dtype=torch.bool)
+        real[1, 8] = False
+        return real
+
+    def last(self, n: int) -> Tensor:
+        return torch.tensor(LAST)
+
+    def visual(self) -> Tensor:
+        return torch.tensor([[slot in row for slot in range(N)] for row in VISUAL])
+
+    def visual_slots(self, row: int) -> Tensor:
+        return torch.tensor(VISUAL[row])
+
+    def text_slots(self, row: int, device: torch.device) -> Tensor:
+        return torch.tensor(TEXT[row])
+
+    def text_is_seen(self, row: int) -> bool:
+        return True
+
+
+@dataclass
+class Case:
+    """One attention product and its softmax weights [B, H, N, N] float64 among the tokens of the call."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    seen: Tensor  # [B, N, past + N] bool
+    past: int
+    causal: bool
+
+    @property
+    def logits(self) -> Tensor:
+        return self.q.double() @ self.k.double().repeat_interleave(self.heads // self.k.shape[1], 1).mT
+
+    @property
+    def heads(self) -> int:
+        return self.q.shape[1]
+
+    def softmax(self, logits: Tensor) -> Tensor:
+        return logits.masked_fill(~self.seen[:, None], -math.inf).softmax(-1)[..., self.past :]
+
+    @property
+    def weights(self) -> Tensor:
+        return self.softmax(self.logits * D**-0.5)
+
+    @property
+    def own(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of this call, in float64."""
+        return self.k[:, :, self.past :].double(), self.v[:, :, self.past :].double()
+
+    @property
+    def asked(self) -> Tensor:
+        """[B, N] float64: the queries that count."""
+        return (Words().real() if self.causal else self.seen.any(1)).double()
+
+    def at_last(self, rows: Tensor) -> Tensor:
+        return torch.stack([rows[b, :, last] for b, last in enumerate(LAST)])
+
+
+def case(place: str, heads: int = 4, masked: bool = True) -> tuple[Case, LayerAttention]:
+    """An attention product as the tower shows it (no past), and as a decoder layer does (causal, keys of before)."""
+    g = torch.Generator().manual_seed(heads)
+    past = PAST if place == "llm" else 0
+    groups = G if place == "llm" else heads
+    q, k, v = (torch.randn(B, h, n, D, generator=g) for h, n in ((heads, N), (groups, past + N), (groups, past + N)))
+    seen = torch.ones(B, N, past + N, dtype=torch.bool)
+    if place == "llm":
+        seen = seen.tril(past)
+    if masked:
+        seen[1, :, past + 8] = False
+        seen[1, 8] = seen[1, 7]  # padding computes something, which must not count
+    mask = seen[:, None] if masked else None
+    prompt = Words() if place == "llm" else None
+    return Case(q, k, v, seen, past, place == "llm"), LayerAttention(q, k, v, mask, D**-0.5, past, prompt)
+
+
+def _among_visual(rows: Tensor) -> Tensor:
+    rows = rows * Words().visual()[:, None]
+    return (rows / rows.sum(-1, keepdim=True)).mean(1)
+
+
+def _walk(c: Case) -> Tensor:
+    steps = c.logits[..., c.past :] * 10 * D**-0.5
+    steps = steps.masked_fill(~c.seen[:, None, :, c.past :], -math.inf).softmax(-1)
+    score = (c.asked / c.asked.sum(1, keepdim=True))[:, None].expand(-1, c.heads, -1)
+    for _ in range(5):
+        score = torch.einsum("bhi,bhij->bhj", score, steps)
+    return score.square().mean(1).sqrt()
+
+
+def _mean_query(c: Case) -> Tensor:
+    out = torch.zeros(B, N).double()
+    for b in range(B):
+        real = c.asked[b].bool()
+        query = c.q[b, :, real].double().mean(1)
+        keys = c.k[b, :, real].double()
+        out[b, real] = (torch.einsum("hd,hnd->hn", query, keys) * D**-0.5).softmax(-1).mean(0)
+    return out
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.double().transpose(1, 2).flatten(2)
+
+
+def _wide(c: Case) -> Tensor:
+    logits = _flat(c.q)[:, 0, None] @ _flat(c.k).mT / (c.heads * D) ** 0.5
+    return logits.masked_fill(~c.seen[:, :1], -math.inf).softmax(-1)[:, 0, 1:]
+
+
+def _by_text(c: Case, rows: Callable[[Tensor], Tensor]) -> Tensor:
+    """Of the rows [H, T, N] of that text."""
+    return torch.stack([rows(c.weights[b][:, TEXT[b]]) for b in range(B)])
+
+
+def _to_text(c: Case) -> Tensor:
+    out = torch.zeros(B, N).double()
+    for b in range(B):
+        out[b, VISUAL[b]] = c.weights[b].mean(0)[VISUAL[b]][:, TEXT[b]].sum(1)
+    return out
+
+
+# Of signals read of an attention product: what their docstrings say, in float64 and without a loop over blocks.
+ORACLES: dict[str, Callable[[Case], Tensor]] = {
+    "cls": lambda c: c.weights.mean(1)[:, 0, 1:],
+    "cls_full": _wide,
+    "cls_value": lambda c: c.softmax(c.own[1] @ c.own[1].mT).mean(1)[:, 0, 1:],
+    "received": lambda c: (c.weights * c.asked[:, None, :, None]).sum(2).mean(1) / c.asked.sum(1, keepdim=True),
+    "mean_query": _mean_query,
+    "queries": lambda c: _flat(c.q),
+    "keys": lambda c: _flat(c.own[0]),
+    "values": lambda c: _flat(c.own[1]),
+    "mean_keys": lambda c: c.own[0].sum(1) / c.own[0].shape[1],
+    "value_norm": lambda c: (c.own[1].sum(1) / c.own[1].shape[1]).norm(p=1, dim=-1),
+    "last_row": lambda c: c.at_last(c.weights).mean(1),
+    "last_visual": lambda c: _among_visual(c.at_last(c.weights)),
+    "last_value": lambda c: _among_visual(c.at_last(c.softmax(c.own[1] @ c.v.double().mT * D**-0.5))),
+    "page_rank": _walk,
+    "received_so_far": lambda c: (c.weights * c.asked[:, None, :, None]).sum(2).mean(1),
+    "from_text": lambda c: _by_text(c, lambda rows: rows.mean((0, 1))),
+    "to_text": _to_text,
+    "text_rows": lambda c: _by_text(c, lambda rows: rows.mean(0).T),
+    "text_rows_by_head": lambda c: _by_text(c, lambda rows: rows.permute(2, 0, 1)),
+}
+
+
+def _turned() -> tuple[Any, Any]:
+    """Two modules' input and output, and how far and how much they move each token."""
+    g = torch.Generator().manual_seed(1)
+    x, y, real = torch.randn(B, N, D, generator=g), torch.randn(B, N, D, generator=g), Words().real()
+    want = torch.zeros(B, N).double()
+    for b in range(B):
+        inside = [i for i in range(N) if real[b, i]]
+        a, c = x[b, inside].double(), y[b, inside].double()
+        cosine = (a * c).sum(1) / (a.norm(dim=1) * c.norm(dim=1))
+        want[b, inside] = c.norm(dim=1) / a.norm(dim=1) * (1 - cosine).softmax(0)
+    return kind_of("transition")(x, y, real), want
+
+
+def _spoken() -> tuple[Any, Any]:
+    out, real = torch.randn(B, N, 3, D, generator=torch.Generator().manual_seed(2)), Words().real()
+    asked = [[i for i in range(N) if real[b, i]] for b in range(B)]
+    want = [[sum(out[b, i, h].double().abs().sum() for i in asked[b]) for h in range(3)] for b in range(B)]
+    return kind_of("head_output")(out, real), torch.tensor(want).double()
+
+
+def _rotated() -> tuple[Any, Any]:
+    """Queries and keys of ones, turned by their places, as Llama turns them."""
+    angle = torch.arange(N)[None, :, None] * torch.tensor([1.0, 0.3]).repeat(2)
+    ones = torch.ones(N, D).double()
+    half = torch.cat([-ones[:, D // 2 :], ones[:, : D // 2]], 1)
+    turned = ones * angle[0].double().cos() + half * angle[0].double().sin()
+    want = torch.stack([turned @ turned[TEXT[b]].T / D**0.5 for b in range(B)])
+    return kind_of("rope_weight")(angle.cos(), angle.sin(), Words()), want
+
+
+def _relevant() -> tuple[Any, Any]:
+    x = torch.randn(B, N, D, generator=torch.Generator().manual_seed(3))
+    want = [(x[b, VISUAL[b]].double() @ x[b, TEXT[b]].double().T).softmax(1).mean(0) for b in range(B)]
+    return torch.stack(kind_of("relevance")(x, Words())), torch.stack(want)
+
+
+def _handed_on() -> tuple[Any, Any]:
+    x = torch.randn(B, N, D)
+    return kind_of("hidden")(x), x.double()
+
+
+# Of signals with another source: what they answer, and what they should.
+OTHERS = {
+    "transition": _turned,
+    "head_output": _spoken,
+    "rope_weight": _rotated,
+    "relevance": _relevant,
+    "hidden": _handed_on,
+}
+PLAIN = vits.NAMES[0]
+ROWS = pytest.mark.parametrize("row", kinds(), ids=lambda row: row.name)
+
+
+@ROWS
+def test_every_signal_equals_its_formula(row: SignalKind) -> None:
+    if row.source == "carried":
+        assert row.where == ()
+    elif row.source != "attention":
+        assert row.name in OTHERS, f"signal {row.name!r} has no oracle: add one to OTHERS in {__file__}"
+        got, want = OTHERS[row.name]()
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+    else:
+        assert row.name in ORACLES, f"signal {row.name!r} has no oracle: add one to ORACLES in {__file__}"
+        for place in {"llm" if place == "llm" else "tower" for place in row.where}:
+            for masked in (True,) if place == "llm" else (False, True):
+                c, attention = case(place, masked=masked)
+                got, want = row(attention), ORACLES[row.name](c)
+                inside = c.asked.bool()[:, row.of_cls :]
+                torch.testing.assert_close(got.double()[inside], want[inside], rtol=1e-5, atol=1e-6)
+
+
+@ROWS
+def test_every_row_says_what_it_is(row: SignalKind) -> None:
+    first = row.doc.splitlines()[0]
+    assert first[0].isupper() or first.startswith("q.k"), first
+    assert first.endswith((".", ":")), first
+    assert row.over_queries <= (row.source == "attention")
+    assert not (row.of_cls and "llm" in row.where)
+
+
+@dataclass(frozen=True)
+class Reads(Method):
+    """Keeps the first tokens, and writes down the signals of the units it sees."""
+
+    wanted: tuple[Signal, ...] = ()
+    of: Any = "tokens"
+    log: Any = None
+
+    @property
+    def needs(self) -> tuple[Signal, ...]:
+        return self.wanted
+
+    def __call__(self, v: Visual) -> Assignment:
+        assert v.budget is not None
+        self.log.append((v.n, dict(v.signals)))
+        return Assignment(torch.arange(v.budget))
+
+
+def read_by_a_method(where: Any, *wanted: Signal, family: str = "llava") -> list[tuple[int, dict[Signal, Tensor]]]:
+    """What the engine hands to a method of a user, a list of (N, signals)."""
+    model, batch, log = families.model(family), families.inputs(family), []
+    of = "heads" if kind_of(wanted[0]).source == "heads" else "tokens"
+    with torch.no_grad(), vtprune.patch(model, Stage(where, Reads(wanted, of, log), keep=0.5)):
+        model(**batch)
+    assert log
+    return log
+
+
+PLACES = [(row, place) for row in kinds() for place in ("tower", "llm") if place in row.where]
+
+
+@pytest.mark.parametrize(("row", "place"), PLACES, ids=lambda x: x if isinstance(x, str) else x.name)
+def test_every_place_hands_it_to_a_method_in_its_shape(row: SignalKind, place: str) -> None:
+    inside = [("vit", 1)] if row.source == "attention" else []
+    for where in [1] if place == "llm" else ["llm", *inside]:
+        wanted = Signal(row.name, None if row.source == "states" else -1)
+        for n, signals in read_by_a_method(where, wanted):
+            x = signals[wanted]
+            assert x.dim() == len(row.shape.split(","))
+            assert bool(x.isfinite().all())
+            assert x.shape[0] == n or not row.per_token
+            assert x.is_floating_point()
+
+
+@ROWS
+def test_a_place_that_cannot_read_it_refuses_it_by_name(row: SignalKind) -> None:
+    model = families.model("llava")
+    wanted = (Signal(row.name, None if row.source == "states" else -1),)
+    if "tower" not in row.where:
+        for where in ("llm", ("vit", 1)):
+            with pytest.raises(UnsupportedModel, match=row.name):
+                vtprune.patch(model, Stage(where, Reads(wanted), keep=0.5))
+    if "llm" not in row.where:
+        with pytest.raises(ValueError, match=row.name):
+            vtprune.patch(model, Stage(1, Reads(wanted), keep=0.5))
+    if "vit" not in row.where:
+        with pytest.raises(UnsupportedModel, match=row.name):
+            vtprune.patch(vits.model(PLAIN), Reads(wanted), keep=0.5)
+
+
+# -- signals of users -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tests register into a copy."""
+    kinds()
+    monkeypatch.setattr(SIGNALS, "known", dict(SIGNALS.known))
+    yield
+    SIGNALS.forget()
+
+
+def twice_the_norm(a: LayerAttention) -> Tensor:
+    """Twice the L1 norm of the values' mean over heads."""
+    return 2 * a.values.float().mean(1).norm(p=1, dim=-1)
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize("where", ["llm", ("vit", 1), 1, 2])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_a_users_signal_reaches_a_users_method(where: Any, family: str) -> None:
+    vtprune.signals.signal("twice_the_norm", shape="[N]", where=("tower", "llm"))(twice_the_norm)
+    ours, theirs = Signal("value_norm"), Signal("twice_the_norm")
+    for _, signals in read_by_a_method(where, ours, theirs, family=family):
+        torch.testing.assert_close(signals[theirs], 2 * signals[ours])
+
+
+@pytest.mark.usefixtures("own")
+def test_a_users_signal_in_a_plain_vision_transformer() -> None:
+    @signal("first_key", shape="[N]", where=("vit",))
+    def first_key(a: LayerAttention) -> Tensor:
+        """The first channel of the first head's key."""
+        return a.keys[:, 0, :, 0]
+
+    @signal("no_values", shape="[N]", where=("vit",))
+    def no_values(a: LayerAttention) -> Tensor:
+        """Something of the values, which are not shown here."""
+        return a.values[:, 0, :, 0]
+
+    ours, theirs, log = Signal("keys"), Signal("first_key"), []
+    with torch.no_grad(), vtprune.patch(vits.model(PLAIN), Reads((ours, theirs), log=log), keep=0.5):
+        vits.model(PLAIN)(vits.images())
+    assert log
+    for _, signals in log:
+        torch.testing.assert_close(signals[theirs], signals[ours][:, 0])
+    with (
+        torch.no_grad(),
+        vtprune.patch(vits.model(PLAIN), Reads((Signal("no_values"),), log=log), keep=0.5),
+        pytest.raises(vtprune.UnsupportedCall, match="no values"),
+    ):
+        vits.model(PLAIN)(vits.images())
+
+
+@pytest.mark.usefixtures("own")
+def test_sources_beside_the_attention_product() -> None:
+    """Of the states the projector reads, of a module, of rotary embeddings, of embeddings, and of heads."""
+
+    def negative(name: str, like: str) -> Signal:
+        row = kind_of(like)
+
+        def read(*given: Any) -> Any:
+            """The same, with the other sign."""
+            x = row(*given)
+            return [-part for part in x] if isinstance(x, list) else -x
+
+        signal(name, shape=row.shape, where=row.where, source=row.source, so_far=row.so_far)(read)
+        return Signal(name, None if row.source == "states" else -1)
+
+    for row in [row for row in kinds() if row.source not in ("attention", "carried")]:
+        theirs = negative(f"minus_{row.name}", row.name)
+        ours = Signal(row.name, theirs.layer)
+        for _, signals in read_by_a_method("llm" if row.source == "states" else 1, ours, theirs):
+            assert torch.equal(signals[theirs], -signals[ours])
+
+
+@pytest.mark.usefixtures("own")
+def test_select_takes_a_users_signal() -> None:
+    x, wanted, log = torch.randn(6, 4), Signal("twice_the_norm"), []
+    with pytest.raises(ValueError, match="twice_the_norm"):
+        vtprune.select(x, Reads((wanted,), log=log), keep=3, signals={"twice_the_norm": x[:, 0]})
+    signal("twice_the_norm", shape="[N]", where=("tower",))(twice_the_norm)
+    vtprune.select(x, Reads((wanted,), log=log), keep=3, signals={"twice_the_norm": x[:, 0]})
+    assert torch.equal(log[0][1][wanted], x[:, 0])
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize("where", ["llm", ("vit", 1), 1])
+def test_a_signal_of_the_wrong_shape_is_named(where: Any) -> None:
+    @signal("flat", shape="[N]", where=("tower", "llm"))
+    def flat(a: LayerAttention) -> Tensor:
+        """A number a row."""
+        return a.q.mean((1, 2, 3))
+
+    message = r"signal 'flat' of test_signal_rows answered \[\d+\].*must be a tensor \[B, N\]"
+    with pytest.raises(VtpruneError, match=message):
+        read_by_a_method(where, Signal("flat"))
+
+
+@pytest.mark.parametrize("where", ["llm", ("vit", 1), 1])
+def test_a_name_that_nobody_registered_lists_the_names(where: Any) -> None:
+    with pytest.raises(ValueError, match=r"unknown signal 'clss' \(did you mean 'cls'\?\).*received"):
+        vtprune.patch(families.model("llava"), Stage(where, Reads((Signal("clss"),)), keep=0.5))
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"shape": "[M]"}, r"shape='\[M\]', choose one of \[N\]"),
+        ({"where": "tower"}, "where='tower', give a tuple of tower, llm, vit"),
+        ({"where": ("decode",)}, "give a tuple of tower, llm, vit"),
+        ({"source": "mlp"}, "source='mlp', choose one of attention"),
+        ({"source": "states", "where": ("llm",)}, "source='states' is read in tower"),
+        ({"shape": "[N, T]", "where": ("tower",)}, "stands inside the LLM only"),
+        ({"shape": "[H]", "where": ("llm",)}, "go together"),
+        ({"source": "modules", "where": ("llm",), "so_far": True}, "so_far=True"),
+        ({"name": "cls"}, "the name is taken by vtprune.signals.attention.cls"),
+    ],
+)
+def test_a_row_that_makes_no_sense_is_refused(fields: dict[str, Any], message: str) -> None:
+    given = {"name": "mine", "shape": "[N]", "where": ("tower",), **fields}
+    with pytest.raises(ValueError, match=rf"@signal\('{given['name']}'\): .*{message}"):
+        signal(given.pop("name"), **given)(twice_the_norm)
+    with pytest.raises(ValueError, match="no docstring"):
+        signal("mine", shape="[N]", where=("tower",))(lambda a: a.q)
+
+
+CODE = '''
+import vtprune
+from vtprune.signals import signal
+
+@signal("{name}", shape="[N]", where=("llm",))
+def read(a):
+    """The norm of the first head's values."""
+    return a.values[:, 0].float().norm(dim=-1)
+'''
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize("entry", ["{0}", "{0}:read"])
+def test_signals_of_packages_come_by_entry_point(entry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its module may be named or the row; a package that fails is told by name, and the others go on."""
+    module = f"vtprune_norm_{len(entry)}"
+    install(tmp_path, module, CODE.format(name="first_norm"), f"good = {entry.format(module)}", "vtprune.signals")
+    install(tmp_path, f"{module}_bad", CODE.format(name="half") + "1 / 0", f"bad = {module}_bad", "vtprune.signals")
+    install(tmp_path, f"{module}_taken", CODE.format(name="cls"), f"taken = {module}_taken", "vtprune.signals")
+    monkeypatch.syspath_prepend(tmp_path)
+    SIGNALS.forget()
+    with pytest.warns(RuntimeWarning, match="was left out") as warned:
+        found = read_by_a_method(1, Signal("first_norm"))
+    assert all(x[Signal("first_norm")].shape == (n,) for n, x in found)
+    assert sorted(str(w.message).split("'")[1] for w in warned if "left out" in str(w.message)) == ["bad", "taken"]
+    for name in ("half", "bad"):
+        with pytest.raises(ValueError, match=f"signal {name!r} is not there: plug-in 'bad'.*ZeroDivisionError"):
+            vtprune.patch(families.model("llava"), Stage(1, Reads((Signal(name),)), keep=0.5))
+    assert kind_of("cls").read.__module__ == "vtprune.signals.attention"
