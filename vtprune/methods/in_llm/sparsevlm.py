@@ -15,7 +15,7 @@ from ...core.visual import Assignment, Visual
 from ...kernels import check_finite
 from ...registry import register_own as register
 from .. import best_first, budget_of, check_choices, select, signal_of
-from ..density_peaks import recycle
+from ..shared.density_peaks import recycle
 from .schedule import check_layers, pyramid
 
 Version = Literal["v1", "plus"]

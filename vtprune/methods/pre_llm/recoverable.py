@@ -17,10 +17,10 @@ from ...core.signal import Signal
 from ...core.visual import Assignment, Visual
 from ...registry import register_own as register
 from .. import Fallback, budget_of, check_fallback, cls_attention, signal_of
-from ..absorb import absorb
-from ..counting import in_proportion, ranks
-from ..lof import outliers
-from ..text import prompt_similarity
+from ..shared.anchors import merge_into_anchors
+from ..shared.counting import in_proportion, ranks
+from ..shared.lof import outliers
+from ..shared.text import prompt_similarity
 
 CLS, KEYS = Signal("cls_full", -1), Signal("keys", -1)
 RECEIVED = Signal("received", -1, without_cls=True)
@@ -133,7 +133,8 @@ class Recoverable(Method):
         if self.faithful:
             keys = keys[(rest.cumsum(0) - 1).clamp(min=0)]
         seats = seats if total < n else 0
-        return absorb(order, rest, s.scores, keys, self.text_weight * s.text, places, seats, self.nearest)
+        bias = self.text_weight * s.text
+        return merge_into_anchors(order, rest, s.scores, keys, bias, places, seats, self.nearest)
 
 
 def _rest(s: _Seen, vision: Tensor, words: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from .. import (
     select,
     signal_of,
 )
-from ..raster import views
+from ..shared.raster import views
 
 MergeMode = Literal["add_mean", "average"]
 Order = Literal["positional", "official"]

@@ -16,10 +16,11 @@ from ...core.visual import Assignment, Visual
 from ...kernels import check_finite, to_device
 from ...registry import register_own as register
 from .. import check_cosine, check_counts, signal_of
-from ..clips import Clip, by_clip, check_ratio, likeness, places, ranks_in_rows
-from ..density_peaks import clusters
-from ..scenes import Plan, Variant, cut_at, filled, shared_out
-from ..segments import Segment
+from ..shared.clips import Clip, by_clip, check_ratio
+from ..shared.density_peaks import clusters
+from ..shared.frames import likeness, places, ranks_in_rows
+from ..shared.scenes import Plan, Variant, cut_at, filled, shared_out
+from ..shared.segments import Segment
 
 LOOKED_AT = Signal("mean_query", None)
 

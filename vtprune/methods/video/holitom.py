@@ -15,10 +15,11 @@ from ...core.visual import Assignment, Visual
 from ...kernels import check_finite, to_device
 from ...registry import register_own as register
 from .. import check_cosine, check_counts, signal_of
-from ..clips import Clip, by_clip, check_ratio, flow, likeness, ranks_in_rows
-from ..density_peaks import cluster_weights, clusters
 from ..in_llm.holitom_inner import HoliTomInner
-from ..segments import Split, cut, run_lengths, still_places
+from ..shared.clips import Clip, by_clip, check_ratio
+from ..shared.density_peaks import cluster_weights, clusters
+from ..shared.frames import flow, likeness, ranks_in_rows
+from ..shared.segments import Split, cut, run_lengths, still_places
 
 RECEIVED = Signal("received", None)
 
