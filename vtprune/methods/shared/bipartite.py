@@ -14,10 +14,10 @@ from ...kernels import best_first
 
 def together(index: Tensor, slots: Tensor, size: Tensor) -> Reduction:
     """Several rounds as one: index [B, M], the row [B, N] that holds each token, sizes [B, N] before all of them."""
-    batch, m = index.shape
-    total = size.new_zeros(batch, m).scatter_add_(1, slots, size)
+    batch, left = index.shape
+    total = size.new_zeros(batch, left).scatter_add_(1, slots, size)
     own = torch.zeros_like(slots, dtype=torch.bool).scatter_(1, index, True)
-    src = best_first(-own.to(torch.int8))[:, : slots.shape[1] - m]
+    src = best_first(-own.to(torch.int8))[:, : slots.shape[1] - left]
     dst, gain = slots.gather(1, src), size.gather(1, src)
     return Reduction(index, src, dst, gain / total.gather(1, dst), gain)
 
@@ -25,8 +25,8 @@ def together(index: Tensor, slots: Tensor, size: Tensor) -> Reduction:
 def halvings(n: int, count: int) -> list[int]:
     """Tokens to merge in each round, half of them while more than `count` of n are left; none where none may stay."""
     done: list[int] = []
-    while count and (m := n - sum(done)) > count:
-        done.append(min(m // 2, m - count))
+    while count and (left := n - sum(done)) > count:
+        done.append(min(left // 2, left - count))
     return done if count else [n]
 
 

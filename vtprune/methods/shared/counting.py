@@ -17,6 +17,20 @@ def ranks(scores: Tensor) -> Tensor:
     return best_first(scores).argsort()
 
 
+def beyond_best(first: Tensor, n_first: Tensor, second: Tensor, n_second: Tensor) -> Tensor:
+    """[N] bool: neither among the best n_first of the scores `first` [N], nor of the others among the best of `second`.
+
+    n_first, n_second: [] int64 on the device.
+    """
+    picked = ranks(first) < n_first
+    return ~picked & (ranks(second.masked_fill(picked, -torch.inf)) >= n_second)
+
+
+def share_of(whole: Tensor | int, part: Tensor, of: Tensor | int, cut: bool) -> Tensor:
+    """whole * part / of [] int64, rounded down; `cut` as int(whole * (part / of)) does, which may be one less."""
+    return (whole * (part.double() / of)).long() if cut else whole * part // of
+
+
 def in_proportion(counts: Tensor, total: int, last: int) -> Tensor:
     """Share `total` in proportion to counts [P] int64, each within one of its exact share; they sum to total.
 

@@ -1,11 +1,9 @@
-"""Clusters around density peaks with nearest neighbours (DPC-kNN), without the usual noise, and their means."""
+"""Clusters around density peaks with nearest neighbours (DPC-kNN), without the usual noise."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from ...core.visual import Assignment
 
 
 def density_peaks(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -18,23 +16,6 @@ def density_peaks(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     centres = score.sort(descending=True, stable=True).indices[:count]
     member = far.index_select(1, centres).argmin(1)
     return centres, member.index_copy(0, centres, torch.arange(count, device=x.device))
-
-
-def recycle(x: Tensor, stay: Tensor, pool: Tensor, count: int, scores: Tensor, behind: bool = False) -> Assignment:
-    """Keep the tokens `stay` [K] of x [N, D], in order of choice, and one mean for each of `count` clusters of `pool`.
-
-    A mean stands at its centre's place; behind=True puts the means behind all others, best centre first.
-    """
-    centres, member = density_peaks(x.index_select(0, pool).float(), count)
-    places = pool.index_select(0, centres)
-    plain = stay.sort().values
-    picked = torch.cat([plain, places])
-    idx = picked.sort().values
-    row = torch.arange(len(idx), device=idx.device) if behind else torch.searchsorted(idx, picked)
-    size = torch.zeros_like(scores[:count]).index_add(0, member, torch.ones_like(scores[: len(pool)]))
-    w = torch.cat([torch.ones_like(scores[: len(stay)]), 1 / size[member]])
-    dst = torch.cat([row[: len(stay)], row[len(stay) :][member]])
-    return Assignment(idx, torch.cat([stay, places]), torch.cat([plain, pool]), dst, w, scores)
 
 
 def peaks(far: Tensor, real: Tensor, nearest: Tensor | int, most: int) -> Tensor:

@@ -19,7 +19,8 @@ from ..shared.clips import Clip, by_clip, check_ratio
 from ..shared.density_peaks import cluster_weights, clusters
 from ..shared.frames import flow, likeness
 from ..shared.scenes import refined
-from ..shared.segments import Segment, Split
+from ..shared.segments import Segment
+from ..shared.still import Split
 
 SMALL = 14  # sets that are not clustered
 
