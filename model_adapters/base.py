@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from vtprune.core.errors import UnsupportedCall, UnsupportedModel
 from vtprune.core.signal import Signal
+from vtprune.core.units import Unit, runs_of
 
-from .cache_argument import renamed
-from .entries import MODALITIES, Features, Unit, entry_sizes, of_this_call, runs_of, take
+from .cache_argument import NAME, renamed
+from .entries import MODALITIES, Features, of_this_call
 from .family import family_of
 from .vit_blocks import WORKING
 
@@ -77,7 +78,7 @@ class Adapter:
 
     def bind(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments of a forward call by name; the cache under `cache_argument.NAME`."""
-        kwargs = renamed(kwargs)
+        kwargs = kwargs if NAME in kwargs else renamed(kwargs)
         if not args:
             return kwargs
         forward = type(module).forward
@@ -149,7 +150,7 @@ class Adapter:
     ) -> Features:
         """What a feature call returned, entry by entry (an image, a tile or a video each)."""
         pooled = getattr(output, "pooler_output", output)
-        sizes = entry_sizes(pooled)
+        sizes = _entry_sizes(pooled)
         pixels = call.get("pixel_values_videos", call.get("pixel_values"))
         if modality == "video" and torch.is_tensor(pixels) and pixels.dim() == 5:
             frames = len(sizes) // pixels.shape[0]  # one entry per frame: join them to videos
@@ -169,7 +170,7 @@ class Adapter:
         if output is None:
             sizes = self.family.sizes_told(self.base, modality, call)
         else:
-            sizes = entry_sizes(getattr(output, "pooler_output", output))
+            sizes = _entry_sizes(getattr(output, "pooler_output", output))
         if not sizes:
             return None
         spans = self.family.spans(self.base, modality, call, sizes)
@@ -212,9 +213,27 @@ class Adapter:
                 entry = first
                 left = list(rows[b])
                 while left:
-                    taken = take(left, features.sizes[entry])
+                    taken = _take(left, features.sizes[entry])
                     if taken:
                         unit = Unit(b, modality, taken, features.spans[entry], dict(features.signals[entry]))
                         units.append(unit)
                     entry += 1
         return self.family.units(modality, units)
+
+
+def _entry_sizes(pooled: Any) -> list[int]:
+    """Tokens of each entry of pooled features."""
+    return [int(entry.reshape(-1, entry.shape[-1]).shape[0]) for entry in pooled]
+
+
+def _take(runs: list[tuple[int, int]], size: int) -> list[tuple[int, int]]:
+    """Remove the first `size` positions from a list of (start, length) runs and return them."""
+    taken = []
+    while size:
+        start, length = runs.pop(0)
+        part = min(length, size)
+        taken.append((start, part))
+        size -= part
+        if part < length:
+            runs.insert(0, (start + part, length - part))
+    return taken

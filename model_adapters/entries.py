@@ -33,11 +33,6 @@ class Features:
     elsewhere: bool = False
 
 
-def entry_sizes(pooled: Any) -> list[int]:
-    """Tokens of each entry of pooled features."""
-    return [int(entry.reshape(-1, entry.shape[-1]).shape[0]) for entry in pooled]
-
-
 def of_this_call(features: Features, total: int, rows: int) -> Features | None:
     """Those of so many tokens that stand in this call: grids may be those of earlier turns too, or of other rows."""
     if sum(features.sizes) and total % sum(features.sizes) == 0 and rows % (total // sum(features.sizes)) == 0:
@@ -69,19 +64,6 @@ def by_tile(features: Features) -> Features:
     return Features(sizes, spans, signals, elsewhere=features.elsewhere)
 
 
-def take(runs: list[tuple[int, int]], size: int) -> list[tuple[int, int]]:
-    """Remove the first `size` positions from a list of (start, length) runs and return them."""
-    taken = []
-    while size:
-        start, length = runs.pop(0)
-        part = min(length, size)
-        taken.append((start, part))
-        size -= part
-        if part < length:
-            runs.insert(0, (start + part, length - part))
-    return taken
-
-
 def split_runs(units: list[Unit]) -> list[Unit]:
     """One unit per run: where text stands between tiles, each tile is pruned by itself."""
     out: list[Unit] = []
@@ -108,9 +90,3 @@ def join_runs(units: list[Unit]) -> list[Unit]:
         joined = (last.ranges[0][0], last.n + u.n)
         out[-1] = Unit(u.row, u.modality, [joined], last.spans + spans, signals)
     return out
-
-
-def runs_of(hit: Tensor) -> list[tuple[int, int]]:
-    """(start, length) of every run of True in a host vector."""
-    edges = torch.diff(torch.nn.functional.pad(hit.to(torch.int8), (1, 1))).nonzero().flatten().tolist()
-    return [(a, b - a) for a, b in zip(edges[::2], edges[1::2])]

@@ -67,12 +67,13 @@ class Family:
 
         call: bound arguments of the feature call; sizes: tokens per entry.
         """
-        grid, image_sizes = call.get(f"{modality}_grid_thw"), rasters.image_sizes_of(call)
+        grid = call.get(f"{modality}_grid_thw")
+        image_sizes = rasters.image_sizes_of(call) if self.uses_image_sizes else None
         if grid is not None and len(grid) == len(sizes):
             return [rasters.merged_grid(base, thw, n) for thw, n in zip(rasters.ints(grid), sizes)]
         if modality == "video":
             return self.video_spans(base, call, sizes)
-        if self.uses_image_sizes and image_sizes is not None:
+        if image_sizes is not None:
             return [self.sized_spans(base, n, size, call) for n, size in zip(sizes, image_sizes)]
         return [self.image_spans(base, n) for n in sizes]
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from vtprune.core.units import Unit, runs_of
+
 from .base import Adapter
-from .entries import MODALITIES, Features, Unit, runs_of
+from .entries import MODALITIES, Features
 from .family import families, model_types
 
 __all__ = ["MODALITIES", "Adapter", "Features", "Unit", "runs_of"]

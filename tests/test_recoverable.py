@@ -18,8 +18,8 @@ from torch import Tensor
 import vtprune
 from vtprune import Assignment, Signal, Visual
 from vtprune.evals import parity
-from vtprune.methods import absorb
 from vtprune.methods.lof import outliers
+from vtprune.methods.shared import anchors as absorb
 from vtprune.methods.text import prompt_similarity
 
 CLS, KEYS, RECEIVED = Signal("cls_full", -1), Signal("keys", -1), Signal("received", -1, without_cls=True)

@@ -1,12 +1,12 @@
 """Every row of the registry of signals: its formula against float64, its row in a patched model, and rows of users.
 
-The lists come from the registry, so a new signal is tested without an edit here, but for its oracle in `ORACLES`.
+The lists come from the registry, so a new signal is tested without an edit here, but for its oracle in
+`signal_oracles.ORACLES`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import families
 import pytest
 import torch
 import vits
+from signal_oracles import ORACLES, PAST, TEXT, VISUAL, B, Case, D, G, N, Words
 from test_registry import install
 from torch import Tensor
 
@@ -22,76 +23,6 @@ import vtprune
 from vtprune import Assignment, Method, Signal, Stage, UnsupportedModel, Visual, VtpruneError
 from vtprune.registry import SIGNALS
 from vtprune.signals import LayerAttention, SignalKind, kind_of, kinds, signal
-
-B, N, PAST, D, G = 2, 9, 3, 4, 2
-VISUAL, TEXT = [[1, 2, 3, 4], [2, 3]], [[5, 6, 7, 8], [4, 5, 6, 7]]  # by row; the second row ends with a pad
-LAST = [8, 7]
-
-
-class Words:
-    """A prompt of two rows."""
-
-    batch = B
-
-    def real(self) -> Tensor:
-        real = torch.ones(B, N, dtype=torch.bool)
-        real[1, 8] = False
-        return real
-
-    def last(self, n: int) -> Tensor:
-        return torch.tensor(LAST)
-
-    def visual(self) -> Tensor:
-        return torch.tensor([[slot in row for slot in range(N)] for row in VISUAL])
-
-    def visual_slots(self, row: int) -> Tensor:
-        return torch.tensor(VISUAL[row])
-
-    def text_slots(self, row: int, device: torch.device) -> Tensor:
-        return torch.tensor(TEXT[row])
-
-    def text_is_seen(self, row: int) -> bool:
-        return True
-
-
-@dataclass
-class Case:
-    """One attention product and its softmax weights [B, H, N, N] float64 among the tokens of the call."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    seen: Tensor  # [B, N, past + N] bool
-    past: int
-    causal: bool
-
-    @property
-    def logits(self) -> Tensor:
-        return self.q.double() @ self.k.double().repeat_interleave(self.heads // self.k.shape[1], 1).mT
-
-    @property
-    def heads(self) -> int:
-        return self.q.shape[1]
-
-    def softmax(self, logits: Tensor) -> Tensor:
-        return logits.masked_fill(~self.seen[:, None], -math.inf).softmax(-1)[..., self.past :]
-
-    @property
-    def weights(self) -> Tensor:
-        return self.softmax(self.logits * D**-0.5)
-
-    @property
-    def own(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of this call, in float64."""
-        return self.k[:, :, self.past :].double(), self.v[:, :, self.past :].double()
-
-    @property
-    def asked(self) -> Tensor:
-        """[B, N] float64: the queries that count."""
-        return (Words().real() if self.causal else self.seen.any(1)).double()
-
-    def at_last(self, rows: Tensor) -> Tensor:
-        return torch.stack([rows[b, :, last] for b, last in enumerate(LAST)])
 
 
 def case(place: str, heads: int = 4, masked: bool = True) -> tuple[Case, LayerAttention]:
@@ -109,75 +40,6 @@ def case(place: str, heads: int = 4, masked: bool = True) -> tuple[Case, LayerAt
     mask = seen[:, None] if masked else None
     prompt = Words() if place == "llm" else None
     return Case(q, k, v, seen, past, place == "llm"), LayerAttention(q, k, v, mask, D**-0.5, past, prompt)
-
-
-def _among_visual(rows: Tensor) -> Tensor:
-    rows = rows * Words().visual()[:, None]
-    return (rows / rows.sum(-1, keepdim=True)).mean(1)
-
-
-def _walk(c: Case) -> Tensor:
-    steps = c.logits[..., c.past :] * 10 * D**-0.5
-    steps = steps.masked_fill(~c.seen[:, None, :, c.past :], -math.inf).softmax(-1)
-    score = (c.asked / c.asked.sum(1, keepdim=True))[:, None].expand(-1, c.heads, -1)
-    for _ in range(5):
-        score = torch.einsum("bhi,bhij->bhj", score, steps)
-    return score.square().mean(1).sqrt()
-
-
-def _mean_query(c: Case) -> Tensor:
-    out = torch.zeros(B, N).double()
-    for b in range(B):
-        real = c.asked[b].bool()
-        query = c.q[b, :, real].double().mean(1)
-        keys = c.k[b, :, real].double()
-        out[b, real] = (torch.einsum("hd,hnd->hn", query, keys) * D**-0.5).softmax(-1).mean(0)
-    return out
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x.double().transpose(1, 2).flatten(2)
-
-
-def _wide(c: Case) -> Tensor:
-    logits = _flat(c.q)[:, 0, None] @ _flat(c.k).mT / (c.heads * D) ** 0.5
-    return logits.masked_fill(~c.seen[:, :1], -math.inf).softmax(-1)[:, 0, 1:]
-
-
-def _by_text(c: Case, rows: Callable[[Tensor], Tensor]) -> Tensor:
-    """Of the rows [H, T, N] of that text."""
-    return torch.stack([rows(c.weights[b][:, TEXT[b]]) for b in range(B)])
-
-
-def _to_text(c: Case) -> Tensor:
-    out = torch.zeros(B, N).double()
-    for b in range(B):
-        out[b, VISUAL[b]] = c.weights[b].mean(0)[VISUAL[b]][:, TEXT[b]].sum(1)
-    return out
-
-
-# Of signals read of an attention product: what their docstrings say, in float64 and without a loop over blocks.
-ORACLES: dict[str, Callable[[Case], Tensor]] = {
-    "cls": lambda c: c.weights.mean(1)[:, 0, 1:],
-    "cls_full": _wide,
-    "cls_value": lambda c: c.softmax(c.own[1] @ c.own[1].mT).mean(1)[:, 0, 1:],
-    "received": lambda c: (c.weights * c.asked[:, None, :, None]).sum(2).mean(1) / c.asked.sum(1, keepdim=True),
-    "mean_query": _mean_query,
-    "queries": lambda c: _flat(c.q),
-    "keys": lambda c: _flat(c.own[0]),
-    "values": lambda c: _flat(c.own[1]),
-    "mean_keys": lambda c: c.own[0].sum(1) / c.own[0].shape[1],
-    "value_norm": lambda c: (c.own[1].sum(1) / c.own[1].shape[1]).norm(p=1, dim=-1),
-    "last_row": lambda c: c.at_last(c.weights).mean(1),
-    "last_visual": lambda c: _among_visual(c.at_last(c.weights)),
-    "last_value": lambda c: _among_visual(c.at_last(c.softmax(c.own[1] @ c.v.double().mT * D**-0.5))),
-    "page_rank": _walk,
-    "received_so_far": lambda c: (c.weights * c.asked[:, None, :, None]).sum(2).mean(1),
-    "from_text": lambda c: _by_text(c, lambda rows: rows.mean((0, 1))),
-    "to_text": _to_text,
-    "text_rows": lambda c: _by_text(c, lambda rows: rows.mean(0).T),
-    "text_rows_by_head": lambda c: _by_text(c, lambda rows: rows.permute(2, 0, 1)),
-}
 
 
 def _turned() -> tuple[Any, Any]:
@@ -238,11 +100,11 @@ def test_every_signal_equals_its_formula(row: SignalKind) -> None:
     if row.source == "carried":
         assert row.where == ()
     elif row.source != "attention":
-        assert row.name in OTHERS, f"signal {row.name!r} has no oracle: add one to OTHERS in {__file__}"
+        assert row.name in OTHERS, f"signal {row.name!r} has no oracle: add one to OTHERS in tests/test_signal_rows.py"
         got, want = OTHERS[row.name]()
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
     else:
-        assert row.name in ORACLES, f"signal {row.name!r} has no oracle: add one to ORACLES in {__file__}"
+        assert row.name in ORACLES, f"signal {row.name!r} has no oracle: add one to ORACLES in tests/signal_oracles.py"
         for place in {"llm" if place == "llm" else "tower" for place in row.where}:
             for masked in (True,) if place == "llm" else (False, True):
                 c, attention = case(place, masked=masked)

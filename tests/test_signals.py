@@ -17,6 +17,7 @@ import families
 import pytest
 import torch
 import transformers
+from signal_oracles import ORACLES, Case
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -134,58 +135,14 @@ class Spy(TorchFunctionMode):
 
     def flat(self, kind: str) -> Tensor:
         """[tower tokens, C] in the order in which the tower holds them; scores have C = 1."""
-        assert hasattr(self, f"_{kind}"), (
-            f"signal {kind!r} has no oracle: add a method _{kind} to {type(self).__name__}"
-        )
-        parts = getattr(self, f"_{kind}")()
-        if ROWS[kind].of_cls:  # no score of its own
-            parts = [torch.cat((torch.zeros_like(r[:, :1]), r[:, 1:]), 1) for r in parts]
-        parts = [p if ROWS[kind].vector else p[:, None, :, None].float() for p in parts]
-        return torch.cat([p.transpose(1, 2).flatten(2).flatten(0, 1) for p in parts])
-
-    def _queries(self) -> list[Tensor]:
-        return self.queries
-
-    def _keys(self) -> list[Tensor]:
-        return self.keys
-
-    def _values(self) -> list[Tensor]:
-        return self.values
-
-    def _mean_keys(self) -> list[Tensor]:
-        return [k.mean(1, keepdim=True) for k in self.keys]
-
-    def _value_norm(self) -> list[Tensor]:
-        return [v.double().mean(1).norm(p=1, dim=-1) for v in self.values]
-
-    def _cls(self) -> list[Tensor]:
-        return [w.mean(1)[:, 0] for w in self.weights]
-
-    def _cls_full(self) -> list[Tensor]:
-        """One head, all channels side by side."""
-        wide = [(q.transpose(1, 2).flatten(2), k.transpose(1, 2).flatten(2)) for q, k in zip(self.queries, self.keys)]
-        return [(q.double() @ k.double().mT / q.shape[2] ** 0.5).softmax(2)[:, 0] for q, k in wide]
-
-    def _cls_value(self) -> list[Tensor]:
-        return [(v.double() @ v.double().mT).softmax(3).mean(1)[:, 0] for v in self.values]
-
-    def _received(self) -> list[Tensor]:
-        return [w.mean(1).sum(1) for w in self.weights]  # sums: the unit divides
-
-    def _mean_query(self) -> list[Tensor]:
-        """Tokens that see the same ones are an image; each image's mean query, by its share of all queries."""
-        found = []
-        for weights, queries, keys in zip(self.weights, self.queries, self.keys):
-            out = weights.new_zeros(weights.shape[0], weights.shape[2], dtype=torch.float64)
-            for b, seen in enumerate((weights > 0).any(1)):
-                real = seen.any(0)
-                for image in seen[real].unique(dim=0):
-                    mine = real & (seen == image).all(1)
-                    query = queries[b, :, mine].double().mean(1, keepdim=True)
-                    logits = (query @ keys[b].double().mT)[:, 0, image] * query.shape[-1] ** -0.5
-                    out[b, image] += logits.softmax(1).mean(0) * mine.sum() / real.sum()
-            found.append(out * weights.shape[2])  # sums, as above
-        return found
+        assert kind in ORACLES, f"signal {kind!r} has no oracle: add one to ORACLES in tests/signal_oracles.py"
+        parts = []
+        for q, k, v, weights in zip(self.queries, self.keys, self.values, self.weights):
+            x = ORACLES[kind](Case(q, k, v, (weights > 0).any(1), ran=weights)).float()
+            x = torch.cat((torch.zeros_like(x[:, :1]), x), 1) if ROWS[kind].of_cls else x  # no score of its own
+            x = x * weights.shape[2] if ROWS[kind].over_queries else x  # sums: the unit divides
+            parts.append(x if ROWS[kind].vector else x[..., None])
+        return torch.cat([x.flatten(0, 1) for x in parts])
 
 
 def feature_layer(base: Any) -> int:

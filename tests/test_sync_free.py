@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vtprune
 from vtprune.core import prompt as prompts
+from vtprune.core import units
 from vtprune.hf import hooks, prefill
 from vtprune.kernels import use
 from vtprune.model_adapters.generic import Features
@@ -73,14 +74,17 @@ def test_no_host_waits_on_the_pre_llm_path(method: str, monkeypatch: pytest.Monk
     code = torch.ones(1, length, dtype=torch.int8)
     code[0, 4 : 4 + n] = 2
     pretended = FakeTensorMode(allow_non_fake_inputs=True)
-    begin = prefill.begin
 
-    def begin_there(*args: Any) -> Any:
-        with pretended:
-            return begin(*args)
+    def there_too(function: Any) -> Any:
+        def on_the_device(*args: Any) -> Any:
+            with pretended:
+                return function(*args)
+
+        return on_the_device
 
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)  # there is no driver to start
-    monkeypatch.setattr(prefill, "begin", begin_there)
+    for name in ("begin", "arange_of"):
+        monkeypatch.setattr(units, name, there_too(getattr(units, name)))
     monkeypatch.setattr(prefill, "HostCopy", Pretended(code))
     monkeypatch.setattr(prompts, "Clock", _NoClock)
     monkeypatch.setattr(prompts, "capturing", lambda device: False)

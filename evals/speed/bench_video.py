@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vtprune.evals.speed.bench_selection import _one_thread, _race
-from vtprune.methods.segments import Segment, cut, run_lengths, still_places
+from vtprune.methods.shared.segments import Segment, cut, run_lengths, still_places
 from vtprune.registry import create
 from vtprune.types import Visual
 

@@ -96,11 +96,11 @@ def _is(x: Any, dims: int, device: torch.device, dtype: torch.dtype | None) -> b
 
 def _shape_fault(view: Visual, a: Assignment) -> str | None:
     """What the host sees is wrong with everything but idx."""
-    k, device = len(a.idx), view.x.device
+    k, n, device = len(a.idx), view.x.shape[0], view.x.device
     if a.order is not None and not (_is(a.order, 1, device, torch.int64) and len(a.order) == k):
         return f"order={_said(a.order)}, not [{k}] int64 on {device}"
-    if a.scores is not None and not (_is(a.scores, 1, device, None) and len(a.scores) == view.n):
-        return f"scores={_said(a.scores)}, not [{view.n}] floating on {device}"
+    if a.scores is not None and not (_is(a.scores, 1, device, None) and len(a.scores) == n):
+        return f"scores={_said(a.scores)}, not [{n}] floating on {device}"
     parts = {"src": a.src, "dst": a.dst, "w": a.w}
     if all(part is None for part in parts.values()):
         return None

@@ -15,7 +15,8 @@ def standing(module: nn.Module, name: str) -> Callable[..., Any]:
     The class's own is bound to the module by a partial object, so that a copied module's copy is bound to the copy.
     """
     if name in module.__dict__:
-        return module.__dict__[name]
+        found: Callable[..., Any] = module.__dict__[name]
+        return found
     return partial(getattr(type(module), name), module)
 
 

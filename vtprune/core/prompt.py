@@ -1,6 +1,6 @@
 """`PromptState`: which visual tokens of a batch of prompts are left, and where they stand; `run_stage` prunes it.
 
-A stage runs in four steps: divide what is left into units, deal out the budgets, ask the method, write its answers down.
+A stage runs in four steps: divide what is left into units, deal out the budgets, ask the method, take its answers.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from .compaction import Compaction
 from .method import Stage, Where
 from .result import UnitResult, joined_by_row
 from .signal import Signal
-from .units import TokenGroup, Unit, arange_of, groups, joined_spans, tokens_of
+from .units import TokenGroup, Unit, groups, joined_spans, tokens_of
 from .visual import Assignment, Visual
 
 Members = list[TokenGroup]
+Tokens = tuple[Tensor, "Tensor | None"]  # as of `tokens_of`
 # (stage, members of a unit, their slots, the order that makes their positions ascend or None) -> what `Visual` carries
 ReadSignals = Callable[[Stage, Members, Tensor, "Tensor | None"], dict[Signal, Tensor]]
 # A merge in a row: the slots of a unit's tokens when a stage saw them, and the answer.
@@ -46,7 +47,8 @@ class PromptState:
     method_state: by the number of a stage, what its method keeps from unit to unit (`Visual.state`). words: states of
     text by row and place, once a stage asked.
     checks: conditions whose results are on their way to the host.
-    text: runs (start, length) of words, row by row; or [M, D] their embeddings (or None), where they are given.
+    text: [M, D] embeddings of each row's words (or None), where they are given; else text_positions: [M] int64, where
+    they stand.
     """
 
     units: list[Unit]
@@ -54,7 +56,8 @@ class PromptState:
     hidden: Any
     keep: Any
     counts: list[int]
-    text: Sequence[Any] = ()
+    text: Sequence[Tensor | None] = ()
+    text_positions: Sequence[Tensor] = ()
     whole: Compaction | None = None
     step: Compaction | None = None
     merges: list[Merge] = field(default_factory=list)
@@ -122,11 +125,12 @@ def run_stage(
     state.groups, units = groups(state.groups, stage, clips)
     budgets = budgets_of(stage, units, len(state.counts))
     todo = [i for i, unit in enumerate(units) if _shrinks(unit, budgets[i])]
-    views = [_visual(state, number, stage, units[i], budgets[i], signals) for i in todo]
+    tokens = [tokens_of(units[i]) for i in todo]
+    views = [_visual(state, number, stage, units[i], at, budgets[i], signals) for i, at in zip(todo, tokens)]
     answers = ask_method(state, stage, views) if views else []
     first, asked = len(state.results), []
-    for i, view, answer in zip(todo, views, answers):
-        asked.append((units[i], _take(state, stage, units[i], view, answer)))
+    for i, at, view, answer in zip(todo, tokens, views, answers):
+        asked.append((units[i], _take(state, stage, units[i], at, view, answer)))
         state.note(view.state.get("note"))
     for unit in units if not asked else ():
         take_whole(state, stage, unit)
@@ -176,12 +180,14 @@ def _visual(
     number: int,
     stage: Stage,
     unit: Members,
+    tokens: Tokens,
     budget: int | None,
     signals: ReadSignals,
 ) -> Visual:
-    """What the method sees of a unit."""
+    """What the method sees of a unit, whose tokens are as `tokens_of` says."""
     row, one = unit[0].unit.row, unit[0] if len(unit) == 1 else None
-    positions, order = tokens_of(unit)
+    grid, spans = (one.grid, one.spans) if one else (None, joined_spans(unit))
+    positions, order = tokens
     slots, hidden = state.slots(row, positions), state.hidden[row]
     if one and one.run and state.whole is None:
         start, length = one.run
@@ -191,8 +197,8 @@ def _visual(
     return Visual(
         x=x,
         budget=budget,
-        grid=one.grid if one else None,
-        spans=one.spans if one else joined_spans(unit),
+        grid=grid,
+        spans=spans,
         video=stage.per == "sample" or unit[0].unit.modality == "video",
         signals=signals(stage, unit, slots, order),
         text=_text_of(state, row, stage.where),
@@ -202,12 +208,11 @@ def _visual(
 
 def _text_of(state: PromptState, row: int, where: Where) -> Tensor | None:
     """States [M, D] of a row's words, as they enter the place `where`."""
-    text = state.text[row]
-    if text is None or isinstance(text, Tensor):
-        return text
+    if state.text:
+        return state.text[row]
     if (row, where) not in state.words:
-        slots = state.slots(row, arange_of(text, state.hidden.device))
-        state.words[row, where] = state.hidden[row].index_select(0, slots)
+        slots = state.slots(row, state.text_positions[row])
+        state.words[row, where] = state.hidden[row].index_select(0, slots.to(state.hidden.device))
     return state.words[row, where]
 
 
@@ -221,10 +226,12 @@ def encoded_signals(stage: Stage, unit: Members, slots: Tensor, order: Tensor | 
     return found
 
 
-def _take(state: PromptState, stage: Stage, unit: Members, view: Visual, answer: Assignment) -> UnitResult:
+def _take(
+    state: PromptState, stage: Stage, unit: Members, tokens: Tokens, view: Visual, answer: Assignment
+) -> UnitResult:
     """Write down an answer: merged states, the result, and what is left of each member."""
-    first, (positions, order) = unit[0], tokens_of(unit)
-    if answer.merges:
+    first, (positions, order) = unit[0], tokens
+    if answer.src is not None:
         row = first.unit.row
         with recording(state.kernels):
             merged = answer.apply(view.x)

@@ -99,8 +99,9 @@ class TokenGroup:
     def grid(self) -> tuple[int, int, int] | None:
         """(t, h, w) if the tokens are one raster without separators."""
         one = self.spans[0] if len(self.spans) == 1 else None
-        whole = one and not one.newline and math.prod(one.grid) == self.positions.shape[0]
-        return one.grid if one and whole else None
+        if one is None or one.newline or math.prod(one.grid) != self.positions.shape[0]:
+            return None
+        return one.grid
 
     def keep(self, idx: Tensor) -> None:
         """Cut down to the tokens idx [K], ascending."""
@@ -114,6 +115,23 @@ def begin(unit: Unit, image: int, device: torch.device) -> TokenGroup:
     positions = arange_of(unit.ranges, device)
     run = unit.ranges[0] if len(unit.ranges) == 1 else None
     return TokenGroup(unit, image, unit.n, positions, torch.arange(unit.n, device=device), unit.spans, run)
+
+
+def begin_rows(
+    units: Sequence[Unit], words: Tensor, device: torch.device
+) -> tuple[list[TokenGroup], list[list[tuple[int, int]]], list[Tensor]]:
+    """All units of a batch before anything was cut; the runs of words of each row, and the positions in them.
+
+    words: [B, L] bool on the host.
+    """
+    runs = [runs_of(row) for row in words]
+    return [begin(u, i, device) for i, u in enumerate(units)], runs, [arange_of(row, device) for row in runs]
+
+
+def runs_of(hit: Tensor) -> list[tuple[int, int]]:
+    """(start, length) of every run of True in a host vector."""
+    edges = torch.diff(torch.nn.functional.pad(hit.to(torch.int8), (1, 1))).nonzero().flatten().tolist()
+    return [(a, b - a) for a, b in zip(edges[::2], edges[1::2])]
 
 
 def arange_of(ranges: Sequence[tuple[int, int]], device: torch.device) -> Tensor:

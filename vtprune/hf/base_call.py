@@ -37,9 +37,9 @@ def begin_base_call(
     tokens = call.get("input_ids")
     ids, tokens = tokens is not None, tokens if tokens is not None else call.get("inputs_embeds")
     if tokens is not None and tokens.shape[1] > 1:  # decode steps leave here: nothing to prune
-        given = adapter.given(call)
+        given, attention = adapter.given(call), adapter.attention()
         kinds = adapter.visual_code(call, given) if given or not ids else None
-        check_call(patch, call, bool(given))
+        check_call(patch, call, bool(given), attention)
         if kinds is not None:
             call = _begin_prefill(patch, call, tokens, kinds, given)
         elif not ids:
@@ -58,13 +58,20 @@ def may_prune(patch: Patch, module: nn.Module, args: tuple[Any, ...], kwargs: di
     return tokens is not None and tokens.shape[1] > 1 and (ids is None or bool(patch.adapter.given(call)))
 
 
+def _may_hold_samples(call: dict[str, Any]) -> bool:
+    """False where nothing among the arguments could tell several samples in a row apart, as in most calls."""
+    mask = call.get("attention_mask")
+    told = [name for name in (*packed.LENGTHS, "position_ids") if call.get(name) is not None]
+    return bool(told) or (mask is not None and not (torch.is_tensor(mask) and mask.dim() == 2))
+
+
 def _begin_prefill(
     patch: Patch, call: dict[str, Any], tokens: Tensor, kinds: Tensor, given: list[str]
 ) -> dict[str, Any]:
     """Start to prune this prompt, whose tokens are of the kinds [B, L]; the call that goes on."""
     local, keeps_all = patch.local, patch.plan.keeps_all
     check_tracers(tokens)
-    if not keeps_all and packed.may_hold_samples(call):
+    if not keeps_all and _may_hold_samples(call):
         call, kinds = _unpack(patch, call, kinds)
     local.features = _brought(patch, call, given)
     prefill = local.prefill = Prefill(patch.adapter, patch.plan, kinds, notes=list(patch.notes))

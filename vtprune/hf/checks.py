@@ -221,12 +221,15 @@ def _way_out(plan: Plan, stage: Stage) -> str:
 # -- in a call --------------------------------------------------------------------------------------------------------
 
 
-def check_call(patch: Patch, call: dict[str, Any], features: bool) -> None:
-    """Refuse caches that cannot hold a pruned prompt. features: the call carries pixels or encoded features."""
+def check_call(patch: Patch, call: dict[str, Any], features: bool, attention: str) -> None:
+    """Refuse caches that cannot hold a pruned prompt.
+
+    features: the call carries pixels or encoded features. attention: the implementation of the text model.
+    """
     from transformers.cache_utils import Cache, EncoderDecoderCache
 
     cache = call.get(kv.NAME)
-    paged = "paged" in patch.adapter.attention() or (cache is not None and not isinstance(cache, Cache))
+    paged = "paged" in attention or (cache is not None and not isinstance(cache, Cache))
     if paged and features:
         raise UnsupportedCall(
             f"paged caches and continuous batching ({type(cache).__name__}) cannot hold pruned prompts: use "

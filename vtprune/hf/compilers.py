@@ -34,6 +34,11 @@ def outside_while_busy(hook: Hook) -> Hook:
     return cast(Hook, chosen)
 
 
+def is_pruning(local: Any) -> bool:
+    """True while this thread prunes a prompt, by the per-thread state of its patch."""
+    return local.prefill is not None
+
+
 def announce(module: nn.Module, busy: Callable[[], bool]) -> Callable[[], None]:
     """Run the forward of a hooked module outside of compilers while busy(); return the undo.
 

@@ -5,7 +5,9 @@ Each is a function of the patch, which `functools.partial` binds: a copied model
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +18,29 @@ from . import decode
 from .arguments import cut_features, cut_layer_call, cut_text_call
 from .attention_probe import HEADS
 from .checks import check_cache_of_past, check_checkpointing, check_features, check_guesses, check_room
-from .compilers import outside_while_busy
+from .compilers import outside
 from .layers import run_layer
 from .llm_signals import read_embeddings
-from .packed import replaced
 from .past import ReadOnlyCache, set_layer_mask, with_past_mask, with_position_offset
-from .prefill import Prefill, keep_all, open_prompt, report, run_before_llm
+from .prefill import Prefill, keep_all, open_prompt, replaced, report, run_before_llm
 from .remember import shrink_cache
 
 if TYPE_CHECKING:
     from .session import Patch
+
+
+Hook = TypeVar("Hook", bound=Callable[..., Any])
+
+
+def untraced_while_pruning(hook: Hook) -> Hook:
+    """The function of a patch, which a compiler does not trace while this thread prunes a prompt."""
+    plain = outside(hook)
+
+    @wraps(hook)
+    def chosen(patch: Patch, *args: Any, **kwargs: Any) -> Any:
+        return plain(patch, *args, **kwargs) if patch.local.prefill is not None else hook(patch, *args, **kwargs)
+
+    return cast(Hook, chosen)
 
 
 class DryRunDone(Exception):
@@ -41,13 +56,13 @@ def acting(patch: Patch) -> Prefill | None:
 # -- the text model ---------------------------------------------------------------------------------------------------
 
 
-@outside_while_busy
+@untraced_while_pruning
 def before_text(patch: Patch, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Masks and positions over a pruned past; then the units of a prompt, the stages before the LLM, and the cut."""
     if not patch.local.depth:  # called without the base model
         patch.check_still_in_place()
         patch.local.clear()
-    call = patch.adapter.bind(module, args, kwargs)
+    call = kwargs if not args and kv.NAME in kwargs else patch.adapter.bind(module, args, kwargs)
     cache = call.get(kv.NAME)
     patch.local.pruned_past = any(isinstance(layer, kv.Pruned) for layer in getattr(cache, "layers", ()))
     if patch.local.pruned_past:
@@ -90,8 +105,10 @@ def _open_step(patch: Patch, cache: Any, call: dict[str, Any]) -> None:
 
 def _prune(patch: Patch, prefill: Prefill, call: dict[str, Any], elsewhere: list[str]) -> dict[str, Any]:
     """Run the stages before the LLM; the text model's call with what they left."""
-    check_checkpointing(patch.adapter, patch.plan)
-    check_features(patch.plan, elsewhere)
+    if patch.plan.inside:
+        check_checkpointing(patch.adapter, patch.plan)
+    if elsewhere:
+        check_features(patch.plan, elsewhere)
     if run_before_llm(prefill):
         call = cut_text_call(prefill, call)
     if patch.plan.of_words:
@@ -99,7 +116,7 @@ def _prune(patch: Patch, prefill: Prefill, call: dict[str, Any], elsewhere: list
     return call
 
 
-@outside_while_busy
+@untraced_while_pruning
 def after_text(patch: Patch, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
     """Checks that waited, the cache's own lengths, and hidden states of the prompt's length."""
     try:
@@ -117,7 +134,8 @@ def _close(patch: Patch, output: Any) -> Any:
         return None
     state, cache = prefill.prompt, getattr(output, kv.NAME, None)
     try:
-        state.raise_if_failed()
+        if state.checks:
+            state.raise_if_failed()
         if prefill.selections:
             check_room(prefill, cache)
     except BaseException:
@@ -149,7 +167,7 @@ def _close_step(patch: Patch, step: decode.DecodeStep, output: Any) -> Any:
 # -- a decoder layer --------------------------------------------------------------------------------------------------
 
 
-@outside_while_busy
+@untraced_while_pruning
 def before_layer(patch: Patch, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The arguments of layer i: what its stages left, and masks and positions of what this layer stores."""
     local, plan = patch.local, patch.plan
@@ -159,7 +177,10 @@ def before_layer(patch: Patch, i: int, module: nn.Module, args: tuple[Any, ...],
         held = kv.state(kv.renamed(kwargs).get(kv.NAME), i)
         if held is None or (held.valid is None and held.layer_position_offset is None and held.heads is None):
             return None  # decode without padding: every layer sees all it stores, so there is nothing to change
-    call = patch.adapter.bind(module, args, kwargs)
+    if len(args) == 1 and kv.NAME in kwargs:
+        call = {"hidden_states": hidden, **kwargs}
+    else:
+        call = patch.adapter.bind(module, args, kwargs)
     held = kv.state(call.get(kv.NAME), i) if local.pruned_past else None
     if step is not None:
         hidden = step.enter(i, hidden)

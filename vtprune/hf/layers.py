@@ -29,7 +29,8 @@ def run_layer(prefill: Prefill, i: int, hidden: Tensor, ids: Tensor | None, rope
     here = [s for s in prefill.plan.inside if s.where == i]
     if not here:
         return hidden
-    selection = remember(prefill, i, hidden, rope, [s for s in here if "decode" in s.method.phases])
+    at_decode = [s for s in here if "decode" in s.method.phases]
+    selection = remember(prefill, i, hidden, rope, at_decode) if at_decode else None
     hidden = _run_stages(prefill, i, hidden, ids)
     if selection is not None:
         remembered(prefill, i, selection)
@@ -38,7 +39,8 @@ def run_layer(prefill: Prefill, i: int, hidden: Tensor, ids: Tensor | None, rope
 
 def _run_stages(prefill: Prefill, i: int, hidden: Tensor, ids: Tensor | None) -> Tensor:
     state = prefill.prompt
-    before, real = _ids_at(prefill, i, ids), real_slots(prefill)
+    renumber = any(s.compact for s in prefill.plan.inside if s.where == i)
+    before, real = (_ids_at(prefill, i, ids), real_slots(prefill)) if renumber else (None, None)
     state.hidden, state.merges = hidden, []
     count = sum(state.counts)
     for number, stage in enumerate(prefill.plan.stages):
@@ -59,7 +61,7 @@ def _run_stages(prefill: Prefill, i: int, hidden: Tensor, ids: Tensor | None) ->
     prefill.inner_cuts.append((state.merges, step))
     prefill.readings.rows = {key: step.cut(row, 1) for key, row in prefill.readings.rows.items()}
     offsets = prefill.layers.position_offset
-    if any(s.compact for s in prefill.plan.inside if s.where == i):
+    if real is not None:
         _renumber(prefill, i, ids, before, real)
     elif (offset := offsets[i]) is not None:
         offsets[i:] = [step.cut(offset, 1)] * len(offsets[i:])
@@ -70,13 +72,13 @@ def _signals(
     prefill: Prefill, stage: Stage, unit: Members, slots: Tensor, order: Tensor | None
 ) -> dict[Signal, Tensor]:
     """What was read in the layers before, of the tokens of a unit."""
-    row, found, readings = unit[0].row, {}, prefill.readings
+    row, found, readings = unit[0].unit.row, {}, prefill.readings
     for need in stage.needs:
         if need.kind in readings.words:
             found[need] = readings.words[need.kind][row]
             continue
         rows = readings.rows[need.kind, layer_of(stage) + need.offset][row].index_select(0, slots)
-        if kind_of(need).per_word:
+        if rows.dim() > 1 and kind_of(need).per_word:
             rows = rows[..., : sum(length for _, length in text_behind(prefill, row))]
         found[need] = rows
     return found

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ..core.clock import Clock
 from ..core.signal import SignalKind
-from ..core.units import arange_of
+from ..core.units import arange_of, runs_of
 from ..kernels import recording
-from ..model_adapters.entries import runs_of
 from ..signals import LayerAttention, kind_of
 from .prefill import Prefill
 from .slots import prompt_slots, text_behind, visual_slots

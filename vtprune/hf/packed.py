@@ -13,6 +13,7 @@ from ..core.masks import allowed, causal_mask, hide, reach_back
 from ..model_adapters.base import Adapter
 from . import cache as kv
 from .arguments import OF_THE_HEAD
+from .prefill import replaced
 
 # What collators say of samples in a row (transformers' FlashAttentionKwargs and `seq_idx`).
 LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -67,14 +68,6 @@ class Samples:
         mask = mask.expand(-(-self.home.shape[0] // self.length), -1, -1, -1)
         cut = mask[row, :, columns[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
         return hide(cut, self.valid)
-
-
-def may_hold_samples(call: dict[str, Any]) -> bool:
-    """False where nothing among the arguments could tell several samples in a row apart, as in most calls."""
-    mask = call.get("attention_mask")
-    return any(call.get(name) is not None for name in (*LENGTHS, "position_ids")) or (
-        mask is not None and not (torch.is_tensor(mask) and mask.dim() == 2)
-    )
 
 
 def find(call: dict[str, Any], code: Tensor, adapter: Adapter, *, caches: bool) -> Samples | None:
@@ -199,22 +192,6 @@ def _mask(mask: Any, samples: Samples, linear: bool) -> Any:
 def pack_output(output: Any, samples: Samples) -> Any:
     """The output of the base model, with its last hidden states [S, m, D] back in packed rows [B, L, D]."""
     return replaced(output, samples.pack(output[0]))
-
-
-def replaced(output: Any, hidden: Tensor) -> Any:
-    """The output of a model, a tuple or a dataclass, with other last hidden states, in `hidden_states` too."""
-    old = output[0]
-    if isinstance(output, tuple):
-        return (hidden, *(_last(x, old, hidden) for x in output[1:]))
-    output.last_hidden_state = hidden
-    if getattr(output, "hidden_states", None):
-        output.hidden_states = _last(output.hidden_states, old, hidden)
-    return output
-
-
-def _last(entry: Any, old: Tensor, new: Tensor) -> Any:
-    """A tuple of hidden states that ends with the old ones ends with the new ones."""
-    return (*entry[:-1], new) if isinstance(entry, tuple) and entry and entry[-1] is old else entry
 
 
 def refuse_cache(samples: Samples) -> None:

@@ -20,7 +20,7 @@ class Plan:
     """Where stages act and what they read.
 
     stages: all of them, in order. before: those between projector and LLM, inside: those at decoder layers, in_tower:
-        those in the vision tower. at_decode: those of `inside` that act at decode. stage_layers: the layers of `inside`.
+        those in the vision tower. at_decode: those that act at decode. stage_layers: the layers of `inside`.
     of_heads: layers where stages choose among heads.
     depth, layer_types: of the decoder. masks_in_base: it receives 4-D masks that the base model built. flash: it runs
         on flash attention. deepstack: how many of its first layers have visual features added behind them.

@@ -21,11 +21,11 @@ from ..core.method import Stage
 from ..core.prompt import Merge, PromptState, encoded_signals, run_stage, take_whole
 from ..core.result import Last, UnitResult, joined_by_row
 from ..core.signal import KEPT
-from ..core.units import Unit, begin, groups
+from ..core.units import Unit, begin_rows, groups
 from ..core.visual import Assignment
 from ..kernels import HostCopy, to_device
 from ..model_adapters.base import Adapter
-from ..model_adapters.entries import MODALITIES, Features, runs_of
+from ..model_adapters.entries import MODALITIES, Features
 from . import cache as kv
 from .checks import check_runs
 from .decode import DecodeSelection
@@ -74,7 +74,7 @@ class Prefill:
     host, with 0 at tokens that the mask hides.
     past: tokens of earlier calls on `cache`; real_past: [B, past] bool, which of them are no padding. behind: tokens of
     this call behind the end of the prompt. holes: some tokens are padding or hidden.
-    others: tokens of all rows that stay and are not visual.
+    others: tokens of all rows that stay and are not visual. text: runs (start, length) of words, row by row.
     prompt: which tokens are left; there from `open_prompt` on, which sets `opened`. acting: stages act and read signals
     by now; never where all tokens stay. position_offset: [B], by how much new tokens' ids are lower.
     inner: the cut made inside the LLM, inner_cuts: its steps with their merges. memo: arguments that were cut already.
@@ -93,6 +93,7 @@ class Prefill:
     real_past: Tensor | None = None
     copies: list[HostCopy] = field(default_factory=list)
     prompt: PromptState = field(init=False)
+    text: list[list[tuple[int, int]]] = field(default_factory=list)
     opened: bool = False
     acting: bool = False
     dtype: torch.dtype = torch.float32
@@ -181,9 +182,9 @@ def open_prompt(prefill: Prefill, call: Mapping[str, Any], features: Mapping[str
     stays = _staying(prefill, named)
     keep = (prefill.token_kind != 0).to(embeds.device) if stays is host else (stays != 0).to(embeds.device)
     units = _units(prefill, named, features)
-    text, counts = [runs_of(row == 1) for row in host], (stays != 0).sum(1).tolist()
-    left = [begin(u, i, embeds.device) for i, u in enumerate(units)]
-    state = PromptState(units, left, embeds, keep, counts, text, notes=prefill.notes)
+    left, prefill.text, text = begin_rows(units, host == 1, embeds.device)
+    counts = (stays != 0).sum(1).tolist()
+    state = PromptState(units, left, embeds, keep, counts, text_positions=text, notes=prefill.notes)
     prefill.prompt, prefill.dtype = state, embeds.dtype
     prefill.opened, prefill.acting = True, not plan.keeps_all
     elsewhere = [m for m in modalities(units) if (known := features.get(m)) is None or known.elsewhere]
@@ -356,3 +357,19 @@ def report(prefill: Prefill) -> Last:
         images=[replace(unit, signals={}) for unit in state.units],
         together=together(prefill),
     )  # fmt: skip
+
+
+def replaced(output: Any, hidden: Tensor) -> Any:
+    """The output of a model, a tuple or a dataclass, with other last hidden states, in `hidden_states` too."""
+    old = output[0]
+    if isinstance(output, tuple):
+        return (hidden, *(_last(x, old, hidden) for x in output[1:]))
+    output.last_hidden_state = hidden
+    if getattr(output, "hidden_states", None):
+        output.hidden_states = _last(output.hidden_states, old, hidden)
+    return output
+
+
+def _last(entry: Any, old: Tensor, new: Tensor) -> Any:
+    """A tuple of hidden states that ends with the old ones ends with the new ones."""
+    return (*entry[:-1], new) if isinstance(entry, tuple) and entry and entry[-1] is old else entry

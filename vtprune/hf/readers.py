@@ -12,8 +12,7 @@ from ..core.errors import UnsupportedModel
 from ..signals import LayerAttention, kind_of
 from .attention_probe import Reader, probe, probe_change, reweighed
 from .checks import layers_read
-from .compilers import outside_while_busy
-from .hooks import DryRunDone, acting
+from .hooks import DryRunDone, acting, untraced_while_pruning
 from .llm_signals import PromptSlots, read_attention, read_heads, read_module, read_rope
 from .plan import layer_of
 
@@ -65,7 +64,7 @@ def _probe(patch: Patch, i: int, reader: Reader, before: bool = False) -> None:
 # -- what they do -----------------------------------------------------------------------------------------------------
 
 
-@outside_while_busy
+@untraced_while_pruning
 def attention_reader(
     patch: Patch,
     kind: str,
@@ -91,7 +90,7 @@ def read_step(patch: Patch, layer: int, module: nn.Module, *product: Any) -> Non
         patch.local.step.read_row(layer, module, *product)
 
 
-@outside_while_busy
+@untraced_while_pruning
 def change_attention(
     patch: Patch,
     i: int,
@@ -116,7 +115,7 @@ def change_attention(
     return out
 
 
-@outside_while_busy
+@untraced_while_pruning
 def module_reader(
     patch: Patch, kind: str, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
 ) -> None:
@@ -128,14 +127,14 @@ def module_reader(
             read_module(prefill, kind, i, before, out[0] if isinstance(out, tuple) else out)
 
 
-@outside_while_busy
+@untraced_while_pruning
 def stop_dry_run(patch: Patch, *_: Any) -> None:
     """End a dry run once the readers before have seen its queries and keys."""
     if patch.local.dry_running:
         raise DryRunDone
 
 
-@outside_while_busy
+@untraced_while_pruning
 def rope_reader(
     patch: Patch, kind: str, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:

@@ -18,8 +18,6 @@ from .prefill import Prefill
 
 def remember(prefill: Prefill, i: int, hidden: Tensor, rope: Any, stages: list[Stage]) -> DecodeSelection | None:
     """What stages at layer i that act at decode will want to know of the visual tokens entering it."""
-    if not stages:
-        return None
     state, first = prefill.prompt, next(iter(prefill.selections.values()), None)
     if first is None:
         rows = [[group for group in state.groups if group.row == row] for row in range(len(state.counts))]

@@ -23,7 +23,7 @@ from . import cache as kv
 from . import hooks
 from .calls import Forward, Generate, Local, Running
 from .checks import check_reads, check_stages
-from .compilers import announce
+from .compilers import announce, is_pruning
 from .features import EncodedFeatures, FeatureRecorder
 from .plan import DEEPSTACK, Plan
 from .readers import install_readers
@@ -105,7 +105,7 @@ class Patch:
         for module in modules:
             if module not in self._announced:
                 self._announced.add(module)
-                self.undo(announce(module, self.busy))
+                self.undo(announce(module, partial(is_pruning, self.local)))
 
     def _record_features(self) -> None:
         """Stand before the encoders of the base model, with the readers and the stages of their towers."""

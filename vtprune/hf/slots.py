@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..model_adapters.entries import runs_of
+from ..core.units import runs_of
 from .prefill import Prefill
 
 WORDLESS = "no text stands behind the image of a row: its last token is asked in place of that text"
@@ -41,7 +41,7 @@ def text_behind(prefill: Prefill, row: int) -> list[tuple[int, int]]:
     """Runs of the text behind the row's first visual token; its last token, if the prompt ends with an image."""
     host = prefill.token_kind_on_host
     seen = runs_of(host[row] > 1)
-    behind = [run for run in prefill.prompt.text[row] if seen and run[0] > seen[0][0]]
+    behind = [run for run in prefill.text[row] if seen and run[0] > seen[0][0]]
     if seen and not behind:
         prefill.prompt.note(WORDLESS)
         return [(host.shape[1] - 1 - prefill.behind, 1)]

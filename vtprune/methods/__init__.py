@@ -55,6 +55,13 @@ def check_counts(**options: int) -> None:
             raise ValueError(f"{name}={value!r}: use an int >= 1")
 
 
+def check_parts(**options: float) -> None:
+    """Raise ValueError unless each option is a share in [0, 1]."""
+    for name, value in options.items():
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"{name}={value}: use a share in [0, 1]")
+
+
 def check_fallback(fallback: str) -> None:
     """Raise ValueError unless it is a fallback that `cls_attention` knows."""
     if fallback not in ("received", "error"):

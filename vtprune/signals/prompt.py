@@ -66,8 +66,8 @@ def transition(before: Tensor, after: Tensor, real: Tensor) -> Tensor:
     over the tokens of the sample. It is of layers that ran before only.
     """
     x, y = before.float(), after.float()
-    ratio = y.norm(dim=-1) / x.norm(dim=-1).clamp(min=torch.finfo(x.dtype).tiny)
-    turned = 1 - torch.cosine_similarity(x, y, dim=-1)
+    ratio: Tensor = y.norm(dim=-1) / x.norm(dim=-1).clamp(min=torch.finfo(x.dtype).tiny)
+    turned: Tensor = 1 - torch.cosine_similarity(x, y, dim=-1)
     return ratio.masked_fill(~real, 0) * turned.masked_fill(~real, -torch.inf).softmax(-1)
 
 

@@ -16,8 +16,8 @@ from vtprune.registry import create
 @case("video_fastvid")
 def fastvid(arrays: Arrays, folder: Path) -> str:
     """Scenes, tokens and features of the variant that the file is of; "lv" with the newlines of rows that keep one."""
-    from vtprune.methods.clips import likeness
-    from vtprune.methods.scenes import cut_at
+    from vtprune.methods.shared.frames import likeness
+    from vtprune.methods.shared.scenes import cut_at
     from vtprune.methods.video.fastvid import LOOKED_AT
 
     v, (t, h, w) = video(arrays, signals={LOOKED_AT: torch.from_numpy(arrays["attn"]).flatten()})

@@ -17,8 +17,8 @@ from vtprune.registry import create
 @case("video_holitom_outer")
 def holitom(arrays: Arrays, folder: Path) -> str:
     """Segments, places and features of every token; in grid files with the newlines of rows that keep one."""
-    from vtprune.methods.clips import likeness
-    from vtprune.methods.segments import cut, run_lengths, still_places
+    from vtprune.methods.shared.frames import likeness
+    from vtprune.methods.shared.segments import cut, run_lengths, still_places
     from vtprune.methods.video.holitom import RECEIVED
 
     seen = torch.from_numpy(arrays["attn"]).flatten()

@@ -87,4 +87,5 @@ class DyCokeKV(Method):
         """The last choice, the very same tensor, so that the seam need not copy anything."""
         if self.similar == "all":
             return Assignment(torch.arange(v.n, device=v.x.device))
-        return v.state["answer"]
+        answer: Assignment = v.state["answer"]
+        return answer

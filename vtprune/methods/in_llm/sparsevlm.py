@@ -15,7 +15,7 @@ from ...core.visual import Assignment, Visual
 from ...kernels import check_finite
 from ...registry import register_own as register
 from .. import best_first, budget_of, check_choices, select, signal_of
-from ..density_peaks import recycle
+from ..shared.recycling import kept_beside, means_of, recycle, recycled
 from .schedule import check_layers, pyramid
 
 Version = Literal["v1", "plus"]
@@ -36,11 +36,14 @@ PRESETS = {
 class SparseVLM(Method):
     """Visual tokens by the attention that the raters pay them, at three places.
 
-    Raters are the text tokens behind the image whose relevance, the mean over all visual tokens of the softmax of
-    x_v . x_t over that text (embeddings entering the LLM), is above the mean; all of it if none is. A stage behind
-    layer l ranks by that layer's rows of the raters, averaged over heads and raters. keep is what the last stage
-    leaves, merged tokens included; stages before leave more, in equal factors (a count doubles). Without keep or preset
-    each stage counts by the rank rule of the first release.
+    1. The relevance of a token of the text behind the image is the mean over all visual tokens of the softmax of
+       x_v . x_t over that text, of the embeddings that enter the LLM.
+    2. Raters are the tokens whose relevance is above the mean, or all of that text if none is.
+    3. A stage behind layer l ranks the visual tokens by that layer's softmax rows of the raters, averaged over heads
+       and raters.
+
+    keep is what the last stage leaves, merged tokens included; the stages before leave more, in equal factors (a count
+    doubles). Without keep or preset each stage counts by the rank rule of the first release.
 
     version: "v1" recycles: of p dropped tokens the int(0.3 p) + 1 best become one mean for every ten (density peaks,
         equal densities in order of score), which stands at its centre's place. "plus" (SparseVLM+) merges nothing and
@@ -113,13 +116,13 @@ class SparseVLM(Method):
         order = best_first(scores)
         if v.budget is None:
             kept = self._count(v, rows, weight)
-            merged = _clusters(v.n - kept) if kept < v.n else 0
+            merged = means_of(v.n - kept) if kept < v.n else 0
         else:
-            kept = next((k for k in range(budget_of(v, self.name), 0, -1) if k + _clusters(v.n - k) <= v.budget), 1)
+            kept = kept_beside(budget_of(v, self.name), v.n)
             merged = v.budget - kept
         if self.version == "plus" or not merged:
             return select(order[: kept if v.budget is None else v.budget], scores)
-        pool = order[kept:][: int(0.3 * (v.n - kept)) + 1]
+        pool = order[kept:][: recycled(v.n - kept)]
         return recycle(v.x, order[:kept], pool, merged, scores, behind=self.order == "official")
 
     def _count(self, v: Visual, rows: Tensor, weight: Tensor) -> int:
@@ -135,8 +138,3 @@ class SparseVLM(Method):
         rows = by_head / torch.where(bias.abs() < 1e-6, 1e-6, bias)[:, None]  # [N, H, T]; the bias crosses zero
         count = self.heads if isinstance(self.heads, int) else max(1, round(self.heads * rows.shape[1]))
         return rows.index_select(1, best_first((rows @ weight).sum(0))[:count]).mean(1)
-
-
-def _clusters(dropped: int) -> int:
-    """Merged tokens that stand for so many dropped ones."""
-    return (int(0.3 * dropped) + 1) // 10 + 1

@@ -28,14 +28,17 @@ PUBLISHED_HEADS, HEAD_SHARES = (16, 22), (0.8, 0.6)
 class SpAtten(Method):
     """Top-k of s_j = the sum of A_ij over heads, queries i and all layers so far, at a few layers, for good (cascade).
 
-    Scores go on from stage to stage. Text is never dropped here; its queries count as those of images do. Under a
-    causal mask early tokens gather more, because more queries see them: so it is in the paper.
+    1. In every layer each token j gathers s_j, and the sum goes on from layer to layer and from stage to stage. The
+       queries of text count as those of images do. Under a causal mask early tokens gather more, because more queries
+       see them: so it is in the paper.
+    2. At each of `layers` the visual tokens of the highest s_j stay. Text is never dropped here.
+    3. What is dropped is gone in all later layers.
 
-    `keep` is what the last stage leaves; earlier stages drop 1/7, 2/7 and 4/7 of what it drops. Without keep: shares
-    0.9, 0.8, 0.6 and 0.3, the authors' workload (they prune while generating, this while the prompt is read). A count
-    is tripled, multiplied by 8/3 and doubled there. In a `Stage` of your own without keep half of the tokens it sees.
-    Counts are rounded, position ids are kept. Heads and values below are made zero: that shows what accuracy they cost;
-    the gain is one of hardware.
+    `keep` is what the last stage leaves; the stages before it drop 1/7, 2/7 and 4/7 of what it drops. Without keep the
+    shares are 0.9, 0.8, 0.6 and 0.3, the authors' workload (they prune while generating, this while the prompt is
+    read). A count is tripled, multiplied by 8/3 and doubled there. A `Stage` of your own without keep leaves half of
+    the tokens it sees. Counts are rounded, and position ids are kept. The heads and values below are made zero: that
+    shows what accuracy they cost, and the gain is one of hardware.
 
     layers: decoder layers >= 1 whose input is pruned, ascending; None: 2, 3, 5 and 11 of 24, in proportion.
     ratios: shares that stay at each of `layers`, none above the one before, in place of `keep`.

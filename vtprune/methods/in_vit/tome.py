@@ -13,6 +13,8 @@ from ...core.reduction import Reads, Reducer, Reduction, Tokens
 from ...core.visual import Visual
 from ...kernels import best_first
 from ...registry import register_own as register
+from ..shared.bipartite import together
+from .schedule import per_block as per_block
 
 
 @register("tome", paper="https://arxiv.org/abs/2210.09461", seam="in_vit")
@@ -117,33 +119,3 @@ def match(metric: Tensor, size: Tensor, prefix: int, r: int) -> Reduction:
     gain = size.gather(1, src)
     total = size.gather(1, index).scatter_add_(1, dst, gain)
     return Reduction(index, src, dst, gain / total.gather(1, dst), gain)
-
-
-def together(index: Tensor, slots: Tensor, size: Tensor) -> Reduction:
-    """Several rounds as one: index [B, M], the row [B, N] that holds each token, sizes [B, N] before all of them."""
-    batch, m = index.shape
-    total = size.new_zeros(batch, m).scatter_add_(1, slots, size)
-    own = torch.zeros_like(slots, dtype=torch.bool).scatter_(1, index, True)
-    src = best_first(-own.to(torch.int8))[:, : slots.shape[1] - m]
-    dst, gain = slots.gather(1, src), size.gather(1, src)
-    return Reduction(index, src, dst, gain / total.gather(1, dst), gain)
-
-
-def per_block(r: int | Sequence[float], depth: int) -> list[int]:
-    """Tokens to merge in each of `depth` blocks: r, or (r, f) from r (1 - f) to r (1 + f), or a list padded with 0.
-
-    Counts are truncated as in the official code, so schedules of the same r do not all remove the same total.
-    """
-    if isinstance(r, bool) or (isinstance(r, int) and r < 0):
-        raise ValueError(f"r={r}: tokens to merge in a block, an int of 0 or more")
-    if isinstance(r, int):
-        return [r] * depth
-    if len(r) == 2 and isinstance(r[1], float):
-        if not -1 <= r[1] <= 1:
-            raise ValueError(f"r={r}: the second number is a slope from -1.0 to 1.0")
-        low = int(r[0] * (1 - r[1]))
-        step = (2 * r[0] - low - low) / max(1, depth - 1)
-        return [int(low + step * k) for k in range(depth)]
-    if not all(isinstance(x, int) and x >= 0 for x in r):
-        raise ValueError(f"r={r}: ints of 0 or more, one a block, or (r, slope) with a float from -1.0 to 1.0")
-    return [int(x) for x in (*r, *[0] * depth)][:depth]

@@ -14,7 +14,7 @@ from ...core.method import Method, spread
 from ...core.visual import Assignment, Visual
 from ...registry import register_own as register
 from .. import budget_of, check_choices
-from ..raster import Mode, blocks, resample
+from ..shared.raster import Mode, blocks, resample
 
 
 @register("average_pool", paper="https://arxiv.org/abs/2406.20092", seam="pre_llm")

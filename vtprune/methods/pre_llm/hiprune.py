@@ -16,7 +16,7 @@ from ...core.signal import Signal
 from ...core.visual import Assignment, Visual
 from ...registry import register_own as register
 from .. import best_first, budget_of, check_choices, select, signal_of
-from ..raster import views
+from ..shared.raster import views
 
 Edges = Literal["grid", "clamp_flat"]
 DEEP = Signal("received", None)

@@ -10,17 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtprune.kernels import check_finite
-
 from ...core.method import Method, Newlines
 from ...core.signal import Signal
 from ...core.visual import Assignment, Visual
+from ...kernels import check_finite
 from ...registry import register_own as register
 from .. import Fallback, budget_of, check_fallback, cls_attention, signal_of
-from ..absorb import absorb
-from ..counting import in_proportion, ranks
-from ..lof import outliers
-from ..text import prompt_similarity
+from ..shared.anchors import merge_into_anchors
+from ..shared.counting import beyond_best, in_proportion, ranks, share_of
+from ..shared.lof import outliers
+from ..shared.text import prompt_similarity
 
 CLS, KEYS = Signal("cls_full", -1), Signal("keys", -1)
 RECEIVED = Signal("received", -1, without_cls=True)
@@ -39,12 +38,15 @@ class _Seen(NamedTuple):
 class Recoverable(Method):
     """Keep the tokens with outstanding CLS attention, recover those the text speaks of, merge the others.
 
-    Three counts come from the share of outliers (local outlier factor) among the CLS scores, the text similarities and
-    the CLS scores of the rest: the best tokens of the first two stay as they are; of the rest, the best become merge
-    centres, which take in the `nearest` tokens most like them, and one more token, at the place of the next best,
-    gathers all but the centres. Weights are the CLS scores, not normalised. Without keep the counts are the method's
-    (read by the host once per batch; at least one token stays). With keep they are scaled to the budget, centres
-    and gathered token taking an eighth of it at most. Merging happens behind the projector, officially before it.
+    1. As many tokens of the best CLS scores stay as there are outliers (local outlier factor) among these scores.
+    2. Of the others, as many of the most similar to the text stay, in proportion, as its similarities have outliers.
+    3. Of the rest, as many become merge centres as its CLS scores have outliers. Each takes in the `nearest` tokens
+       most like it, and one more token, at the place of the next best, gathers all that are no centre. The weights are
+       the CLS scores, not normalised.
+
+    Without keep these counts are the method's (the host reads them once a batch; at least one token stays). With keep
+    they are scaled to the budget, of which centres and gathering token take an eighth at most. Tokens are merged behind
+    the projector, officially before it.
 
     faithful: as the official code: centres in proportion to the tower's width instead of the number of tokens,
         remaining token i is compared by the key of the image's token i, and a count is a share cut off, int(n * (f /
@@ -91,12 +93,13 @@ class Recoverable(Method):
         answers = []
         for v, s, count in zip(units, seen, counts):
             if v.budget is None:
-                *main, places = next(read)
-                answers.append(self._assign(s, count, sum(main) + places, places))
+                *alone, merging = next(read)
+                total = sum(alone) + merging
             else:
-                budget = budget_of(v, self.name)
-                places = max(1, budget // 8)
-                answers.append(self._assign(s, in_proportion(count, budget, places), budget, places))
+                total = budget_of(v, self.name)
+                merging = max(1, total // 8)
+                count = in_proportion(count, total, merging)
+            answers.append(self._assign(s, count, total, merging))
         return answers
 
     def _see(self, v: Visual) -> _Seen:
@@ -107,36 +110,26 @@ class Recoverable(Method):
         return _Seen(scores, text, signal_of(v, KEYS, self.name))
 
     def _counts(self, s: _Seen) -> Tensor:
-        """[3] int64 on the device: tokens kept for the image, for the text, and places for what is merged."""
-        n, (of_scores, of_text, of_rest) = len(s.scores), self.neighbours
-        vision = self._share(n, outliers(s.scores, of_scores).sum(), n)
+        """[3] int64 on the device: tokens kept for the image, kept for the text, and merge anchors."""
+        n, cut, (of_scores, of_text, of_rest) = len(s.scores), self.faithful, self.neighbours
+        vision = share_of(n, outliers(s.scores, of_scores).sum(), n, cut)
         found = outliers(torch.where(ranks(s.scores) < vision, s.text.min(), s.text), of_text).sum()
-        words = self._share(n - vision, found, n)
-        rest = _rest(s, vision, words)
+        words = share_of(n - vision, found, n, cut)
+        rest = beyond_best(s.scores, vision, s.text, words)
         odd, left = outliers(s.scores, of_rest, rest).sum(), rest.sum()
-        centres = self._share(s.keys.shape[1], odd, left.clamp(min=1)) if self.faithful else odd
-        places = torch.where(centres > 0, centres.minimum(left - 1) + 1, 0)
-        vision = torch.where(vision + words + places > 0, vision, 1)
-        return torch.stack([vision, words, places])
+        centres = share_of(s.keys.shape[1], odd, left.clamp(min=1), cut) if self.faithful else odd
+        anchors = torch.where(centres > 0, centres.minimum(left - 1) + 1, 0)
+        vision = torch.where(vision + words + anchors > 0, vision, 1)
+        return torch.stack([vision, words, anchors])
 
-    def _share(self, whole: Tensor | int, part: Tensor, of: Tensor | int) -> Tensor:
-        """whole * part / of as a count: exact, or in the official arithmetic."""
-        return (whole * (part.double() / of)).long() if self.faithful else whole * part // of
-
-    def _assign(self, s: _Seen, counts: Tensor, total: int, seats: int) -> Assignment:
-        """Keep `total` tokens; the counts [3] sum to it, and the last of them is at most `seats`."""
-        vision, words, places = counts
-        n, rest = len(s.scores), _rest(s, vision, words)
+    def _assign(self, s: _Seen, counts: Tensor, total: int, max_anchors: int) -> Assignment:
+        """Keep `total` tokens; the counts [3] sum to it, and the last of them is at most `max_anchors`."""
+        vision, words, n_anchors = counts
+        n, rest = len(s.scores), beyond_best(s.scores, vision, s.text, words)
         later = n + ranks(s.scores.masked_fill(~rest, -torch.inf))
         order = torch.where(rest, later, torch.arange(n, device=rest.device)).argsort()[:total]
         keys = F.normalize(s.keys, dim=1)
         if self.faithful:
             keys = keys[(rest.cumsum(0) - 1).clamp(min=0)]
-        seats = seats if total < n else 0
-        return absorb(order, rest, s.scores, keys, self.text_weight * s.text, places, seats, self.nearest)
-
-
-def _rest(s: _Seen, vision: Tensor, words: Tensor) -> Tensor:
-    """[N] bool: neither among the best `vision` scores nor among the best `words` text similarities of the others."""
-    picked = ranks(s.scores) < vision
-    return ~picked & (ranks(s.text.masked_fill(picked, -torch.inf)) >= words)
+        most, bias = max_anchors if total < n else 0, self.text_weight * s.text
+        return merge_into_anchors(order, rest, s.scores, keys, bias, n_anchors, most, self.nearest)

@@ -16,7 +16,7 @@ from ...core.signal import Signal
 from ...core.visual import Assignment, Visual
 from ...registry import register_own as register
 from .. import Fallback, best_first, budget_of, check_fallback, cls_attention, cls_needs, select, signal_of
-from ..crops import crops
+from ..shared.crops import crops
 
 ROWS = 1024  # similarities held at once: ROWS x the tokens of a crop
 

@@ -15,7 +15,7 @@ from ...core.method import Method, spread
 from ...core.visual import Assignment, Visual
 from ...registry import register_own as register
 from .. import budget_of
-from ..raster import blocks, evenly
+from ..shared.raster import blocks, evenly
 
 
 @register("uniform", paper="https://arxiv.org/abs/2403.15388", seam="pre_llm")

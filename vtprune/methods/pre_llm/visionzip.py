@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vtprune.kernels import check_finite
-
 from ...core.method import Method, Newlines, Per
 from ...core.signal import Signal
 from ...core.visual import Assignment, Visual
+from ...kernels import check_finite
 from ...registry import register_own as register
 from .. import (
     Fallback,
@@ -27,7 +26,7 @@ from .. import (
     select,
     signal_of,
 )
-from ..raster import views
+from ..shared.raster import views
 
 MergeMode = Literal["add_mean", "average"]
 Order = Literal["positional", "official"]

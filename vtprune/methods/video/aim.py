@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from ...core.method import Method, Newlines, Positions, Stage
 from ...core.signal import Signal
@@ -17,8 +15,10 @@ from ...core.visual import Assignment, Visual
 from ...kernels import check_finite
 from ...registry import register_own as register
 from .. import signal_of
-from ..clips import Clip, by_clip, flow
 from ..in_llm.aim_inllm import AIMInLLM
+from ..shared.bipartite import halvings, merged
+from ..shared.clips import Clip, by_clip
+from ..shared.frames import flow
 
 Metric = Literal["features", "keys"]
 KEYS = Signal("keys", None)
@@ -115,50 +115,6 @@ class AIM(Method):
         for q in asked:
             done.append(min(q, (p - sum(done)) // 2))
         return done
-
-
-def halvings(n: int, count: int) -> list[int]:
-    """Tokens to merge in each round, half of them while more than `count` of n are left; none where none may stay."""
-    done: list[int] = []
-    while count and (m := n - sum(done)) > count:
-        done.append(min(m // 2, m - count))
-    return done if count else [n]
-
-
-def merged(x: Tensor, rounds: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge [F, n, C], so many in each round: which stand for the others [F, n] bool, who stands for each of the n
-    [F, n] int64, and its weight [F, n] float32. Merging all n leaves none."""
-    f, n, _ = x.shape
-    stands = torch.arange(n, device=x.device).expand(f, n)  # the place of each of the tokens that are left
-    row, weight = stands, torch.ones(f, n, device=x.device)
-    kept = torch.zeros(f, n, dtype=torch.bool, device=x.device)
-    if sum(rounds) == n:
-        return kept, stands, weight
-    for q in filter(None, rounds):
-        step, share, x, stands = _round(x, stands, q)
-        weight = weight * share.gather(1, row)
-        row = step.gather(1, row)
-    return kept.scatter(1, stands, True), stands.gather(1, row), weight
-
-
-def _round(x: Tensor, stands: Tensor, q: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One round on x [F, m, C]: the new row and the share in it of each token [F, m], new rows, their places."""
-    unit = normalize(x, dim=-1)
-    best, partner = (unit[:, ::2] @ unit[:, 1::2].mT).max(-1)  # [F, ceil(m / 2)]
-    order = best.sort(dim=1, descending=True, stable=True).indices
-    joins, stay = order[:, :q], order[:, q:]
-    left, odd = stay.shape[1], x.shape[1] // 2
-    target = partner.gather(1, joins)
-    count = torch.ones(len(x), odd, device=x.device).scatter_add(1, target, torch.ones_like(joins, dtype=x.dtype))
-    pick = lambda source, at: source.gather(1, at[..., None].expand(-1, -1, source.shape[2]))  # noqa: E731
-    summed = x[:, 1::2].scatter_add(1, target[..., None].expand(-1, -1, x.shape[2]), pick(x[:, ::2], joins))
-    new = torch.cat([pick(x[:, ::2], stay), summed / count[..., None]], dim=1)
-    step, share = torch.empty_like(stands), torch.ones_like(stands, dtype=torch.float32)
-    even = (left + partner).scatter(1, stay, torch.arange(left, device=x.device).expand_as(stay))
-    step[:, ::2], step[:, 1::2] = even, left + torch.arange(odd, device=x.device)
-    share[:, ::2] = (1 / count).gather(1, partner).scatter(1, stay, 1.0)
-    share[:, 1::2] = 1 / count
-    return step, share, new, torch.cat([stands[:, ::2].gather(1, stay), stands[:, 1::2]], dim=1)
 
 
 def _of(share: float | int | None, left: float | int) -> float | int | None:

@@ -12,8 +12,9 @@ from ... import registry
 from ...core.method import Method, Newlines, Positions, Stage
 from ...core.visual import Assignment, Visual
 from ...registry import register_own as register
-from ..clips import Clip, by_clip, evenly_shared, likeness, ranks_in_rows
-from ..raster import evenly
+from ..shared.clips import Clip, by_clip
+from ..shared.frames import evenly_shared, likeness, ranks_in_rows
+from ..shared.raster import evenly
 
 GROUP = 4
 

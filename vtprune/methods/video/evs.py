@@ -10,8 +10,9 @@ import torch
 from ...core.method import Method, Newlines
 from ...core.visual import Assignment, Visual
 from ...registry import register_own as register
-from ..clips import Clip, by_clip, check_ratio, likeness
-from ..raster import evenly
+from ..shared.clips import Clip, by_clip, check_ratio
+from ..shared.frames import likeness
+from ..shared.raster import evenly
 
 
 @register("evs", paper="https://arxiv.org/abs/2510.14624", seam="pre_llm")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, get_args
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,11 +15,12 @@ from ...core.signal import Signal
 from ...core.visual import Assignment, Visual
 from ...kernels import check_finite, to_device
 from ...registry import register_own as register
-from .. import check_cosine, check_counts, signal_of
-from ..clips import Clip, by_clip, check_ratio, likeness, places, ranks_in_rows
-from ..density_peaks import clusters
-from ..scenes import Plan, Variant, cut_at, filled, shared_out
-from ..segments import Segment
+from .. import check_choices, check_cosine, check_counts, check_parts, signal_of
+from ..shared.clips import Clip, by_clip, check_ratio
+from ..shared.density_peaks import clusters
+from ..shared.frames import likeness, places, ranks_in_rows
+from ..shared.scenes import Plan, Variant, cut_at, filled, shared_out
+from ..shared.segments import Segment
 
 LOOKED_AT = Signal("mean_query", None)
 
@@ -29,11 +30,14 @@ LOOKED_AT = Signal("mean_query", None)
 class FastVID(Method):
     """Salient tokens by attention, and in every fourth frame of a scene, counted from its last, centres that merge.
 
-    Scenes end at the seven lowest cosines of neighbouring frames and wherever one is below tau. Centres are density
-    peaks among a frame's tokens that are not salient; each token of the scene that is neither salient nor one of these
-    centres joins the centre it is most like (every such frame by itself): w * centre + (1 - w) * mean with
-    w = max(1 / (q + 1), beta) for the q that join. A merged token stands at its centre. Positions are kept. One host
-    transfer a video.
+    1. A scene ends at each of the seven lowest cosines of neighbouring frames, and wherever one is below tau.
+    2. In every frame the salient tokens stay, those that are looked at most.
+    3. Every fourth frame of a scene, counted from its last, has centres: the density peaks among its other tokens.
+    4. Each token of the scene that is neither salient nor one of these centres joins the one it is most like, for every
+       such frame by itself. With w = max(1 / (q + 1), beta) for the q that join, a merged token is
+       w * centre + (1 - w) * mean of the q, and stands at its centre.
+
+    Positions are kept. The host waits for the device once a video.
 
     The official code reads attention and frames from SigLIP's pooling head, which LLaVA checkpoints do not have, and on
     Qwen from the mean query of a frame. Here it is always the mean query of the tower's last layer and, for a frame,
@@ -63,11 +67,8 @@ class FastVID(Method):
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
-        if self.variant not in get_args(Variant):
-            raise ValueError(f"variant={self.variant!r}: choose {' or '.join(map(repr, get_args(Variant)))}")
-        for name in ("context", "beta"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name}={getattr(self, name)}: use a share in [0, 1]")
+        check_choices(self, variant=Variant)
+        check_parts(context=self.context, beta=self.beta)
         if self.tau is not None and not -1.0 <= self.tau <= 1.0:
             raise ValueError(f"tau={self.tau}: use a cosine similarity, -1..1, or None")
         check_cosine("alike", self.alike)

@@ -15,10 +15,11 @@ from ...core.visual import Assignment, Visual
 from ...kernels import check_finite, to_device
 from ...registry import register_own as register
 from .. import check_cosine, check_counts, signal_of
-from ..clips import Clip, by_clip, check_ratio, flow, likeness, ranks_in_rows
-from ..density_peaks import cluster_weights, clusters
 from ..in_llm.holitom_inner import HoliTomInner
-from ..segments import Split, cut, run_lengths, still_places
+from ..shared.clips import Clip, by_clip, check_ratio
+from ..shared.density_peaks import cluster_weights, clusters
+from ..shared.frames import flow, likeness, ranks_in_rows
+from ..shared.still import Split, segmented
 
 RECEIVED = Signal("received", None)
 
@@ -28,12 +29,17 @@ RECEIVED = Signal("received", None)
 class HoliTom(Method):
     """Global segments by dynamic programming; still places averaged and clustered, other tokens by attention received.
 
-    A place is still in a segment if cos(x[t, p], x[t + 1, p]) > tau all along; the segments save the most tokens. The
-    still places of a segment are averaged over its frames and merged around density peaks; a merged token stands at its
-    centre in the first frame, beta * centre + (1 - beta) * mean of the others. Of a frame's other tokens those stay
-    that receive most attention in the tower's last layer. All these sets share the budget in proportion; a set whose
-    share is 0 is dropped, as officially. If the budget exceeds what segments leave, still tokens that receive most
-    attention stay for themselves. Positions are renumbered where ids have one axis. One host transfer a video.
+    1. A place p does not change from frame t to the next if cos(x[t, p], x[t + 1, p]) > tau.
+    2. A place is still in a segment of frames if it never changes there, so that one token can stand for all frames.
+       The video is cut into the segments that save the most tokens in this way (dynamic programming).
+    3. The still places of each segment are one set of tokens, and the other tokens of each frame are a set each. The
+       sets share the budget in proportion to their sizes. A set whose share is 0 is dropped, as officially.
+    4. The still places of a segment are averaged over its frames and merged around density peaks: a merged token is
+       beta * centre + (1 - beta) * mean of the others, and stands at its centre in the first frame.
+    5. Of a frame's other tokens those stay that receive the most attention in the tower's last layer.
+    6. If the budget exceeds what the sets hold, the still tokens that receive the most attention stay beside them.
+
+    Positions are renumbered where ids have one axis. The host waits for the device once a video.
 
     By name both stages run: this, and `holitom_inner`, which keeps half of the tokens that reach it.
 
@@ -101,19 +107,3 @@ class HoliTom(Method):
         n = split.still.numel()
         ratio = min(1.0, self.ratio / ((n - split.saved) / n))
         return [round(s * ratio) for _, s in split.windows], [math.ceil(m * ratio) for m in split.dynamic], 0
-
-
-def segmented(same: Tensor) -> Split:
-    """The segments of a video whose places stay the same from frame to frame, same [T - 1, P] bool."""
-    runs = run_lengths(same)
-    still = still_places(runs).cpu()
-    found = cut(still)
-    counts = [int(still[a, b - a]) if b > a else 0 for a, b in found]
-    widths = torch.tensor([[a, b - a] for a, b in found for _ in range(a, b + 1)])
-    first, width = to_device(widths, same.device).unbind(1)
-    runs = (
-        torch.cat([runs, torch.zeros_like(same[:1], dtype=runs.dtype)])
-        if len(runs)
-        else runs.new_zeros(1, same.shape[1])
-    )
-    return Split.of(found, counts, (runs[first] >= width[:, None]) & (width > 0)[:, None])

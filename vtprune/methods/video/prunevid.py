@@ -15,10 +15,12 @@ from ...core.visual import Assignment, Visual
 from ...kernels import to_device
 from ...registry import register_own as register
 from .. import check_cosine, check_counts
-from ..clips import Clip, by_clip, check_ratio, flow, likeness
-from ..density_peaks import cluster_weights, clusters
-from ..scenes import refined
-from ..segments import Segment, Split
+from ..shared.clips import Clip, by_clip, check_ratio
+from ..shared.density_peaks import cluster_weights, clusters
+from ..shared.frames import flow, likeness
+from ..shared.scenes import refined
+from ..shared.segments import Segment
+from ..shared.still import Split
 
 SMALL = 14  # sets that are not clustered
 

@@ -13,8 +13,9 @@ from ...core.method import Method, Newlines
 from ...core.visual import Assignment, Visual
 from ...registry import register_own as register
 from .. import best_first
-from ..clips import Clip, by_clip, check_ratio, places, ranks_in_rows
-from ..counting import apportion
+from ..shared.clips import Clip, by_clip, check_ratio
+from ..shared.counting import apportion
+from ..shared.frames import places, ranks_in_rows
 
 WIDTHS = (0.125, 0.25, 0.5, 1.0, 2.0)  # alpha of the Gaussian kernels
 TEMPERATURE = 0.01
