@@ -6,11 +6,12 @@ entry-point group "vtprune.families", whose entries name such a class or the mod
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
+from torch import Tensor
 
 from vtprune.core.errors import UnsupportedModel
 from vtprune.core.visual import Span
@@ -93,6 +94,11 @@ class Family:
     def frame_tokens(self, base: Any) -> int:
         """Tokens of a video frame where the family fixes them; 0 where it does not."""
         return 0
+
+    @staticmethod
+    def unpadded(x: Tensor, size: Sequence[int]) -> Tensor:
+        """x [C, h, w] of a mosaic of tiles, without the rows or columns that only pad an image of (height, width)."""
+        raise NotImplementedError("a family that puts tiles together to a mosaic defines unpadded")
 
     def is_told(self, base: Any, modality: str, call: Call) -> bool:
         """Whether rasters follow from the number of tokens and what `call` says of the grids, without any pixels."""
@@ -212,6 +218,12 @@ def families() -> list[Known]:
 def failures() -> list[str]:
     """One sentence for every plug-in of families that was left out, with the reason."""
     return FAMILIES.failures()
+
+
+def unpadding() -> Callable[[Tensor, Sequence[int]], Tensor]:
+    """`Family.unpadded`, which all families with mosaics have in common."""
+    found = (known.family.unpadded for known in families())
+    return next(function for function in found if function is not Family.unpadded)
 
 
 def model_types(status: Status) -> list[str]:

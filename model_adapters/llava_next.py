@@ -84,6 +84,12 @@ class LlavaNext(Family):
     uses_image_sizes = True
     image_layout = Layout(_mosaic)
 
+    @staticmethod
+    def unpadded(x: Tensor, size: Sequence[int]) -> Tensor:
+        from transformers.models.llava_next.modeling_llava_next import unpad_image
+
+        return unpad_image(x, list(size))
+
     def sized_spans(self, base: Any, n: int, size: tuple[int, int], call: Call) -> tuple[Span, ...]:
         """The overview, then the mosaic."""
         side = _patch_side(base)
@@ -146,13 +152,6 @@ def _packed(base: Any, size: tuple[int, int], call: Call) -> Tensor:
         **{name: value for name, value in packing.items() if name in known},
     )
     return flat[0][:, 0]
-
-
-def unpadded(x: Tensor, size: Sequence[int]) -> Tensor:
-    """x [C, h, w] of a mosaic without the rows or columns that only pad an image of size (height, width)."""
-    from transformers.models.llava_next.modeling_llava_next import unpad_image
-
-    return unpad_image(x, list(size))
 
 
 def _tiles(mosaic: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | tuple[()]:

@@ -67,7 +67,7 @@ def strings(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in documents:
             yield node.value
-        elif isinstance(node, ast.ImportFrom) and not node.level:
+        elif isinstance(node, ast.ImportFrom):
             yield from (node.module or "").split(".")
         elif isinstance(node, ast.Import):
             yield from (part for alias in node.names for part in alias.name.split("."))

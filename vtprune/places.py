@@ -118,7 +118,7 @@ def _mosaic(tiles: Sequence[View], side: int, size: Any) -> Box:
 
     side: tokens on a side of a tile. size: (height, width) of the picture in pixels.
     """
-    from .model_adapters.llava_next import unpadded
+    from .model_adapters.family import unpadding
 
     first = tiles[0].box
     below = (i for i, tile in enumerate(tiles) if tile.box[1] - first[1] > (first[3] - first[1]) / 2)
@@ -131,7 +131,7 @@ def _mosaic(tiles: Sequence[View], side: int, size: Any) -> Box:
     across = left + (torch.arange(cols * side, dtype=torch.float64) + 0.5) * width / side
     down = top + (torch.arange(rows * side, dtype=torch.float64) + 0.5) * height / side
     places = torch.stack([across.expand(len(down), -1), down[:, None].expand(-1, len(across))])
-    kept = unpadded(places, [int(v) for v in size])
+    kept = unpadding()(places, [int(v) for v in size])
     x, y = width / side / 2, height / side / 2
     return (
         float(kept[0, 0, 0]) - x, float(kept[1, 0, 0]) - y, float(kept[0, 0, -1]) + x, float(kept[1, -1, 0]) + y,

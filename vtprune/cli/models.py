@@ -23,9 +23,12 @@ def load(name: str | None, device: str | None, dtype: str | None, video: bool = 
 
     processor = _from_hub(AutoProcessor, name)
     if video and getattr(processor, "video_processor", None) is None:
+        from vtprune.model_adapters import families
+
+        takes = [known.model_type for known in families() if known.family.video_layout and known.status == "tested"]
         raise ValueError(
             f"--model {name} takes no videos (its {type(processor).__name__} has no video processor): name one that "
-            "does, such as a Qwen2.5-VL or a LLaVA-OneVision, or leave out --video"
+            f"does (its model_type is one of {', '.join(takes)}), or leave out --video"
         )
     loaded = _from_hub(AutoModelForImageTextToText, name, dtype=kind)
     return loaded.eval().to(torch.device(where)), processor

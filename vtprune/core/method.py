@@ -126,11 +126,11 @@ class Stage:
     keep: float in (0, 1] = share of a unit's visual tokens as the model sees them unpruned, made a count as
         `Method.rounding` says; int >= 1 = tokens per unit (more than there are keeps all); None = the method decides.
     keep_total: the same for all units of a row together, shared out in proportion to their size, each at least one.
-    per: what one unit is: "image" (an image or a whole video; SmolVLM and Idefics3: a tile, because text stands between
-        tiles), "crop" (overview and tiles of an any-resolution image), "frame", or "sample" (all visual tokens of a
-        row; for methods that compare frames each clip of the row, see `clips`). None = the method's default.
+    per: what one unit is: "image" (an image or a whole video; a tile in families that write text between tiles),
+        "crop" (overview and tiles of an any-resolution image), "frame", or "sample" (all visual tokens of a row; for
+        methods that compare frames each clip of the row, see `clips`). None = the method's default.
     clips: with per="sample", how many images each clip has, in order over the rows of the batch, where a family writes
-        the frames of a video as images (InternVL, SmolVLM): the unit is then a clip, for any method; a video, or an
+        the frames of a video as images: the unit is then a clip, for any method; a video, or an
         image that is no frame, counts 1. None: methods that compare frames (`Method.video`) tell clips by what stands
         between images of one size. They are one clip as long as it is the processor's separator, of which no more than
         its label changes ("Frame2: ", a timestamp); other words begin a new clip, and so does a label that comes again
