@@ -189,7 +189,7 @@ def cut_layer_call(prefill: Prefill, layer: int, call: dict[str, Any]) -> None:
     assert cut is not None
     for name in ("position_embeddings", "position_ids"):
         if name in call:
-            call[name] = _once(prefill, call[name], lambda value: cut_any(value, cut))
+            call[name] = _once(prefill, call[name], cut.cut_all)
     mask = call.get("attention_mask")
     if mask is not None:
         call["attention_mask"] = _once(prefill, mask, lambda value: _cut_mask(prefill, cut, value, layer))
@@ -205,14 +205,3 @@ def _once(prefill: Prefill, value: Any, cut: Callable[[Any], Any]) -> Any:
     if key not in prefill.memo:
         prefill.memo[key] = (value, cut(value))
     return prefill.memo[key][1]
-
-
-def cut_any(value: Any, cut: Compaction) -> Any:
-    """Position ids ([.., B, L]) or rotary embeddings ([.., B, L, d], in tuples or dicts) of a layer."""
-    if isinstance(value, tuple):
-        return tuple(cut_any(v, cut) for v in value)
-    if isinstance(value, dict):
-        return {k: cut_any(v, cut) for k, v in value.items()}
-    if not torch.is_tensor(value):
-        return value
-    return cut.cut(value, -2 if value.is_floating_point() else -1)

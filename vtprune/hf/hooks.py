@@ -105,7 +105,7 @@ def _open_step(patch: Patch, cache: Any, call: dict[str, Any]) -> None:
 
 def _prune(patch: Patch, prefill: Prefill, call: dict[str, Any], elsewhere: list[str]) -> dict[str, Any]:
     """Run the stages before the LLM; the text model's call with what they left."""
-    if patch.plan.inside:
+    if patch.plan.inside and patch.adapter.text.training:
         check_checkpointing(patch.adapter, patch.plan)
     if elsewhere:
         check_features(patch.plan, elsewhere)

@@ -12,7 +12,7 @@ from ..core.clock import Clock
 from ..core.signal import SignalKind
 from ..core.units import arange_of, runs_of
 from ..kernels import recording
-from ..signals import LayerAttention, kind_of
+from ..signals import LayerAttention
 from .prefill import Prefill
 from .slots import prompt_slots, text_behind, visual_slots
 
@@ -60,27 +60,27 @@ class PromptSlots:
         return bool(seen and behind) and behind[0][0] <= seen[-1][0]
 
 
-def read_attention(prefill: Prefill, kind: str, layer: int, attention: LayerAttention) -> None:
+def read_attention(prefill: Prefill, kind: SignalKind, layer: int, attention: LayerAttention) -> None:
     """Keep a signal of this layer's attention, [B, n, ...] for the slots of this call."""
-    rows, known, clock = prefill.readings.rows, kind_of(kind), Clock(attention.q.device)
+    rows, clock = prefill.readings.rows, Clock(attention.q.device)
     with recording(prefill.prompt.kernels):
-        found = known(attention)
-        before = rows.pop((kind, layer - 1), None) if known.so_far else None  # read by now, if a stage stands here
-        rows[kind, layer] = found if before is None else found + before.to(found.device)
+        found = kind(attention)
+        before = rows.pop((kind.name, layer - 1), None) if kind.so_far else None  # read by now, if a stage stands here
+        rows[kind.name, layer] = found if before is None else found + before.to(found.device)
     prefill.prompt.clocks.append(clock.stop())
 
 
-def read_module(prefill: Prefill, kind: str, layer: int, before: Tensor, after: Tensor) -> None:
+def read_module(prefill: Prefill, kind: SignalKind, layer: int, before: Tensor, after: Tensor) -> None:
     """Add a signal of what one module of a layer does to its tokens, before and after [B, n, D]."""
     rows, clock = prefill.readings.rows, Clock(before.device)
-    found = kind_of(kind)(before, after, prompt_slots(prefill).to(before.device))
-    rows[kind, layer] = rows[kind, layer] + found if (kind, layer) in rows else found
+    found = kind(before, after, prompt_slots(prefill).to(before.device))
+    rows[kind.name, layer] = rows[kind.name, layer] + found if (kind.name, layer) in rows else found
     prefill.prompt.clocks.append(clock.stop())
 
 
-def read_rope(prefill: Prefill, kind: str, layer: int, rope: tuple[Tensor, Tensor]) -> None:
+def read_rope(prefill: Prefill, kind: SignalKind, layer: int, rope: tuple[Tensor, Tensor]) -> None:
     """Keep a signal of the rotary embeddings (cos, sin) [B or 1, n, d] that a layer was given."""
-    prefill.readings.rows[kind, layer] = kind_of(kind)(*rope, PromptSlots(prefill))
+    prefill.readings.rows[kind.name, layer] = kind(*rope, PromptSlots(prefill))
 
 
 def read_embeddings(prefill: Prefill, kinds: Iterable[SignalKind], x: Tensor) -> None:
@@ -89,9 +89,9 @@ def read_embeddings(prefill: Prefill, kinds: Iterable[SignalKind], x: Tensor) ->
         prefill.readings.words[known.name] = known(x, PromptSlots(prefill))
 
 
-def read_heads(prefill: Prefill, kinds: Iterable[str], out: Tensor) -> None:
+def read_heads(prefill: Prefill, kinds: Iterable[SignalKind], out: Tensor) -> None:
     """Keep signals of what each head says in one layer: out [B, n, H, d], its output before the projection."""
     real, heads = prompt_slots(prefill).to(out.device), prefill.readings.heads
-    for known in map(kind_of, kinds):
+    for known in kinds:
         found, before = known(out, real), heads.get(known.name) if known.so_far else None
         heads[known.name] = found if before is None else before.to(out.device) + found

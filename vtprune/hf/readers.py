@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import UnsupportedModel
+from ..core.signal import SignalKind
 from ..signals import LayerAttention, kind_of
 from .attention_probe import Reader, probe, probe_change, reweighed
 from .checks import layers_read
@@ -26,7 +27,7 @@ def install_readers(patch: Patch) -> None:
     for stage in plan.inside:
         for need in stage.method.needs:
             for layer in layers_read(need, layer_of(stage)):
-                key = (need.kind, layer, need.offset == 0)
+                key = (kind_of(need), layer, need.offset == 0)
                 if "prefill" in stage.method.phases and key not in seen:
                     seen.add(key)
                     _read(patch, *key)
@@ -39,9 +40,9 @@ def install_readers(patch: Patch) -> None:
         patch.announce(attention_of(module))
 
 
-def _read(patch: Patch, kind: str, i: int, dry: bool) -> None:
+def _read(patch: Patch, kind: SignalKind, i: int, dry: bool) -> None:
     """Put the reader of one signal on layer i; dry: it reads the layer's dry run, else its real one."""
-    layer, source = patch.adapter.layers[i], kind_of(kind).source
+    layer, source = patch.adapter.layers[i], kind.source
     if source == "rotary":
         hook = attention_of(layer).register_forward_pre_hook(partial(rope_reader, patch, kind, i), with_kwargs=True)
         patch.undo(hook.remove)
@@ -67,7 +68,7 @@ def _probe(patch: Patch, i: int, reader: Reader, before: bool = False) -> None:
 @untraced_while_pruning
 def attention_reader(
     patch: Patch,
-    kind: str,
+    kind: SignalKind,
     layer: int,
     dry: bool,
     module: nn.Module,
@@ -78,9 +79,9 @@ def attention_reader(
     scaling: float,
 ) -> None:
     """Read one signal of a layer's attention product; dry: of its dry run, else of its real one."""
-    prefill = acting(patch)
-    if prefill is not None and q.shape[2] > 1 and patch.local.dry_running == dry:
-        past, prompt = prefill.past_at(layer), PromptSlots(prefill)
+    prefill = patch.local.prefill
+    if prefill is not None and prefill.acting and q.shape[2] > 1 and patch.local.dry_running == dry:
+        past, prompt = prefill.past_at(layer) if prefill.past else 0, PromptSlots(prefill)
         read_attention(prefill, kind, layer, LayerAttention(q, k, v, mask, scaling, past, prompt))
 
 
@@ -117,7 +118,7 @@ def change_attention(
 
 @untraced_while_pruning
 def module_reader(
-    patch: Patch, kind: str, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    patch: Patch, kind: SignalKind, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
 ) -> None:
     """Read what a module of layer i makes of its input."""
     prefill = acting(patch)
@@ -136,7 +137,7 @@ def stop_dry_run(patch: Patch, *_: Any) -> None:
 
 @untraced_while_pruning
 def rope_reader(
-    patch: Patch, kind: str, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    patch: Patch, kind: SignalKind, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """Read the rotary embeddings that a layer was given."""
     prefill, rope = acting(patch), kwargs.get("position_embeddings")
@@ -145,7 +146,7 @@ def rope_reader(
     if not isinstance(rope, tuple) or rope[0].dim() != 3:
         raise UnsupportedModel(
             f"{type(module).__name__} has no rotary embedding [B, n, d] of a single axis, which the signal "
-            f"{kind!r} divides out: choose a method or version without it"
+            f"{kind.name!r} divides out: choose a method or version without it"
         )
     read_rope(prefill, kind, layer, rope)
 
