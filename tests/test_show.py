@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import vtprune
-from vtprune.evals import tiny
+from vtprune.evals.toys import image as tiny
 from vtprune.evals.video import Video
 from vtprune.show import (
     Kept,

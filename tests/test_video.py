@@ -331,7 +331,7 @@ def test_processors_compute_the_true_seconds_of_a_variable_rate(
 
 def test_the_grid_of_qwen2_5_vl_is_spaced_in_true_seconds(tmp_path: Path) -> None:
     pytest.importorskip("torchvision", reason="the stock video processor needs it")
-    from vtprune.evals import tiny_video
+    from vtprune.evals.toys import video as tiny_video
 
     processor = tiny_video.load()[1]
     video = read(film(tmp_path / "clip.mp4", "libx264", VARIABLE, size=(48, 48)), 8)
