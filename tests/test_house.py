@@ -55,6 +55,8 @@ def test_the_profiles_of_the_matrix_together_are_all_tests() -> None:
     assert not any("test_registry" in name for name in rest), "only tests with the mark are ever left out"
     for name in ("divprune", "sparsevlm", "tome"):  # of three of the kinds, on a family that is not of the three
         assert any(f"gemma3-{name}" in case or f"{name}-gemma3" in case for case in default)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_of_the_pages_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text()
