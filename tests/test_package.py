@@ -89,11 +89,10 @@ def test_old_names_hold_the_objects_of_today() -> None:
     ]
     for old, new in [*pairs, *((old, new) for new, old in TOYS.items())]:
         before, now = (importlib.import_module(f"vtprune.evals.{name}") for name in (old, new))
-        parts = (value for name, value in vars(now).items() if not name.startswith("_"))
-        own = [value for value in parts if getattr(value, "__module__", None) == now.__name__]
-        assert own, new
-        for value in own:
-            assert getattr(before, value.__name__) is value, f"{old} lacks {value.__name__}"
+        names = [name for name in vars(before) if not name.startswith("_")]
+        assert names, old
+        for name in names:
+            assert getattr(before, name) is getattr(now, name), f"{old}.{name}"
 
 
 @pytest.mark.parametrize("name", ["bench_video", "tiny.train", "tiny_video.train"])
