@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import subprocess
@@ -66,6 +67,19 @@ import importlib.util, vtprune.model_adapters, vtprune.kernels, vtprune.evals
 print([n for n in ("model_adapters", "evals") if importlib.util.find_spec(n) is not None])
 """
     assert python(code, cwd=ROOT / "tests").strip() == "[]"
+
+
+def test_only_the_command_line_imports_evaluations() -> None:
+    """Whoever prunes loads nothing of what measures it, and evaluations may change without the rest."""
+    sources = [name for name in tracked("vtprune", "model_adapters", "kernels") if name.endswith(".py")]
+    assert sources
+    for name in sources:
+        nodes = list(ast.walk(ast.parse((ROOT / name).read_text())))
+        named = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+        named += [f"{node.module}.{a.name}" for node in nodes if isinstance(node, ast.ImportFrom) for a in node.names]
+        named += [a.name for node in nodes if isinstance(node, ast.Import) for a in node.names]
+        up = [module for module in named if module.startswith(("vtprune.evals", "vtprune.cli"))]
+        assert not up or name.startswith("vtprune/cli/"), f"{name} imports {up[0]}"
 
 
 OLD_NAMES = {

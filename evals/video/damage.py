@@ -21,7 +21,7 @@ def reported(log: Iterable[tuple[int, str, str]], decoder: str) -> list[str]:
 
 
 def cut_off(file: IO[bytes], form: str) -> str | None:
-    """What says that the end of a file is missing: the lengths that its outermost parts state."""
+    """Why the end of a file must be missing, by the lengths that its outermost parts state; None if none says so."""
     file.seek(0, io.SEEK_END)
     size, at, ended = file.tell(), 8 * (form == "apng"), form != "apng"
     layout = "<4xI" if form == "avi" else ">I4x" if form == "apng" or "mov" in form else ""
@@ -53,9 +53,10 @@ def cut_off(file: IO[bytes], form: str) -> str | None:
 
 
 def lost_packets(file: IO[bytes], program: int) -> tuple[str | None, int]:
-    """What says that packets of MPEG-TS are missing: they are counted, of which FFmpeg does not tell all that it knows.
+    """(why packets of MPEG-TS must be missing, by their numbers, else None; how many segments were joined).
 
-    A jump right at a key frame harms nothing that follows: so begin segments that were joined, whose number is second.
+    FFmpeg sees these numbers too and does not tell all of it. A jump right at a key frame harms nothing that follows:
+    so begins a segment that was joined to another.
     """
     file.seek(0)
     start = np.frombuffer(file.read(1 << 16), np.uint8)

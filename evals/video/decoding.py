@@ -49,7 +49,7 @@ class Decoder:
                     continue
                 for frame in self._decoded(packet, number, self._timeline.first, log):
                     again = bool(times) and frame.pts is not None and frame.pts == times[-1]  # the later one covers it
-                    if self._timeline.takes_turns or not again:
+                    if self._timeline.mixes_times or not again:
                         times.append(frame.pts)
                     if len(times) - 1 in asked:
                         pictures[len(times) - 1] = self._upright(frame)
@@ -61,6 +61,7 @@ class Decoder:
         return self._timeline.of_frames(times, self._source, codec), self._alike(pictures)
 
     def _alike(self, pictures: dict[int, NDArray[np.uint8]]) -> dict[int, NDArray[np.uint8]]:
+        """The pictures, if they are of one size."""
         if len({picture.shape for picture in pictures.values()}) > 1:
             sizes = sorted({f"{picture.shape[1]} x {picture.shape[0]}" for picture in pictures.values()})
             raise ValueError(
@@ -70,7 +71,7 @@ class Decoder:
         return pictures
 
     def _runs(self, wanted: NDArray[np.int64], back: int) -> list[Run]:
-        """Which packets to decode for the frames `wanted`; none in doubt.
+        """Which packets to decode for the frames `wanted`; [] where that is not certain.
 
         A frame needs what follows the last key frame that comes on screen, and in the file, no later than it does.
         Some H.264 decoders need what came before, too, to know what a key frame in the middle of the film refers to no

@@ -19,7 +19,7 @@ PLAYLISTS = {"hls", "dash", "concat", "imf", "sdp"}
 
 
 def source_of(path: Any) -> Source:
-    """What `read` was given, checked as far as that goes without a decoder."""
+    """What `read` was given (a path, the bytes of a file or an open file), checked as far as no decoder is needed."""
     if isinstance(path, (bytes, bytearray, memoryview)):
         content = bytes(path)
         if not content:
@@ -90,9 +90,11 @@ class Source:
         self.name, self._short, self._content = name, short, content
 
     def remedy(self, options: str = "-c:v libx264", target: str = "out.mp4", before: str = "") -> str:
+        """The command that writes the video anew."""
         return f"`ffmpeg {before}-i {shlex.quote(self._short)} {options} {target}`"
 
     def damaged(self, what: str) -> ValueError:
+        """The error for a damaged file; `what` says how that shows."""
         again = self.remedy(before="-err_detect ignore_err ")
         return ValueError(
             f"{self.name} is truncated or damaged: {what}; copy or download it again, or keep what "
@@ -101,6 +103,7 @@ class Source:
 
     @contextmanager
     def raw(self) -> Iterator[IO[bytes]]:
+        """The file itself, for what FFmpeg does not tell."""
         content = self._content()
         if not isinstance(content, str):
             yield content
@@ -172,6 +175,7 @@ class Source:
 
     @staticmethod
     def codec(stream: Any) -> str:
+        """The name of the codec of a stream."""
         return stream.codec_context.codec.canonical_name if stream.codec_context else "unknown"
 
     def packets(self, container: Any, *streams: Any) -> Iterator[Any]:

@@ -24,7 +24,7 @@ class Packet(NamedTuple):
 
 @dataclass
 class Stated:
-    """What reading a file to its end, without decoding, tells of its film."""
+    """What a file tells of its film when it is read to its end and nothing is decoded."""
 
     packets: list[Packet]
     form: str  # FFmpeg's name of the container format
@@ -93,11 +93,11 @@ def _packets_of(source: Source) -> Stated:
 
 
 class Timeline:
-    """The times of a film in ticks of `base` seconds.
+    """The times of a film, in ticks of `base` seconds.
 
-    packets: all of them; decoding begins with the packet number `first`. joints: how many segments of MPEG-TS were
-    joined, of which FFmpeg thinks that packets are missing. sure: int64 [n], the times of all pictures in order, None
-    where the packets leave a doubt.
+    packets: all packets of the film; decoding begins with the one numbered `first`.
+    joints: how often one segment of MPEG-TS was joined to another, where FFmpeg thinks that packets are missing.
+    sure: int64 [n], the times of all pictures in order, or None where the packets leave a doubt.
     """
 
     def __init__(self, stated: Stated, joints: int) -> None:
@@ -110,7 +110,7 @@ class Timeline:
         key = own[0].shown
         # The first picture on screen that does not come before the key frame which decoding begins with.
         self._begin = min((shown for shown in times if key is not None and shown >= key), default=None)
-        self.takes_turns = False  # whether the times of some frames are those of others
+        self.mixes_times = False  # whether FFmpeg gives some frames the times of others
         self._slots: NDArray[np.int64] | None = None  # of each frame, where only their order is stated
         self._announced = np.unique(np.array(self._times(own, times, stated.form), np.int64))
         self.sure = self._believed(own, stated.reorders)
@@ -123,9 +123,9 @@ class Timeline:
             return times
         if form == "mpeg" and (slots := _even([packet.decoded for packet in own])) is not None:
             # Where two pictures begin in one packet of this form FFmpeg gives the time of the second to the first.
-            self.takes_turns = _even(sorted(times)) is None or len(times) < len(own)
-            self._slots = slots if self.takes_turns else None
-            return slots.tolist() if self.takes_turns else times
+            self.mixes_times = _even(sorted(times)) is None or len(times) < len(own)
+            self._slots = slots if self.mixes_times else None
+            return slots.tolist() if self.mixes_times else times
         return times if self._begin is None else [shown for shown in times if shown >= self._begin]
 
     def _believed(self, own: list[Packet], reorders: bool) -> NDArray[np.int64] | None:
