@@ -16,9 +16,9 @@ from vtprune.panels import (
     Kept,
     Panel,
     film,
-    gone,
     joined,
     kept_units,
+    merged_of,
     panels,
     rasters,
     record,
@@ -169,7 +169,7 @@ def overlay(image: Image.Image, unit: Kept, title: str, places: Sequence[Box] | 
     """
     parts = panels(unit, image.width / image.height, places)
     drawn = [(draw(image, p), p.title if len(parts) > 1 else "") for p in parts]
-    merged = int(gone(unit).sum())
+    merged = int(merged_of(unit).sum())
     more = f", {merged} merged into them" if merged else ""
     inside = [edges[0] > 0.01 or edges[-1] < 0.99 for part in parts for edges in part.edges()]
     more += "; the model saw what is inside the line" if any(inside) else ""
