@@ -1,25 +1,20 @@
-"""A family of vision-language models: what it does its own way, and the list of all families.
+"""A family of vision-language models: what it does its own way, and how it is registered and found.
 
-A family is one class in one file, registered by `@family`; plug-ins bring theirs by the entry-point group
-"vtprune.families", whose entries name such a class or the module that holds it.
+A family is one class in one file, registered by `@family` in `vtprune.registry.FAMILIES`; plug-ins bring theirs by the
+entry-point group "vtprune.families", whose entries name such a class or the module that holds it.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib import import_module, metadata
-from pkgutil import iter_modules
-from threading import RLock
-from types import ModuleType
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 
 from vtprune.core.errors import UnsupportedModel
 from vtprune.core.visual import Span
+from vtprune.registry import FAMILIES
 
 from . import rasters
 from .entries import Features, Unit
@@ -27,7 +22,6 @@ from .tower_layout import Call, Layout, Modality
 
 Status = Literal["tested", "same shape", "refused"]
 F = TypeVar("F", bound="type[Family]")
-GROUP = "vtprune.families"
 
 
 class Family:
@@ -146,11 +140,6 @@ class Known:
     family: type[Family]
 
 
-_known: dict[str, type[Family]] = {}
-_failed: dict[str, str] | None = None
-_lock = RLock()
-
-
 def family(cls: F) -> F:
     """Class decorator: make a `Family` known under each of the model types that it lists.
 
@@ -161,19 +150,26 @@ def family(cls: F) -> F:
     ... class MyFamily(Llava):
     ...     tested = ("my_llava",)
     """
-    if not (isinstance(cls, type) and issubclass(cls, Family)):
+    if not _is_family(cls):
         raise TypeError(f"@family: {cls!r} must be a class derived from vtprune.model_adapters.Family")
-    if not _ours(cls.__module__):
-        _load_ours()  # a name that one of our families has is refused here, and not when ours are imported
-    for name in _names(cls):
-        known = _known.get(name)
-        if known is not None and _path(known) != _path(cls):
-            raise ValueError(
-                f"@family: {_path(cls)} lists {name!r}, but the name is taken by {_path(known)}; these names are "
-                f"taken: {', '.join(sorted(_known))}"
-            )
-    _known.update(dict.fromkeys(_names(cls), cls))
+    names = _names(cls)
+    if not cls.__module__.startswith(f"{__package__}."):
+        FAMILIES.import_own()  # a name that one of our families has is refused here, and not when ours are imported
+    for name in names:
+        FAMILIES.check_free(name, cls, f"@family: {_path(cls)} lists {name!r}, but")
+    for name in names:
+        FAMILIES.add(name, cls, "@family")
     return cls
+
+
+def _is_family(thing: Any) -> bool:
+    return isinstance(thing, type) and issubclass(thing, Family)
+
+
+def _make(thing: Any) -> None:
+    """Make what every look-up makes, of a class."""
+    if _is_family(thing):
+        thing()
 
 
 def _names(cls: type[Family]) -> list[str]:
@@ -196,9 +192,8 @@ def _names(cls: type[Family]) -> list[str]:
     return names
 
 
-def _known_as(name: str) -> Known:
+def _known_as(name: str, cls: type[Family]) -> Known:
     """What the class that lists a name says of it."""
-    cls = _known[name]
     if name in cls.__dict__.get("refused", {}):
         return Known(name, "refused", cls.refused[name], cls)
     return Known(name, "tested" if name in cls.__dict__.get("tested", ()) else "same shape", cls.note, cls)
@@ -208,85 +203,15 @@ def _path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _ours(module: str) -> bool:
-    return module.rpartition(".")[0] == __package__
-
-
-@lru_cache(maxsize=1)
-def _load_ours() -> None:
-    for info in iter_modules(import_module(str(__package__)).__path__, f"{__package__}."):
-        import_module(info.name)
-
-
-def _load() -> dict[str, str]:
-    """Import our families and every plug-in, once; what failed, by the names of plug-ins and of what they began.
-
-    A plug-in is code of somebody else: one that fails is warned of by name and takes nothing else down.
-    """
-    global _failed
-    with _lock:
-        if _failed is None:
-            _load_ours()
-            _failed = {}  # a plug-in may look up families while it is imported
-            for entry in metadata.entry_points(group=GROUP):
-                _load_one(entry, _failed)
-        return _failed
-
-
-def forget() -> None:
-    """Look for plug-ins again when the next family is looked up."""
-    global _failed
-    _failed = None
-
-
-def _load_one(entry: metadata.EntryPoint, failed: dict[str, str]) -> None:
-    before = dict(_known)
-    try:
-        loaded = entry.load()
-        why = "" if _registers(loaded, before) else _missing(loaded)
-        for cls in (cls for name, cls in _known.items() if name not in before):
-            cls()  # every look-up makes one
-    except (Exception, SystemExit) as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
-    if not why:
-        return
-    names = [entry.name, *(name for name in _known if name not in before)]
-    _known.clear()
-    _known.update(before)  # half a plug-in is none
-    whose = f" of {entry.dist.name} {entry.dist.version}" if entry.dist else ""
-    told = f"plug-in {entry.name!r} ({entry.value}){whose} was left out: {why}"
-    for name in names:
-        failed[name] = f"{failed[name]}; {told}" if name in failed else told
-    warnings.warn(told, RuntimeWarning, stacklevel=5)
-
-
-def _registers(loaded: Any, before: dict[str, type[Family]]) -> bool:
-    """Whether an entry gave families: it is one, or its module brings some (imported now or earlier)."""
-    if isinstance(loaded, type) and issubclass(loaded, Family):
-        return any(cls is loaded for cls in _known.values())
-    module = loaded.__name__ if isinstance(loaded, ModuleType) else getattr(loaded, "__module__", None)
-    homes = (cls.__module__ for cls in _known.values())
-    inside = (home == module or home.startswith(f"{module}.") for home in homes)
-    return _known.keys() != before.keys() or any(inside)
-
-
-def _missing(loaded: Any) -> str:
-    how = "a class decorated with @vtprune.model_adapters.family.family"
-    if isinstance(loaded, type) and issubclass(loaded, Family):
-        return f"the class is not registered: it must be {how}"
-    kind = "a module" if isinstance(loaded, ModuleType) else f"{type(loaded).__name__} {loaded!r:.80}"
-    return f"it is {kind} and registers no family: name {how}, or the module that holds it; nothing is called"
-
-
 def families() -> list[Known]:
     """All model types that are known, sorted by name, with their status, a note and the class of their family."""
-    _load()
-    return [_known_as(name) for name in sorted(_known)]
+    FAMILIES.load()
+    return [_known_as(name, FAMILIES.known[name]) for name in sorted(FAMILIES.known)]
 
 
 def failures() -> list[str]:
-    """One sentence for every plug-in that was left out, with the reason."""
-    return list(dict.fromkeys(_load().values()))
+    """One sentence for every plug-in of families that was left out, with the reason."""
+    return FAMILIES.failures()
 
 
 def model_types(status: Status) -> list[str]:
@@ -296,8 +221,9 @@ def model_types(status: Status) -> list[str]:
 
 def is_supported(model_type: Any) -> bool:
     """Whether models of this type can be pruned."""
-    _load()
-    return model_type in _known and _known_as(model_type).status != "refused"
+    FAMILIES.load()
+    cls = FAMILIES.known.get(model_type)
+    return cls is not None and _known_as(model_type, cls).status != "refused"
 
 
 def family_of(model: Any, model_type: str, otherwise: str = "") -> Family:
@@ -305,8 +231,8 @@ def family_of(model: Any, model_type: str, otherwise: str = "") -> Family:
 
     model: the model, for messages. otherwise: what else works, for messages.
     """
-    failed = _load()
-    known = _known_as(model_type) if model_type in _known else None
+    failed, cls = FAMILIES.load(), FAMILIES.known.get(model_type)
+    known = None if cls is None else _known_as(model_type, cls)
     if known is not None and known.status != "refused":
         return known.family()
     name, tested = f"{type(model).__name__} ({model_type})", ", ".join(model_types("tested"))
@@ -318,3 +244,6 @@ def family_of(model: Any, model_type: str, otherwise: str = "") -> Family:
         f"{name} is not a vision-language model vtprune knows; tested families: {tested}; same call shape: "
         f"{', '.join(model_types('same shape'))}; {otherwise}pass the whole model, no part of it"
     )
+
+
+FAMILIES.accept(_is_family, _make)

@@ -7,7 +7,6 @@ import inspect
 import re
 import warnings
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,18 +19,18 @@ from vtprune import Stage, UnsupportedModel, create, patch
 from vtprune.model_adapters import Family, families
 from vtprune.model_adapters.family import failures, family
 from vtprune.model_adapters.llava import Llava
+from vtprune.registry import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
-listing: Any = import_module("vtprune.model_adapters.family")
 
 
 @pytest.fixture(autouse=True)
 def _own_list(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tests register into a copy."""
     families()
-    monkeypatch.setattr(listing, "_known", dict(listing._known))
+    monkeypatch.setattr(FAMILIES, "known", dict(FAMILIES.known))
     yield
-    listing.forget()
+    FAMILIES.forget()
 
 
 # -- the list
@@ -250,7 +249,7 @@ def test_plug_ins_are_found_by_entry_point(entry: str, tmp_path: Path, monkeypat
     code = PLUGIN.format(decorator="@family", model_type="house_llava")
     install(tmp_path, module, code, f"house = {entry.format(module)}")
     monkeypatch.syspath_prepend(tmp_path)
-    listing.forget()
+    FAMILIES.forget()
     model = house()
     with torch.no_grad(), patch(model, "divprune", keep=0.25) as handle:
         model(**tiny.inputs("llava"))
@@ -298,7 +297,7 @@ def test_a_plug_in_that_fails_takes_nothing_else_down(
     sound = PLUGIN.format(decorator="@family", model_type="sound")
     install(tmp_path, f"{module}_sound", sound, f"sound = {module}_sound")
     monkeypatch.syspath_prepend(tmp_path)
-    listing.forget()
+    FAMILIES.forget()
     with pytest.warns(RuntimeWarning, match=rf"(?s)plug-in 'faulty' \({module}.*{reason}") as warned:
         assert [known.model_type for known in families()] == sorted([*names, "sound"])
     assert len(warned) == 1
@@ -317,7 +316,7 @@ def test_a_plug_in_may_look_up_families_while_it_is_imported(tmp_path: Path, mon
     code += PLUGIN.format(decorator="@family", model_type="house_llava")
     install(tmp_path, "families_looking", code, "looking = families_looking")
     monkeypatch.syspath_prepend(tmp_path)
-    listing.forget()
+    FAMILIES.forget()
     assert "house_llava" in [known.model_type for known in families()]
     assert failures() == []
 

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 import vtprune
 from vtprune import Stage
+from vtprune.hf.vit import VitPatch
+from vtprune.hf.vit_last import VitLast
 from vtprune.model_adapters.vits import vit_of
 from vtprune.reduction import Reducer, Reduction, Tokens, keep_rows
 from vtprune.types import Assignment, Method, UnsupportedCall, UnsupportedModel, Visual, VtpruneError
-from vtprune.vit import VitLast, VitSession
 
 every_model = pytest.mark.parametrize("name", vits.NAMES)
 every_method = pytest.mark.parametrize(
@@ -266,7 +267,7 @@ def test_half_precision(name: str) -> None:
 def test_autocast_rounds_no_score(name: str, method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a method is given under autocast it answers as it would without."""
     model, x, asked = vits.model(name), vits.images(), []
-    plain = VitSession._step
+    plain = VitPatch._step
 
     def step(self: Any, run: Any, k: int, *rest: Any) -> Any:
         answer = plain(self, run, k, *rest)
@@ -274,7 +275,7 @@ def test_autocast_rounds_no_score(name: str, method: str, dtype: torch.dtype, mo
             asked.append((answer, plain(self, run, k, *rest), torch.is_autocast_enabled("cpu")))
         return answer
 
-    monkeypatch.setattr(VitSession, "_step", step)
+    monkeypatch.setattr(VitPatch, "_step", step)
     with vtprune.patch(model, method, keep=0.4) as handle, torch.autocast("cpu", dtype=dtype):
         out = vits.run(model, x)
         sizes = handle.last.size

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .hf.session import Patch
-    from .vit import VitSession
+    from .hf.vit import VitPatch
 
 _KEY = "_vtprune"
 _STAGE_OPTIONS = ("keep_total", "per", "newlines", "positions", "clips")
@@ -26,7 +26,7 @@ class Handle:
     ...     handle.last.units[0].idx
     """
 
-    def __init__(self, model: nn.Module, session: Patch | VitSession) -> None:
+    def __init__(self, model: nn.Module, session: Patch | VitPatch) -> None:
         self._root: nn.Module | None = session.root
         self._session, self._name = session, type(model).__name__
         self._enter()
@@ -143,9 +143,9 @@ def patch(
     if vit is not None:
         if before is not None:
             raise ValueError("add=True is for vision-language models: pass a vision transformer all its stages at once")
-        from .vit import VitSession
+        from .hf.vit import VitPatch
 
-        return Handle(model, VitSession(vit, stages))
+        return Handle(model, VitPatch(vit, stages))
     from .hf.session import Patch
 
     if before is not None:

@@ -56,12 +56,20 @@ class Registry(Generic[T]):
 
         Raises ValueError if the name is taken; the message lists the names that are.
         """
+        self.check_free(name, thing, f"{where}:")
+        self.known[name] = thing
+
+    def check_free(self, name: str, thing: T, told: str) -> None:
+        """Raise ValueError if something else has the name; the message begins as told, and lists the names taken."""
         known = self.known.get(name)
         if known is not None and not _same(known, thing):
             raise ValueError(
-                f"{where}: the name is taken by {_path(known)}; these names are taken: {', '.join(sorted(self.known))}"
+                f"{told} the name is taken by {_path(known)}; these names are taken: {', '.join(sorted(self.known))}"
             )
-        self.known[name] = thing
+
+    def accept(self, accepts: Callable[[Any], bool], check: Callable[[T], object]) -> None:
+        """Set what the constructor takes under these names, from where the class of the things is defined."""
+        self._accepts, self._check = accepts, check
 
     def get(self, name: str, parts: bool = False) -> T:
         """The thing of that name. Raises ValueError on an unknown name and lists the known ones.
@@ -101,13 +109,17 @@ class Registry(Generic[T]):
         with self._lock:
             if self._failed is None:
                 failed: dict[str, str] = {}
-                for module in _walk(self._package) if self._package else ():
-                    import_module(module)
+                self.import_own()
                 self._failed = failed  # a plug-in may look up names while it is imported
                 for entry in metadata.entry_points(group=self.group):
                     self._load_one(entry, failed)
                 self._loaded = True
             return self._failed
+
+    def import_own(self) -> None:
+        """Import the modules of this package that register our own."""
+        for module in _walk(self._package) if self._package else ():
+            import_module(module)
 
     def _load_one(self, entry: metadata.EntryPoint, failed: dict[str, str]) -> None:
         before = dict(self.known)
@@ -190,7 +202,13 @@ METHODS: Registry[type[Method]] = Registry(
     check=_ask_needs,
     how="@vtprune.register(name, paper=..., seam=...)",
 )
-FAMILIES: Registry[Any] = Registry("family", "vtprune.families")
+# What a family is stands in `model_adapters`, which says here what it accepts.
+FAMILIES: Registry[Any] = Registry(
+    "family",
+    "vtprune.families",
+    package="vtprune.model_adapters",
+    how="@vtprune.model_adapters.family.family",
+)
 SIGNALS: Registry[SignalKind] = Registry(
     "signal",
     "vtprune.signals",

@@ -24,8 +24,8 @@ from ..core.masks import mask_of
 from ..core.method import Stage
 from ..core.visual import Visual
 from ..kernels import DeferredChecks, deferring, full_precision
-from ..tap import read
 from . import cache as kv
+from .attention_probe import read
 from .checks import ROW
 
 Rope = tuple[Tensor, ...]

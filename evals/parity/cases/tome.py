@@ -14,10 +14,10 @@ from vtprune import patch
 from vtprune.evals.parity.compare import Mismatch, agree, close, same, tensor
 from vtprune.evals.parity.registry import Arrays, case
 from vtprune.evals.parity.stock_vit import stock_timm
+from vtprune.hf.vit_last import VitLast
 from vtprune.methods.in_vit.tome import per_block
 from vtprune.reduction import Reduction, Tokens
 from vtprune.registry import create
-from vtprune.vit import VitLast
 
 
 @case("tome_bsm_")
