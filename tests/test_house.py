@@ -84,6 +84,12 @@ def test_the_first_snippet_runs_when_pasted() -> None:
     assert told.splitlines()[-1] == "64"
 
 
+def test_the_snippet_of_an_engine_runs_without_transformers() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
+    told = run(sys.executable, "-c", f"{code}\nimport sys; print('transformers' in sys.modules)", OMP_NUM_THREADS="1")
+    assert told.splitlines() == ["torch.Size([144]) torch.Size([144, 1024])", "False"]
+
+
 def test_every_file_of_a_run_is_named_by_the_page() -> None:
     text = (ROOT / "benchmarks" / "README.md").read_text()
     kept = [p for p in (ROOT / "benchmarks").rglob("*") if p.is_file() and p.name != "README.md"]
