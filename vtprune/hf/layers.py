@@ -77,7 +77,7 @@ def _signals(
         if need.kind in readings.words:
             found[need] = readings.words[need.kind][row]
             continue
-        layer = stage.where + need.layer  # type: ignore[operator]  # both are ints inside the LLM
+        layer: Any = stage.where + need.layer  # type: ignore[operator]  # both are ints inside the LLM
         rows = readings.rows[need.kind, layer][row].index_select(0, slots)
         if rows.dim() > 1 and kind_of(need).per_word:
             rows = rows[..., : sum(length for _, length in text_behind(prefill, row))]

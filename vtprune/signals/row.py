@@ -52,7 +52,7 @@ def _by_name(kind: SignalKind) -> tuple[Callable[[str], SignalKind], tuple[str]]
 
 
 # The name of a function under `@signal` is that of its row, so neither could be pickled by its own name.
-copyreg.pickle(SignalKind, _by_name)  # type: ignore[arg-type]
+copyreg.pickle(SignalKind, _by_name)
 
 
 def kinds() -> list[SignalKind]:
