@@ -1,5 +1,1 @@
 """How vtprune is measured: accuracy, speed, parity with official codes, and the toy models that it is tried on."""
-
-from .moved import OldNames
-
-OldNames.install()

@@ -10,7 +10,7 @@ from conftest import no_gpu
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vtprune.evals import bench_attention
+from vtprune.evals.speed import bench_attention
 from vtprune.kernels import attention_received, attention_rows, recording, use
 from vtprune.kernels.attention import reference
 from vtprune.kernels.dispatch import has_triton

@@ -17,12 +17,12 @@ from typer.testing import CliRunner
 
 import vtprune
 from vtprune.cli import app
-from vtprune.evals import geometries, meter, readme, speed
-from vtprune.evals.bench import Subject, bench, subject
-from vtprune.evals.bench_hooks import hooks
-from vtprune.evals.flops import CARDS, TextCost, card, counted, ideal_llm, measured
-from vtprune.evals.meter import Allocated, Phases
-from vtprune.evals.speed import Limits
+from vtprune.evals import readme, speed
+from vtprune.evals.speed import Limits, geometries, meter
+from vtprune.evals.speed.bench import Subject, bench, subject
+from vtprune.evals.speed.bench_hooks import hooks
+from vtprune.evals.speed.flops import CARDS, TextCost, card, counted, ideal_llm, measured
+from vtprune.evals.speed.meter import Allocated, Phases
 
 SIZES = {
     "hidden_size": 64,
@@ -369,7 +369,7 @@ def test_files_that_are_no_benchmarks_are_refused(tmp_path: Path) -> None:
 
 
 def test_kernels_are_benchmarked_into_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vtprune.evals import bench_kernels
+    from vtprune.evals.speed import bench_kernels
 
     rows = [{"kernel": "merge", "seconds": 1.0}, {"kernel": "compact", "speedup": 2.0}]
     monkeypatch.setattr(bench_kernels, "kernels", lambda device: rows)

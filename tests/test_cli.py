@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 import vtprune
 from vtprune import pictures
 from vtprune.cli import app, models, parse_keep, parse_keeps
-from vtprune.evals import accuracy, tiny
+from vtprune.evals import accuracy
 from vtprune.evals.report import Report
+from vtprune.evals.toys import image as tiny
 
 runner = CliRunner()
 
@@ -125,7 +126,7 @@ def test_a_model_of_pictures_is_not_asked_about_videos(command: list[str], tmp_p
         pytest.importorskip(package, reason="a clip is encoded and decoded")
     from test_video import encode
 
-    from vtprune.evals import tiny
+    from vtprune.evals.toys import image as tiny
 
     tiny.load()[1].save_pretrained(tmp_path / "llava")  # no weights: they are not looked for
     clip = [str(encode(tmp_path / "clip.mp4", [0, 100, 200]))] if command[0] == "show" else []
@@ -211,7 +212,7 @@ def test_show_puts_tokens_where_a_cropping_processor_looked(tmp_path: Path) -> N
     """The middle third of a wide picture is all that CLIP's own processor shows: nothing else may be bright."""
     from transformers import CLIPImageProcessor, LlavaProcessor
 
-    from vtprune.evals import tiny
+    from vtprune.evals.toys import image as tiny
 
     model, processor = tiny.load()
     crop = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})

@@ -11,7 +11,7 @@ from conftest import no_gpu
 from torch import Tensor
 
 from vtprune.compact import Compaction
-from vtprune.evals import bench_kernels
+from vtprune.evals.speed import bench_kernels
 from vtprune.kernels import Compacted, compact, recording, use
 from vtprune.kernels.dispatch import has_triton
 

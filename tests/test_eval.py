@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import vtprune
-from vtprune.evals import tiny
 from vtprune.evals.accuracy import (
     CONTROLS,
     AccuracyReport,
@@ -26,6 +25,7 @@ from vtprune.evals.accuracy import (
     render,
     words_of,
 )
+from vtprune.evals.toys import image as tiny
 
 
 @pytest.fixture(scope="module")

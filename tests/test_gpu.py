@@ -11,8 +11,8 @@ import torch
 import vtprune
 from vtprune import Stage
 from vtprune.core.prompt import PromptState
-from vtprune.evals import tiny
 from vtprune.evals.accuracy import Exam
+from vtprune.evals.toys import image as tiny
 from vtprune.hf import hooks
 from vtprune.hf.arguments import cut_text_call
 from vtprune.hf.prefill import Prefill, open_prompt, run_before_llm
@@ -173,7 +173,7 @@ def test_bad_pixels_are_refused_although_nobody_waits() -> None:
 @pytest.mark.parametrize("rows", [(1,), (2, 1)], ids=["one row", "ragged rows"])
 def test_a_graph_of_a_bucket_answers_like_eager(rows: tuple[int, ...], dtype: torch.dtype) -> None:
     """Captured once, replayed for other tokens and another length; decode goes on from the cache it filled."""
-    from vtprune.evals.prefill import Bucketed
+    from vtprune.evals.speed.prefill import Bucketed
 
     model, batch = families.model("llava"), families.inputs("llava", rows=rows)
     twin = copy.deepcopy(model).cuda().to(dtype)
@@ -195,7 +195,7 @@ def test_a_graph_of_a_bucket_answers_like_eager(rows: tuple[int, ...], dtype: to
 
 
 def test_the_benchmark_measures_eager_and_graphs_side_by_side() -> None:
-    from vtprune.evals.bench import bench, subject
+    from vtprune.evals.speed.bench import bench, subject
 
     what = subject("llava-1.5-7b", "cuda", torch.bfloat16, layers=2, scale=0.1)
     ways = ["eager", "graph"]

@@ -84,9 +84,74 @@ def test_the_first_snippet_runs_when_pasted() -> None:
     assert told.splitlines()[-1] == "64"
 
 
+def test_the_snippet_of_an_engine_runs_without_transformers() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
+    told = run(sys.executable, "-c", f"{code}\nimport sys; print('transformers' in sys.modules)", OMP_NUM_THREADS="1")
+    assert told.splitlines() == ["torch.Size([144]) torch.Size([144, 1024])", "False"]
+
+
 def test_every_file_of_a_run_is_named_by_the_page() -> None:
     text = (ROOT / "benchmarks" / "README.md").read_text()
     kept = [p for p in (ROOT / "benchmarks").rglob("*") if p.is_file() and p.name != "README.md"]
     assert kept
     for path in kept:
         assert path.relative_to(ROOT / "benchmarks").as_posix() in text, path.name
+
+
+def forms() -> list[Path]:
+    return sorted([*(ROOT / ".github").rglob("*.yml"), ROOT / "CITATION.cff"])
+
+
+@pytest.mark.parametrize("path", forms(), ids=lambda p: p.name)
+def test_forms_are_yaml(path: Path) -> None:
+    yaml = pytest.importorskip("yaml")
+    assert isinstance(yaml.safe_load(path.read_text()), dict)
+
+
+def test_the_workflow_runs_what_contributors_run() -> None:
+    yaml = pytest.importorskip("yaml")
+    flow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    steps = flow["jobs"]["check"]["steps"]
+    assert [step["run"] for step in steps if "run" in step] == [".ci/run"]
+    assert all(re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step["uses"]) for step in steps if "uses" in step)
+    targets = re.findall(r"^make ([\w-]+)", (ROOT / ".ci" / "run").read_text(), re.M)
+    assert targets == ["coverage", "test-whole", "test-oldest"], (
+        "the default profile, the rest, the oldest transformers"
+    )
+    last = (ROOT / ".ci" / "run").read_text().splitlines()[-1]
+    assert last == "tail -n 1 out/pytest.txt", "pytest's summary comes last"
+
+
+def test_issue_forms_hold_what_github_asks_for() -> None:
+    yaml = pytest.importorskip("yaml")
+    for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        form = yaml.safe_load(path.read_text())
+        if path.name == "config.yml":
+            continue
+        assert form["name"]
+        assert form["description"]
+        ids = [part["id"] for part in form["body"]]
+        assert len(ids) == len(set(ids))
+        for part in form["body"]:
+            assert part["type"] in {"input", "textarea", "dropdown", "checkboxes"}
+            assert part["attributes"]["label"]
+
+
+def test_the_citation_names_this_version_and_licence() -> None:
+    yaml = pytest.importorskip("yaml")
+    tomllib = pytest.importorskip("tomllib")
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {"cff-version", "message", "title", "authors"} <= cited.keys()
+    assert (cited["title"], cited["version"], cited["license"]) == tuple(
+        project[k] for k in ("name", "version", "license")
+    )
+
+
+def test_the_floor_of_coverage_stands_in_one_place() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    assert tool["coverage"]["run"]["source"] == ["vtprune", "model_adapters", "kernels", "evals"]
+    assert 0 < tool["coverage"]["report"]["fail_under"] <= 100
+    for path in ("Makefile", ".ci/run", ".github/workflows/ci.yml", "CONTRIBUTING.md"):
+        assert "fail-under" not in (ROOT / path).read_text()

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vtprune
 from vtprune import Stage
-from vtprune.evals.flops import TextCost
+from vtprune.evals.speed.flops import TextCost
 from vtprune.methods.in_llm.withdraw import Withdraw
 from vtprune.tap import attach
 

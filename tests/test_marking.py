@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from vtprune.evals import tiny, tiny_video
-from vtprune.evals.marking import mark, words
+from vtprune.evals.accuracy.marking import mark, words
+from vtprune.evals.toys import image as tiny
+from vtprune.evals.toys import video as tiny_video
 
 SAME = [
     ("A dog.", "dog"),

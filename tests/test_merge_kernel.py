@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vtprune import Assignment
-from vtprune.evals import bench_kernels
+from vtprune.evals.speed import bench_kernels
 from vtprune.kernels import merge, recording, use
 from vtprune.kernels.dispatch import has_triton
 

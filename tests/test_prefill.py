@@ -11,9 +11,9 @@ from torch._dynamo.testing import CompileCounter
 
 import vtprune
 from vtprune import UnsupportedCall, UnsupportedModel
-from vtprune.evals import bench as benchmark
-from vtprune.evals.bench import bench, subject
-from vtprune.evals.prefill import Bucketed
+from vtprune.evals.speed import bench as benchmark
+from vtprune.evals.speed.bench import bench, subject
+from vtprune.evals.speed.prefill import Bucketed
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from vtprune.evals import bench_selection
+from vtprune.evals.speed import bench_selection
 
 
 def test_incremental_loop_against_the_slab_form() -> None:

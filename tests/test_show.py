@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 import vtprune
-from vtprune.evals import tiny
+from vtprune.evals.pictures import gallery
+from vtprune.evals.toys import image as tiny
 from vtprune.evals.video import Video
 from vtprune.show import (
     Kept,
@@ -17,7 +18,6 @@ from vtprune.show import (
     draw,
     draw_groups,
     film,
-    gallery,
     joined,
     kept_units,
     overlay,

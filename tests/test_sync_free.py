@@ -1,21 +1,27 @@
-"""Between projector and LLM nothing waits for the device: a pretended GPU here, a real one in test_gpu.py."""
+"""Nothing waits for the device, in a method or between projector and LLM: a pretended GPU here, a real one in
+test_gpu.py.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import traceback
+from pathlib import Path
 from typing import Any
 
 import families
 import pytest
 import torch
+from test_methods import visual
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vtprune
 from vtprune.core import prompt as prompts
 from vtprune.core import units
 from vtprune.hf import hooks, prefill
-from vtprune.kernels import use
+from vtprune.kernels import deferring, use
 from vtprune.model_adapters.generic import Features
 from vtprune.types import Signal, Span
 from vtprune.units import parts_of
@@ -25,6 +31,17 @@ WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero
 WAITING = ("average_pool", "random", "uniform")
 # These cut a video into segments on the host, at the price of one transfer a video (two where it is said).
 SEGMENTING = ("fastvid", "holitom", "prunevid")
+# Of the others, those that wait on purpose. A method that joins them says so in its docstring and tells here why.
+ON_PURPOSE = {
+    "dycoke_kv": "whether the gaze has moved decides whether there is anything to choose at a decode step",
+    "token_transforming": "how many new tokens an old one feeds depends on the data",
+}
+ADVICE = """{name} waits for the device, by `{operation}` at
+  {place}
+so that a GPU stands still until the host has read a number. What waits: `.item()`, `.tolist()`, `int(t)`, `bool(t)`,
+`if t > 0`, indexing with a tensor of no dimensions (`x[t.argmax()]`) or with a mask (`x[mask]`), `nonzero()`, `.cpu()`.
+Instead: `x.index_select(0, t.argmax().view(1))`, `torch.where(mask, x, 0)`, `topk` and `sort` for what is best, and
+`check(holds, error)` of vtprune.kernels for a condition that must hold. Counts come from `v.budget` and from shapes."""
 
 
 class Waits(TorchDispatchMode):
@@ -33,17 +50,24 @@ class Waits(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
+        self.places: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         by_mask = name in ("index", "index_put", "index_put_") and any(
             i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
         )
-        moved = name in ("_to_copy", "copy_") and _crosses(args, out)
-        if name in WAITS or by_mask or moved:
-            self.seen.append(name)
+        if name in WAITS or by_mask:  # before the call: a pretended tensor has no value to answer with
+            self._note(name)
+        out = func(*args, **(kwargs or {}))
+        if name in ("_to_copy", "copy_") and _crosses(args, out):
+            self._note(name)
         return out
+
+    def _note(self, name: str) -> None:
+        ours = [f for f in traceback.extract_stack()[:-2] if "/torch/" not in f.filename]
+        self.seen.append(name)
+        self.places.append(f"{ours[-1].filename}:{ours[-1].lineno}: {ours[-1].line}")
 
 
 def _crosses(args: Any, out: Any) -> bool:
@@ -62,6 +86,79 @@ class Pretended:
 
     def read(self) -> Tensor:
         return self.host
+
+
+def on_gpu(unit: vtprune.Visual) -> vtprune.Visual:
+    """The same unit without its values, on a pretended GPU."""
+
+    def moved(x: Tensor) -> Tensor:
+        return torch.empty(x.shape, dtype=x.dtype, device="cuda")
+
+    return dataclasses.replace(unit, x=moved(unit.x), signals={kind: moved(s) for kind, s in unit.signals.items()})
+
+
+def waits_of(method: vtprune.Method, monkeypatch: pytest.MonkeyPatch) -> Waits:
+    """What a method makes the host wait for when it chooses for an image and a video."""
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)  # there is no driver to start
+    monkeypatch.setattr(checks, "Arriving", lambda flags: Pretended(torch.ones(flags.shape, dtype=torch.bool)))
+    units = [visual(30, 7, 1, grid=(1, 5, 6)), visual(60, 11, 2, grid=(4, 3, 5))]
+    waits = Waits()
+    with FakeTensorMode(allow_non_fake_inputs=True), use("reference"), deferring():
+        units = [on_gpu(unit) for unit in units]
+        try:
+            with waits:
+                method.batch(units)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            assert waits.seen, "a wait that `WAITS` does not name"
+    return waits
+
+
+@pytest.mark.parametrize(
+    "name", [m.name for m in vtprune.methods() if m.name not in {*WAITING, *SEGMENTING, *ON_PURPOSE}]
+)
+def test_no_method_waits_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = waits_of(vtprune.create(name), monkeypatch)
+    for operation, place in zip(waits.seen, waits.places, strict=True):
+        pytest.fail(ADVICE.format(name=name, operation=operation, place=place), pytrace=False)
+
+
+@pytest.mark.parametrize("name", ON_PURPOSE)
+def test_exceptions_are_still_needed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert waits_of(vtprune.create(name), monkeypatch).seen, f"{name} waits no longer: take it off the list"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Waiting(vtprune.Method):
+    """Does one of the things that nobody may do, on purpose."""
+
+    name = "waiting"
+    fault: str = ""
+
+    def __call__(self, v: vtprune.Visual) -> vtprune.Assignment:
+        score = v.x.norm(dim=-1)
+        if self.fault == "index":
+            v.x[score.argmax()]
+        elif self.fault == "item":
+            score.max().item()
+        elif self.fault == "mask":
+            v.x[score > 1]
+        elif self.fault == "if" and score.max() > 3:
+            score = -score
+        elif self.fault == "nonzero":
+            (score > 1).nonzero()
+        elif self.fault == "cpu":
+            score.cpu()
+        return vtprune.Assignment(score.topk(v.budget or 1).indices.sort().values)
+
+
+@pytest.mark.parametrize("fault", ["index", "item", "mask", "if", "nonzero", "cpu", ""])
+def test_the_watch_names_the_line_that_waits(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = waits_of(_Waiting(fault=fault), monkeypatch)
+    assert bool(waits.seen) == bool(fault)
+    if fault:
+        lines = {"index": "v.x[score.argmax()]", "mask": "v.x[score > 1]", "item": "score.max().item()"}
+        assert waits.places[0].startswith(f"{Path(__file__)}:")
+        assert lines.get(fault, fault) in waits.places[0]
 
 
 @pytest.mark.parametrize(

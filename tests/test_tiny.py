@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from vtprune.evals import tiny
-from vtprune.evals.tiny import asks, fast, model, scenes
-from vtprune.evals.tiny.score import score
+from vtprune.evals.toys import image as tiny
+from vtprune.evals.toys.image import asks, fast, model, scenes
+from vtprune.evals.toys.image.score import score
 
 LEARNED = ("color", "shape", "position", "exist", "ocr", "easy-color", "easy-shape", "easy-yesno")
 
@@ -182,7 +182,7 @@ def test_left_padded_batch_equals_singles(loaded, asked):
 
 def test_packed_questions_equal_single_ones(loaded, asked):
     """The training forward (packed, blocked attention, cut last layers) has the stock model's logits."""
-    from vtprune.evals.tiny.packing import pack
+    from vtprune.evals.toys.image.packing import pack
 
     net, processor = loaded
     q = next(q for q in asked if q.capability == "relation")
@@ -207,7 +207,7 @@ def test_packed_questions_equal_single_ones(loaded, asked):
 
 def test_training_runs_and_resumes(tmp_path: Path):
     pytest.importorskip("easy_vqa", reason="training reads the train split of the easy-vqa package")
-    from vtprune.evals.tiny.train import Trainer, train
+    from vtprune.evals.toys.image.train import Trainer, train
 
     whole = train(tmp_path / "whole", scale=1e-3, progress=False)
     stopped = Trainer(tmp_path / "stopped", seed=0, scale=1e-3)

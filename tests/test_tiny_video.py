@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import load_file
 
 import vtprune
-from vtprune.evals import tiny_video
 from vtprune.evals.accuracy import Exam, evaluate, plans, prepare
+from vtprune.evals.toys import video as tiny_video
 
 pytest.importorskip("torchvision", reason="the stock video processor needs it")
 
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
-from vtprune.evals.tiny.packing import lay
-from vtprune.evals.tiny_video import asks, clips, fast, model
+from vtprune.evals.toys.packing import lay
+from vtprune.evals.toys.video import asks, clips, fast, model
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,7 @@ def test_packed_questions_equal_single_ones(loaded, asked) -> None:
 
 
 def test_training_runs_and_resumes(tmp_path: Path) -> None:
-    from vtprune.evals.tiny_video.train import VideoTrainer, train
+    from vtprune.evals.toys.video.train import VideoTrainer, train
 
     whole = train(tmp_path / "whole", scale=1e-3, progress=False)
     stopped = VideoTrainer(tmp_path / "stopped", seed=0, scale=1e-3)

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vtprune.evals import video as video_module
-from vtprune.evals.video import Video, choose, read
+from vtprune.evals.video import Video, choose, decoding, read
 
 av = pytest.importorskip("av", reason="encodes and decodes the files")
 
@@ -331,7 +330,7 @@ def test_processors_compute_the_true_seconds_of_a_variable_rate(
 
 def test_the_grid_of_qwen2_5_vl_is_spaced_in_true_seconds(tmp_path: Path) -> None:
     pytest.importorskip("torchvision", reason="the stock video processor needs it")
-    from vtprune.evals import tiny_video
+    from vtprune.evals.toys import video as tiny_video
 
     processor = tiny_video.load()[1]
     video = read(film(tmp_path / "clip.mp4", "libx264", VARIABLE, size=(48, 48)), 8)
@@ -544,13 +543,13 @@ GROUPS = [  # ending, encoder, B-frames, options of the encoder
 def skipped_and_whole(path: Path, frames: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Video, bool]:
     """The video, read alike with and without gaps that are skipped, and whether there were some."""
     whole_ones = []
-    decode = video_module._Source._whole
-    monkeypatch.setattr(video_module._Source, "_whole", lambda *a: whole_ones.append(1) or decode(*a))
-    monkeypatch.setattr(video_module, "GAP", 10**9)
+    decode = decoding.Decoder._whole
+    monkeypatch.setattr(decoding.Decoder, "_whole", lambda *a: whole_ones.append(1) or decode(*a))
+    monkeypatch.setattr(decoding, "GAP", 10**9)
     right = read(path, frames)
     assert whole_ones
     whole_ones.clear()
-    monkeypatch.setattr(video_module, "GAP", 8)
+    monkeypatch.setattr(decoding, "GAP", 8)
     video = read(path, frames)
     assert np.array_equal(video.frames, right.frames)
     assert np.array_equal(video.times, right.times)
@@ -617,8 +616,8 @@ def test_a_cut_film_is_skipped_through_alike(tmp_path: Path, monkeypatch: pytest
 def test_only_what_leads_to_the_frames_asked_for_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = film(tmp_path / "long.mp4", "libx264", b_frames=2, count=1500, size=(48, 32))
     decoded = []
-    decode = video_module._Source._decoded
-    monkeypatch.setattr(video_module._Source, "_decoded", lambda *a: decoded.append(1) or decode(*a))
+    decode = decoding.Decoder._decoded
+    monkeypatch.setattr(decoding.Decoder, "_decoded", lambda *a: decoded.append(1) or decode(*a))
     assert read(path, 4).indices.tolist() == [0, 499, 999, 1499]
     assert len(decoded) < 60
 

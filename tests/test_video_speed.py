@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vtprune.evals import bench_video
+from vtprune.evals.speed import bench_video
 
 
 def test_segments_against_the_cell_by_cell_form() -> None:

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 import vtprune
 from vtprune.cli import app
-from vtprune.evals import vit, vit_data
-from vtprune.evals.vit_search import search
+from vtprune.evals.accuracy import vit, vit_data
+from vtprune.evals.accuracy.vit_search import search
 from vtprune.types import UnsupportedModel
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import vtprune
 from vtprune import Visual
-from vtprune.evals import bench_kernels
+from vtprune.evals.speed import bench_kernels
 from vtprune.methods.in_vit import ssm_keep
 from vtprune.methods.in_vit.schedule import stepwise
 from vtprune.methods.in_vit.tome import match, per_block

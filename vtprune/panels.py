@@ -197,7 +197,7 @@ def film(units: Sequence[Kept]) -> list[Panel]:
     """A panel for every time step of a video's tokens, in order; `units` are its parts (all of it, or frames)."""
     found: list[Panel] = []
     for unit in units:
-        kept, merged = _flags(unit), gone(unit)
+        kept, merged = kept_of(unit), merged_of(unit)
         for span in rasters(unit):
             _, h, w = span.grid
             for stays, goes in zip(_cells(span, kept).flatten(1), _cells(span, merged).flatten(1)):
@@ -213,8 +213,9 @@ def segments(unit: Kept) -> list[int]:
         (span.start + i * (len(span) // span.grid[0]), span) for span in rasters(unit) for i in range(span.grid[0])
     ]
     step = torch.searchsorted(torch.tensor([start for start, _ in steps]), torch.arange(unit.n), right=True) - 1
-    gone = unit.into >= 0
-    first, last = torch.minimum(step[gone], step[unit.into[gone]]), torch.maximum(step[gone], step[unit.into[gone]])
+    lives = unit.into >= 0  # kept, or merged into a kept one
+    own, goal = step[lives], step[unit.into[lives]]
+    first, last = torch.minimum(own, goal), torch.maximum(own, goal)
     crossed = {t for a, b in zip(first.tolist(), last.tolist()) for t in range(a + 1, b + 1)}
     return [t for t in range(1, len(steps)) if t not in crossed] if crossed else []
 
@@ -226,23 +227,23 @@ def _cells(span: Span, kept: torch.Tensor) -> torch.Tensor:
     return flags.view(t, h, w + span.newline)[..., :w]
 
 
-def _flags(unit: Kept) -> torch.Tensor:
-    """[n] bool: kept."""
+def kept_of(unit: Kept) -> torch.Tensor:
+    """[n] bool: the tokens that were kept."""
     kept = torch.zeros(unit.n, dtype=torch.bool)
     kept[unit.idx] = True
     return kept
 
 
-def gone(unit: Kept) -> torch.Tensor:
-    """[n] bool: merged into a kept token."""
-    kept = _flags(unit)
+def merged_of(unit: Kept) -> torch.Tensor:
+    """[n] bool: the tokens that were merged into a kept one."""
+    kept = kept_of(unit)
     return torch.zeros_like(kept) if unit.into is None else (unit.into >= 0) & ~kept
 
 
 def _raster(span: Span, unit: Kept, title: str) -> Panel:
     # A still image seen as several frames (Qwen repeats it) shows a cell as kept if any frame keeps it.
     _, h, w = span.grid
-    kept, merged = (_cells(span, flags).any(0).flatten().tolist() for flags in (_flags(unit), gone(unit)))
+    kept, merged = (_cells(span, flags).any(0).flatten().tolist() for flags in (kept_of(unit), merged_of(unit)))
     return Panel(title or f"{h} x {w}", h, w, kept, merged=merged)
 
 
@@ -253,7 +254,7 @@ def _tiled(spans: Sequence[Span], unit: Kept, rows: int, cols: int) -> Panel:
         crops = torch.stack([_cells(s, flags).any(0) for s in spans]).view(rows, cols, h, w)
         return crops.transpose(1, 2).flatten().tolist()
 
-    kept, merged = whole(_flags(unit)), whole(gone(unit))
+    kept, merged = whole(kept_of(unit)), whole(merged_of(unit))
     return Panel(f"{rows} x {cols} crops", rows * h, cols * w, kept, (rows, cols), merged)
 
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from vtprune.panels import (
     Kept,
     Panel,
     film,
-    gone,
     joined,
     kept_units,
+    merged_of,
     panels,
     rasters,
     record,
@@ -25,9 +26,6 @@ from vtprune.panels import (
     tile_grid,
 )
 from vtprune.places import Box
-
-if TYPE_CHECKING:
-    from vtprune.evals.video import Video
 
 __all__ = [
     "Kept", "Panel", "contact_sheet", "draw", "draw_groups", "film", "joined", "kept_units", "overlay", "panels",
@@ -43,16 +41,19 @@ GAP = 10
 TITLE = 22
 
 
-def __getattr__(name: str) -> Any:
-    """`gallery` and `film_gallery` by their old path: they ask a model, so they stand in `vtprune.evals.pictures`."""
-    if name in ("gallery", "film_gallery"):
-        from vtprune.evals import pictures
+class Film(Protocol):
+    """A clip, such as `vtprune.evals.video.Video`."""
 
-        return getattr(pictures, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    @property
+    def frames(self) -> NDArray[np.uint8]:
+        """uint8 [T, height, width, 3]."""
+
+    @property
+    def times(self) -> NDArray[np.float64]:
+        """float64 [T]: seconds at which each frame comes on screen."""
 
 
-def contact_sheet(video: Video, units: Sequence[Kept], title: str, side: int = 168, columns: int = 8) -> Image.Image:
+def contact_sheet(video: Film, units: Sequence[Kept], title: str, side: int = 168, columns: int = 8) -> Image.Image:
     """Every time step of a video's tokens over the frame in its middle: kept bright, merged half faded, lost faded.
 
     A thick bar before a frame: a new segment, where no token was merged from one side to the other.
@@ -168,7 +169,7 @@ def overlay(image: Image.Image, unit: Kept, title: str, places: Sequence[Box] | 
     """
     parts = panels(unit, image.width / image.height, places)
     drawn = [(draw(image, p), p.title if len(parts) > 1 else "") for p in parts]
-    merged = int(gone(unit).sum())
+    merged = int(merged_of(unit).sum())
     more = f", {merged} merged into them" if merged else ""
     inside = [edges[0] > 0.01 or edges[-1] < 0.99 for part in parts for edges in part.edges()]
     more += "; the model saw what is inside the line" if any(inside) else ""

@@ -2,7 +2,7 @@
 
 Two limits stand beside every speed-up. Roofline: every kernel at the measured peak of the processor. Stack: this very
 software with an LLM prefill that costs no more than a forward pass of one token, which is what launches and Python
-leave. What the numbers mean: speed.py.
+leave. What the numbers mean: the notes in `tables`.
 """
 
 from __future__ import annotations

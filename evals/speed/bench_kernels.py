@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vtprune.compact import Compaction
+from vtprune.evals.speed.meter import one_thread
 from vtprune.kernels import Compacted, compact, merge, use
 
 
@@ -36,9 +37,7 @@ def kernels(device: str = "cpu") -> list[dict[str, Any]]:
 
 def merge_against_loop(n: int = 6272, d: int = 896, k: int = 627, repeats: int = 9) -> dict[str, Any]:
     """One CPU core: an image's n features merged into k, against a Python loop over its tokens."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         x, src, dst, w = _clusters(n, d, k)
         pairs = list(zip(src.tolist(), dst.tolist(), w.tolist()))
 
@@ -50,8 +49,6 @@ def merge_against_loop(n: int = 6272, d: int = 896, k: int = 627, repeats: int =
 
         same = torch.allclose(merge(x, src, dst, w, k), loop(), rtol=1e-5, atol=1e-5)
         ours, theirs = _race(lambda: merge(x, src, dst, w, k), loop, repeats, _host_seconds)
-    finally:
-        torch.set_num_threads(threads)
     return _row("merge", "Python loop over tokens", same, ours, theirs, n=n, d=d, k=k, device="cpu", threads=1)
 
 
@@ -78,9 +75,7 @@ def tome_against_scatter(
     """
     from vtprune.methods.in_vit.tome import match
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         g = torch.Generator().manual_seed(0)
         x, metric = torch.randn(batch, n, c, generator=g), torch.randn(batch, n, d, generator=g)
         size = torch.randint(1, 4, (batch, n), generator=g).float()
@@ -99,8 +94,6 @@ def tome_against_scatter(
             repeats,
             _best_of_ten,
         )
-    finally:
-        torch.set_num_threads(threads)
     shape: dict[str, Any] = {"batch": batch, "n": n, "d": c, "k": r, "device": "cpu", "threads": 1}
     return [
         _row("tome merging", "scatter form", same, *merging, **shape),

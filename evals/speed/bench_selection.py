@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtprune.evals.speed.meter import best_in_turns, one_thread
 from vtprune.kernels import deferring, farthest_point, use
 from vtprune.kernels.farthest_point import reference
 
@@ -62,18 +62,20 @@ def measure(n: int = 2880, k: int = 320, d: int = 256, repeats: int = 7) -> dict
     """
     x = _rows(n, d)
     unit = torch.nn.functional.normalize(x, dim=1)
-    with _one_thread():
+    with one_thread():
         gram = reference.fill_gram(unit, torch.empty(n, n))
         distance, first = 1.0 - gram, reference.most_isolated(unit)
         gram.fill_diagonal_(torch.inf)
-        (loop, loop_rival), loops = _race(
+        (loop, loop_rival), loops = best_in_turns(
             [
                 lambda: reference.greedy(gram[None], first[None], k, "maxmin")[0],
                 lambda: rival_loop(distance, first, k),
             ],
             repeats,
         )
-        (whole, whole_rival), wholes = _race([lambda: farthest_point([x], [k])[0], lambda: rival(x, k)], repeats)
+        (whole, whole_rival), wholes = best_in_turns(
+            [lambda: farthest_point([x], [k])[0], lambda: rival(x, k)], repeats
+        )
     return {
         "n": n,
         "k": k,
@@ -99,8 +101,8 @@ def overhead(n: int = 2880, k: int = 320, d: int = 1024, repeats: int = 7) -> di
     """
     x = _rows(n, d)
     unit = torch.nn.functional.normalize(x, dim=1)
-    with _one_thread():
-        (full, half, whole), _ = _race(
+    with one_thread():
+        (full, half, whole), _ = best_in_turns(
             [
                 lambda: unit @ unit.T,
                 lambda: reference.fill_gram(unit, torch.empty(n, n)),
@@ -135,8 +137,8 @@ def batches(d: int = 256, repeats: int = 5) -> list[dict[str, Any]]:
         def singly(units: list[Tensor] = units, budgets: list[int] = budgets) -> Tensor:
             return torch.stack([farthest_point([x], [k])[0] for x, k in zip(units, budgets)])
 
-        with _one_thread():
-            (batch, single), picks = _race([together, singly], repeats)
+        with one_thread():
+            (batch, single), picks = best_in_turns([together, singly], repeats)
         row = {"problems": count, "n": n, "k": k, "d": d, "dtype": "float32", "threads": 1, "repeats": repeats}
         row |= {"batch_seconds": batch, "single_seconds": single, "batch_speedup": single / batch}
         rows.append(row | {"same_picks": torch.equal(*picks)})
@@ -202,31 +204,6 @@ def _events(forms: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
 
 def _rows(n: int, d: int) -> Tensor:
     return torch.randn(n, d, generator=torch.Generator().manual_seed(0))
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _race(forms: Sequence[Callable[[], Tensor]], repeats: int) -> tuple[list[float], list[Tensor]]:
-    """Best CPU seconds of each, run in turns so that all see the same machine, and the last results.
-
-    CPU time of one thread is wall time on an idle core, and does not count what other processes take.
-    """
-    best = [float("inf")] * len(forms)
-    results: list[Tensor] = [torch.empty(0)] * len(forms)
-    for _ in range(repeats):
-        for i, form in enumerate(forms):
-            start = time.thread_time()
-            results[i] = form()
-            best[i] = min(best[i], time.thread_time() - start)
-    return best, results
 
 
 def memory(n: int = 6272, k: int = 627, d: int = 256, mode: str = "low") -> dict[str, Any]:

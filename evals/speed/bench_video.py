@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtprune.evals.speed.bench_selection import _one_thread, _race
+from vtprune.evals.speed.meter import best_in_turns, one_thread
 from vtprune.methods.shared.segments import Segment, cut, run_lengths, still_places
 from vtprune.registry import create
 from vtprune.types import Visual
@@ -61,9 +61,9 @@ def segmentation(t: int = 256, p: int = 196, repeats: int = 5) -> dict[str, Any]
     """CPU seconds of both forms on one thread, best of `repeats` taken in turns."""
     unit = torch.nn.functional.normalize(clip(t, p, 16), dim=-1)
     same = (unit[1:] * unit[:-1]).sum(-1) > 0.8
-    with _one_thread():
+    with one_thread():
         forms = [lambda: torch.tensor(cut(still_places(run_lengths(same)))), lambda: torch.tensor(rival(same))]
-        (ours, theirs), found = _race(forms, repeats)
+        (ours, theirs), found = best_in_turns(forms, repeats)
     row: dict[str, Any] = {"frames": t, "places": p, "segments": len(found[0]), "threads": 1, "repeats": repeats}
     row |= {"seconds": ours, "rival_seconds": theirs, "speedup": theirs / ours}
     return row | {"same_segments": torch.equal(*found)}
@@ -79,8 +79,8 @@ def reduction(t: int = 64, p: int = 196, d: int = 896, keep: float = 0.15, repea
     method = create("holitom")
     seen = torch.rand(t * p, generator=torch.Generator().manual_seed(1))
     v = Visual(x, round(keep * t * p), grid=(t, 1, p), video=True, signals=dict.fromkeys(method.needs, seen))
-    with _one_thread(), torch.inference_mode():
-        (whole,), _ = _race([lambda: method(v).apply(x)], repeats)
+    with one_thread(), torch.inference_mode():
+        (whole,), _ = best_in_turns([lambda: method(v).apply(x)], repeats)
         layer = _layer_seconds(t * p + WORDS)
     row: dict[str, Any] = {
         "frames": t,

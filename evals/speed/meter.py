@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +26,32 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
     start = now(device)
     call()
     return now(device) - start
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """The block runs on one thread of the CPU."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def best_in_turns(forms: Sequence[Callable[[], Tensor]], repeats: int) -> tuple[list[float], list[Tensor]]:
+    """Best CPU seconds of each, run in turns so that all see the same machine, and the last results.
+
+    CPU time of one thread is wall time on an idle core, and does not count what other processes take.
+    """
+    best = [float("inf")] * len(forms)
+    results: list[Tensor] = [torch.empty(0)] * len(forms)
+    for _ in range(repeats):
+        for i, form in enumerate(forms):
+            start = time.thread_time()
+            results[i] = form()
+            best[i] = min(best[i], time.thread_time() - start)
+    return best, results
 
 
 class Phases:

@@ -22,6 +22,18 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
 
 
+def _turn(
+    q: Tensor, k: Tensor, rope: tuple[Tensor, Tensor] | None, part: slice, back: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The last positions q and all positions k [b, H, N, D] of a part of the batch, rotated by where they stand."""
+    if rope is None:
+        return q, k
+    cos, sin = rope[0][part, None], rope[1][part, None]
+    sin = -sin if back else sin
+    n = q.shape[2]
+    return _rotate(q, cos[:, :, -n:], sin[:, :, -n:]), _rotate(k, cos, sin)
+
+
 def _heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2).contiguous()
 
@@ -63,12 +75,7 @@ class Attention(torch.autograd.Function):
         scale = (q.shape[-1] // heads) ** -0.5
         for part in _parts(k.shape[1], len(q)):
             qh, kh, vh = (_heads(t[part], heads) for t in (q, k, v))
-            if rope is not None:
-                cos, sin = rope[0][part, None], rope[1][part, None]
-                qh, kh = (
-                    _rotate(qh, cos[:, :, -q.shape[1] :], sin[:, :, -q.shape[1] :]),
-                    _rotate(kh, cos, sin),
-                )
+            qh, kh = _turn(qh, kh, rope, part)
             qh = qh * scale
             for i, (rows, columns) in enumerate(_rows(q, k, biases)):
                 scores = qh[:, :, rows] @ kh[:, :, columns].transpose(-1, -2)
@@ -90,12 +97,7 @@ class Attention(torch.autograd.Function):
         for part in _parts(k.shape[1], len(q)):
             qh, kh, vh, gh = (_heads(t[part], heads) for t in (q, k, v, grad))
             inner = (gh * _heads(out[part], heads)).sum(-1, keepdim=True)
-            if rope is not None:
-                cos, sin = rope[0][part, None], rope[1][part, None]
-                qh, kh = (
-                    _rotate(qh, cos[:, :, -q.shape[1] :], sin[:, :, -q.shape[1] :]),
-                    _rotate(kh, cos, sin),
-                )
+            qh, kh = _turn(qh, kh, rope, part)
             dqh, dkh, dvh = torch.empty_like(qh), torch.zeros_like(kh), torch.zeros_like(vh)
             for rows, columns in _rows(q, k, biases):
                 p, g = next(used), gh[:, :, rows]
@@ -104,11 +106,7 @@ class Attention(torch.autograd.Function):
                 ds = ds.sub_(inner[:, :, rows]).mul_(p)
                 dqh[:, :, rows] = ds @ kh[:, :, columns]
                 dkh[:, :, columns] += ds.transpose(-1, -2) @ qh[:, :, rows]
-            if rope is not None:  # the inverse rotation
-                dqh, dkh = (
-                    _rotate(dqh, cos[:, :, -q.shape[1] :], -sin[:, :, -q.shape[1] :]),
-                    _rotate(dkh, cos, -sin),
-                )
+            dqh, dkh = _turn(dqh, dkh, rope, part, back=True)
             for full, head in ((dq, dqh * scale), (dk, dkh * scale), (dv, dvh)):
                 full[part] = head.transpose(1, 2).flatten(2)
         return dq, dk, dv, None, None, None

@@ -5,10 +5,9 @@ from __future__ import annotations
 import typer
 
 from vtprune.cli import bench, demo, evaluate, methods, show, train
-from vtprune.cli.models import load as _load
 from vtprune.cli.options import parse_keep, parse_keeps
 
-__all__ = ["_load", "app", "parse_keep", "parse_keeps"]
+__all__ = ["app", "parse_keep", "parse_keeps"]
 
 app = typer.Typer(
     help="Prune the visual tokens of Hugging Face vision-language models.",

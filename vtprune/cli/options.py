@@ -8,34 +8,16 @@ from typing import Annotated
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-
-
 Keep = Annotated[list[str] | None, typer.Option("--keep", help="0.25 or 25% (share), 64 (tokens); repeat for several.")]
-
-
 Methods = Annotated[
     list[str] | None, typer.Option("--method", help="A name, or name:option=value,option=value; repeat for several.")
 ]
-
-
 Model = Annotated[str | None, typer.Option(help="Path or hub id; without it the embedded toy model.")]
-
-
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one, unless said otherwise.")]
-
-
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
-
-
 Batch = Annotated[int, typer.Option(min=1, help="Samples run together.")]
-
-
 Limit = Annotated[int, typer.Option(min=2, help="Questions of each capability.")]
-
-
 Out = Annotated[Path, typer.Option(help="Folder to write to.")]
-
-
 Clips = Annotated[bool, typer.Option("--video", help="Clips and the embedded model that watches them.")]
 
 

@@ -51,16 +51,7 @@ def show(
     name, options = parse_method(method)
     rule, budget = vtprune.create(name, **options), parse_keep(keep)
     writable(out)
-    subject: Any
-    notes: list[str] = []
-    if video is not None:
-        from vtprune.evals.video import read
-
-        subject = read(video, frames)
-    else:
-        from vtprune import pictures
-
-        subject, notes = pictures.read(cast(Path, image))
+    subject, notes = _read(image, video, frames)
     loaded, processor = models.load(model, device, dtype, video is not None)
     asked = [question or f"how many shapes {'are there' if video is None else 'appear'} ?"]
     units = drawing.record(loaded, prepare(loaded, processor, asked, [subject]), rule, budget)
@@ -72,15 +63,32 @@ def show(
     else:
         sheet = drawing.contact_sheet(subject, units, title)
     sheet.save(out)
-    kept, total = sum(len(unit.idx) for unit in units), sum(unit.n for unit in units)
+    starts = [sum(unit.n for unit in units[:i]) for i in range(len(units))]
+    tokens = [start + i for start, unit in zip(starts, units) for i in unit.idx.tolist()]
+    total = sum(unit.n for unit in units)
+    told = {"file": str(out), "visual_tokens": total, "kept": tokens, "notes": notes}
+    _tell(told, f"{method} kept {len(tokens)} of {total} visual tokens; wrote {out}", image, as_json)
+
+
+def _read(image: Path | None, video: Path | None, frames: int) -> tuple[Any, list[str]]:
+    """The picture or the clip, and what was done to it that a reader should know."""
+    if video is not None:
+        from vtprune.evals.video import read
+
+        return read(video, frames), []
+    from vtprune import pictures
+
+    return pictures.read(cast(Path, image))
+
+
+def _tell(told: dict[str, Any], summary: str, image: Path | None, as_json: bool) -> None:
+    """Print the result as JSON, or the notes on the picture and a summary."""
     if as_json:
-        starts = [sum(unit.n for unit in units[:i]) for i in range(len(units))]
-        tokens = [start + i for start, unit in zip(starts, units) for i in unit.idx.tolist()]
-        typer.echo(json.dumps({"file": str(out), "visual_tokens": total, "kept": tokens, "notes": notes}))
-    else:
-        for note in notes:
-            typer.echo(f"{image}: {note}")
-        typer.echo(f"{method} kept {kept} of {total} visual tokens; wrote {out}")
+        typer.echo(json.dumps(told))
+        return
+    for note in told["notes"]:
+        typer.echo(f"{image}: {note}")
+    typer.echo(summary)
 
 
 def _show_vit(image: Path, method: str, keep: str, weights: Path, device: str, out: Path, as_json: bool) -> None:
@@ -109,10 +117,5 @@ def _show_vit(image: Path, method: str, keep: str, weights: Path, device: str, o
     patches = slots[last.prefix :]
     draw_groups(picture, patches, (side, side), f"{method} at {keep}").save(out)
     kept = len(set(patches.tolist()) - {-1})
-    if as_json:
-        told = {"file": str(out), "patches": len(patches), "kept": kept, "slots": patches.tolist(), "notes": notes}
-        typer.echo(json.dumps(told))
-    else:
-        for note in notes:
-            typer.echo(f"{image}: {note}")
-        typer.echo(f"{method} made {kept} tokens of {len(patches)} patches; wrote {out}")
+    told = {"file": str(out), "patches": len(patches), "kept": kept, "slots": patches.tolist(), "notes": notes}
+    _tell(told, f"{method} made {kept} tokens of {len(patches)} patches; wrote {out}", image, as_json)

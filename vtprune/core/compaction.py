@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +62,16 @@ class Compaction:
         size = list(x.shape)
         size[dim] = self.n
         return x.gather(dim, index.view(shape).expand(size))
+
+    def cut_all(self, value: Any) -> Any:
+        """Position ids ([.., B, L]) or rotary embeddings ([.., B, L, d], in tuples or dicts) of a layer, shortened."""
+        if isinstance(value, tuple):
+            return tuple(self.cut_all(v) for v in value)
+        if isinstance(value, dict):
+            return {k: self.cut_all(v) for k, v in value.items()}
+        if not isinstance(value, Tensor):
+            return value
+        return self.cut(value, -2 if value.is_floating_point() else -1)
 
     def restore(self, h: Tensor) -> Tensor:
         """[B, n, ...] -> [B, L, ...]: every original position gets the state that answers for it."""

@@ -21,11 +21,10 @@ from .compaction import Compaction
 from .method import Stage, Where
 from .result import UnitResult, joined_by_row
 from .signal import Signal
-from .units import TokenGroup, Unit, groups, joined_spans, tokens_of
+from .units import TokenGroup, Unit, UnitLayout, groups, layout_of
 from .visual import Assignment, Visual
 
 Members = list[TokenGroup]
-Tokens = tuple[Tensor, "Tensor | None"]  # as of `tokens_of`
 # (stage, members of a unit, their slots, the order that makes their positions ascend or None) -> what `Visual` carries
 ReadSignals = Callable[[Stage, Members, Tensor, "Tensor | None"], dict[Signal, Tensor]]
 # A merge in a row: the slots of a unit's tokens when a stage saw them, and the answer.
@@ -125,11 +124,11 @@ def run_stage(
     state.groups, units = groups(state.groups, stage, clips)
     budgets = budgets_of(stage, units, len(state.counts))
     todo = [i for i, unit in enumerate(units) if _shrinks(unit, budgets[i])]
-    tokens = [tokens_of(units[i]) for i in todo]
-    views = [_visual(state, number, stage, units[i], at, budgets[i], signals) for i, at in zip(todo, tokens)]
+    layouts = [layout_of(units[i]) for i in todo]
+    views = [_visual(state, number, stage, units[i], at, budgets[i], signals) for i, at in zip(todo, layouts)]
     answers = ask_method(state, stage, views) if views else []
     first, asked = len(state.results), []
-    for i, at, view, answer in zip(todo, tokens, views, answers):
+    for i, at, view, answer in zip(todo, layouts, views, answers):
         asked.append((units[i], _take(state, stage, units[i], at, view, answer)))
         state.note(view.state.get("note"))
     for unit in units if not asked else ():
@@ -180,14 +179,13 @@ def _visual(
     number: int,
     stage: Stage,
     unit: Members,
-    tokens: Tokens,
+    layout: UnitLayout,
     budget: int | None,
     signals: ReadSignals,
 ) -> Visual:
-    """What the method sees of a unit, whose tokens are as `tokens_of` says."""
+    """What the method sees of a unit."""
     row, one = unit[0].unit.row, unit[0] if len(unit) == 1 else None
-    grid, spans = (one.grid, one.spans) if one else (None, joined_spans(unit))
-    positions, order = tokens
+    positions, order, grid, spans = layout
     slots, hidden = state.slots(row, positions), state.hidden[row]
     if one and one.run and state.whole is None:
         start, length = one.run
@@ -227,10 +225,10 @@ def encoded_signals(stage: Stage, unit: Members, slots: Tensor, order: Tensor | 
 
 
 def _take(
-    state: PromptState, stage: Stage, unit: Members, tokens: Tokens, view: Visual, answer: Assignment
+    state: PromptState, stage: Stage, unit: Members, layout: UnitLayout, view: Visual, answer: Assignment
 ) -> UnitResult:
     """Write down an answer: merged states, the result, and what is left of each member."""
-    first, (positions, order) = unit[0], tokens
+    first, positions, order = unit[0], layout.positions, layout.order
     if answer.src is not None:
         row = first.unit.row
         with recording(state.kernels):
@@ -256,14 +254,13 @@ def _take(
 
 def take_whole(state: PromptState, stage: Stage, unit: Members, where: Where | None = None) -> None:
     """Note a unit that keeps all it has, of which the method is not asked."""
-    first, one = unit[0], unit[0] if len(unit) == 1 else None
-    positions = tokens_of(unit)[0]
-    idx = torch.arange(len(positions), device=positions.device)
+    first, layout = unit[0], layout_of(unit)
+    idx = torch.arange(len(layout.positions), device=layout.positions.device)
     state.results.append(
         UnitResult(
             first.unit.row, first.image, first.part, first.unit.modality, stage.method.name,
-            stage.where if where is None else where, len(idx), positions, idx, None, None,
-            one.spans if one else joined_spans(unit), one.grid if one else None, Assignment(idx), positions,
+            stage.where if where is None else where, len(idx), layout.positions, idx, None, None,
+            layout.spans, layout.grid, Assignment(idx), layout.positions,
         )
     )  # fmt: skip
 

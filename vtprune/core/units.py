@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -256,6 +257,22 @@ def joined_spans(group: Sequence[TokenGroup]) -> tuple[Span, ...]:
         spans += [replace(span, start=span.start + start) for span in a.spans]
         start += a.total
     return tuple(spans)
+
+
+class UnitLayout(NamedTuple):
+    """Where the tokens of a unit stand, and their rasters: `tokens_of`, `TokenGroup.grid` and `joined_spans`."""
+
+    positions: Tensor
+    order: Tensor | None
+    grid: tuple[int, int, int] | None
+    spans: tuple[Span, ...]
+
+
+def layout_of(group: Sequence[TokenGroup]) -> UnitLayout:
+    """The layout of a unit."""
+    if len(group) == 1:
+        return UnitLayout(group[0].positions, None, group[0].grid, group[0].spans)
+    return UnitLayout(*tokens_of(group), None, joined_spans(group))
 
 
 def kept_by_crop(spans: tuple[Span, ...], n: int, idx: Tensor) -> list[int]:

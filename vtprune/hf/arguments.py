@@ -187,32 +187,26 @@ def cut_layer_call(prefill: Prefill, layer: int, call: dict[str, Any]) -> None:
     """Give a layer behind a stage the mask and positions of the tokens that are left."""
     cut = prefill.inner
     assert cut is not None
-    for name in ("position_embeddings", "position_ids"):
-        if name in call:
-            call[name] = _once(prefill, call[name], lambda value: cut_any(value, cut))
+    placed = {name: call[name] for name in ("position_embeddings", "position_ids") if name in call}
+    call.update(_once(prefill, placed, cut.cut_all))
     mask = call.get("attention_mask")
     if mask is not None:
-        call["attention_mask"] = _once(prefill, mask, lambda value: _cut_mask(prefill, cut, value, layer))
+        made = _once(
+            prefill,
+            {"attention_mask": mask},
+            lambda found: {name: _cut_mask(prefill, cut, value, layer) for name, value in found.items()},
+        )
+        call.update(made)
     elif cut.valid is not None and prefill.plan.layer_types[layer] == LINEAR:
         call["attention_mask"] = cut.valid
     elif cut.valid is not None:
         call["attention_mask"] = causal_mask(prefill, layer)
 
 
-def _once(prefill: Prefill, value: Any, cut: Callable[[Any], Any]) -> Any:
-    """Layers share their arguments: cut each object once per stage (and keep it alive while its id is a key)."""
-    key = (id(value), len(prefill.prompt.results))
+def _once(prefill: Prefill, values: dict[str, Any], cut: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """Layers share their arguments: cut the same objects once per stage (and keep them alive while ids are a key)."""
+    key = (*map(id, values.values()), len(prefill.prompt.results))
     if key not in prefill.memo:
-        prefill.memo[key] = (value, cut(value))
-    return prefill.memo[key][1]
-
-
-def cut_any(value: Any, cut: Compaction) -> Any:
-    """Position ids ([.., B, L]) or rotary embeddings ([.., B, L, d], in tuples or dicts) of a layer."""
-    if isinstance(value, tuple):
-        return tuple(cut_any(v, cut) for v in value)
-    if isinstance(value, dict):
-        return {k: cut_any(v, cut) for k, v in value.items()}
-    if not torch.is_tensor(value):
-        return value
-    return cut.cut(value, -2 if value.is_floating_point() else -1)
+        prefill.memo[key] = (values, cut(values))
+    found: dict[str, Any] = prefill.memo[key][1]
+    return found

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import UnsupportedCall, UnsupportedModel
-from ..core.masks import bias_of
 from ..kernels import attention_rows, full_precision
 from ..model_adapters.attention_interface import interface_of
-from ..signals import MASKED, LayerAttention, kind_of
+from ..signals import MASKED, LayerAttention, bias_of, kind_of
 
 Reader = Callable[[nn.Module, Tensor, Tensor, Tensor, "Tensor | None", float], None]
 # out [B, M, H, d], heads (as `HEADS`), then as a reader -> what the module is given in place of out
@@ -29,6 +28,10 @@ Change = Callable[[Tensor, "Tensor | None", nn.Module, Tensor, Tensor, Tensor, "
 HEADS = "vtprune_heads"  # argument of a decoder layer, for its probe: [B, H] bool, the query heads that speak
 # Arguments by which some attention functions change the logits beyond scaling and mask.
 LOGIT_CHANGES = ("softcap", "s_aux", "position_bias")
+
+
+class DryRunDone(Exception):
+    """Ends a layer's forward once its queries and keys are known."""
 
 
 def probe(module: nn.Module, reader: Reader, before: bool = False) -> Callable[[], None]:
@@ -232,7 +235,7 @@ def _show(
     with torch.no_grad(), full_precision(q.device):
         scaling = kwargs.get("scaling")
         scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
-        for queries, keys, values, seen in _products(installed, module, q, k, v, mask, kwargs):
+        for queries, keys, values, seen in list(_products(installed, module, q, k, v, mask, kwargs)):
             for reader in readers:
                 reader(module, queries.detach(), keys.detach(), values.detach(), seen, scaling)
 

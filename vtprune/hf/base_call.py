@@ -13,7 +13,7 @@ from ..core.result import Last
 from ..model_adapters.entries import Features
 from . import cache as kv
 from . import packed
-from .checks import check_call, check_guesses, check_tracers
+from .checks import check_call, check_guesses
 from .past import with_past_mask
 from .prefill import Prefill
 
@@ -39,9 +39,9 @@ def begin_base_call(
     if tokens is not None and tokens.shape[1] > 1:  # decode steps leave here: nothing to prune
         given, attention = adapter.given(call), adapter.attention()
         kinds = adapter.visual_code(call, given) if given or not ids else None
-        check_call(patch, call, bool(given), attention)
+        check_call(patch, call, tokens, bool(given), attention)
         if kinds is not None:
-            call = _begin_prefill(patch, call, tokens, kinds, given)
+            call = _begin_prefill(patch, call, kinds, given)
         elif not ids:
             _without_places(patch, call)
     if patch.plan.masks_in_base:
@@ -65,12 +65,9 @@ def _may_hold_samples(call: dict[str, Any]) -> bool:
     return bool(told) or (mask is not None and not (torch.is_tensor(mask) and mask.dim() == 2))
 
 
-def _begin_prefill(
-    patch: Patch, call: dict[str, Any], tokens: Tensor, kinds: Tensor, given: list[str]
-) -> dict[str, Any]:
+def _begin_prefill(patch: Patch, call: dict[str, Any], kinds: Tensor, given: list[str]) -> dict[str, Any]:
     """Start to prune this prompt, whose tokens are of the kinds [B, L]; the call that goes on."""
     local, keeps_all = patch.local, patch.plan.keeps_all
-    check_tracers(tokens)
     if not keeps_all and _may_hold_samples(call):
         call, kinds = _unpack(patch, call, kinds)
     local.features = _brought(patch, call, given)

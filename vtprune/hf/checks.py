@@ -221,14 +221,17 @@ def _way_out(plan: Plan, stage: Stage) -> str:
 # -- in a call --------------------------------------------------------------------------------------------------------
 
 
-def check_call(patch: Patch, call: dict[str, Any], features: bool, attention: str) -> None:
-    """Refuse caches that cannot hold a pruned prompt.
+def check_call(patch: Patch, call: dict[str, Any], tokens: Tensor, features: bool, attention: str) -> None:
+    """Refuse recordings, and caches that cannot hold a pruned prompt.
 
-    features: the call carries pixels or encoded features. attention: the implementation of the text model.
+    tokens: ids or embeddings of the call. features: the call carries pixels or encoded features. attention: the
+    implementation of the text model.
     """
     from transformers.cache_utils import Cache, EncoderDecoderCache
 
     cache = call.get(kv.NAME)
+    if features:
+        _check_tracers(tokens)
     paged = "paged" in attention or (cache is not None and not isinstance(cache, Cache))
     if paged and features:
         raise UnsupportedCall(
@@ -332,7 +335,7 @@ def check_room(prefill: Prefill, cache: Any) -> None:
         )
 
 
-def check_tracers(tokens: Tensor) -> None:
+def _check_tracers(tokens: Tensor) -> None:
     """Refuse a call that is recorded to be run again on other inputs, which would keep its picks."""
     from torch._C._functorch import TransformType, get_interpreter_stack
     from torch._subclasses.fake_tensor import FakeTensor

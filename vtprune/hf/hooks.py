@@ -5,9 +5,7 @@ Each is a function of the patch, which `functools.partial` binds: a copied model
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,41 +14,17 @@ from ..core.errors import UnsupportedCall, UnsupportedModel
 from . import cache as kv
 from . import decode
 from .arguments import cut_features, cut_layer_call, cut_text_call
-from .attention_probe import HEADS
+from .attention_probe import HEADS, DryRunDone
 from .checks import check_cache_of_past, check_checkpointing, check_features, check_guesses, check_room
-from .compilers import outside
+from .compilers import untraced_while_pruning
 from .layers import run_layer
-from .llm_signals import read_embeddings
 from .past import ReadOnlyCache, set_layer_mask, with_past_mask, with_position_offset
 from .prefill import Prefill, keep_all, open_prompt, replaced, report, run_before_llm
+from .readers import read_embeddings
 from .remember import shrink_cache
 
 if TYPE_CHECKING:
     from .session import Patch
-
-
-Hook = TypeVar("Hook", bound=Callable[..., Any])
-
-
-def untraced_while_pruning(hook: Hook) -> Hook:
-    """The function of a patch, which a compiler does not trace while this thread prunes a prompt."""
-    plain = outside(hook)
-
-    @wraps(hook)
-    def chosen(patch: Patch, *args: Any, **kwargs: Any) -> Any:
-        return plain(patch, *args, **kwargs) if patch.local.prefill is not None else hook(patch, *args, **kwargs)
-
-    return cast(Hook, chosen)
-
-
-class DryRunDone(Exception):
-    """Ends a layer's forward once its queries and keys are known."""
-
-
-def acting(patch: Patch) -> Prefill | None:
-    """The prefill whose stages act and read signals by now; none where all tokens stay."""
-    prefill = patch.local.prefill
-    return prefill if prefill is not None and prefill.acting else None
 
 
 # -- the text model ---------------------------------------------------------------------------------------------------
@@ -105,11 +79,11 @@ def _open_step(patch: Patch, cache: Any, call: dict[str, Any]) -> None:
 
 def _prune(patch: Patch, prefill: Prefill, call: dict[str, Any], elsewhere: list[str]) -> dict[str, Any]:
     """Run the stages before the LLM; the text model's call with what they left."""
-    if patch.plan.inside:
+    if patch.plan.inside and patch.adapter.text.training:
         check_checkpointing(patch.adapter, patch.plan)
     if elsewhere:
         check_features(patch.plan, elsewhere)
-    if run_before_llm(prefill):
+    if (patch.plan.before or patch.plan.in_tower) and run_before_llm(prefill):
         call = cut_text_call(prefill, call)
     if patch.plan.of_words:
         read_embeddings(prefill, patch.plan.of_words, call["inputs_embeds"])
@@ -171,7 +145,8 @@ def _close_step(patch: Patch, step: decode.DecodeStep, output: Any) -> Any:
 def before_layer(patch: Patch, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The arguments of layer i: what its stages left, and masks and positions of what this layer stores."""
     local, plan = patch.local, patch.plan
-    prefill, step = acting(patch), local.step
+    prefill, step = local.prefill, local.step
+    prefill = prefill if prefill is not None and prefill.acting else None
     hidden = args[0] if args else kwargs["hidden_states"]
     if prefill is None and step is None and hidden.shape[1] == 1 and kwargs.get("attention_mask") is None:
         held = kv.state(kv.renamed(kwargs).get(kv.NAME), i)

@@ -15,7 +15,6 @@ from ..core.signal import Signal
 from ..signals import kind_of
 from .arguments import note_lengths
 from .heads import run_heads
-from .plan import layer_of
 from .prefill import Prefill, clips_of
 from .remember import remember, remembered
 from .slots import real_slots, text_behind
@@ -49,7 +48,8 @@ def _run_stages(prefill: Prefill, i: int, hidden: Tensor, ids: Tensor | None) ->
         if stage.method.of == "heads":
             run_heads(prefill, number, stage)
         else:
-            run_stage(state, number, stage, clips_of(prefill, stage), partial(_signals, prefill))
+            clips = clips_of(prefill, stage) if stage.per == "sample" else None
+            run_stage(state, number, stage, clips, partial(_signals, prefill))
     if sum(state.counts) == count:
         return hidden
     state.cut()
@@ -77,7 +77,8 @@ def _signals(
         if need.kind in readings.words:
             found[need] = readings.words[need.kind][row]
             continue
-        rows = readings.rows[need.kind, layer_of(stage) + need.offset][row].index_select(0, slots)
+        layer: Any = stage.where + need.layer  # type: ignore[operator]  # both are ints inside the LLM
+        rows = readings.rows[need.kind, layer][row].index_select(0, slots)
         if rows.dim() > 1 and kind_of(need).per_word:
             rows = rows[..., : sum(length for _, length in text_behind(prefill, row))]
         found[need] = rows

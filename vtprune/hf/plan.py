@@ -27,7 +27,7 @@ class Plan:
     first_layer: the first decoder layer with a stage, or `depth`. first_hook: the first whose arguments are looked
         after. dry_run_layers: those whose own attention a stage that stands there reads, so that they run twice.
     tower_needs: signals that stages before the LLM read from the vision tower. of_words: those that stages inside the
-        LLM read from the embeddings. head_signals: those of heads that stages read, by kind.
+        LLM read from the embeddings. head_signals: those of heads that stages read.
     reweighing: methods that change attention; the checks let one through.
     by_clip: a stage compares the frames of a sample, so what stages see of a sample are its clips.
     renumber: a stage before the LLM or in the tower lowers the position ids of what it keeps.
@@ -51,7 +51,7 @@ class Plan:
     dry_run_layers: frozenset[int]
     tower_needs: frozenset[Signal]
     of_words: list[SignalKind]
-    head_signals: list[str]
+    head_signals: list[SignalKind]
     reweighing: list[Method]
     by_clip: bool
     renumber: bool
@@ -88,7 +88,7 @@ class Plan:
             dry_run_layers=frozenset(layer_of(s) for s in inside for need in s.method.needs if need.layer == 0),
             tower_needs=frozenset(need for s in before for need in s.method.needs),
             of_words=[kind for kind in dict.fromkeys(map(kind_of, needs)) if kind.source == "embeddings"],
-            head_signals=list(dict.fromkeys(n.kind for s in inside if s.method.of == "heads" for n in s.method.needs)),
+            head_signals=[kind for kind in dict.fromkeys(map(kind_of, needs)) if kind.source == "heads"],
             reweighing=reweighing,
             by_clip=any(s.per == "sample" and s.method.video for s in stages),
             renumber=any(s.compact for s in stages if not isinstance(s.where, int)),

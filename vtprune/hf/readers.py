@@ -1,23 +1,76 @@
-"""Readers inside the decoder: hooks and probes on the modules whose signals stages ask for."""
+"""Readers inside the decoder: what they put on the modules of its layers, and what they keep of the signals there.
+
+A signal is kept for the slots of this call (`vtprune.signals` has the formulas).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..core.clock import Clock
 from ..core.errors import UnsupportedModel
+from ..core.signal import SignalKind
+from ..core.units import arange_of, runs_of
+from ..kernels import recording
 from ..signals import LayerAttention, kind_of
-from .attention_probe import Reader, probe, probe_change, reweighed
+from .attention_probe import DryRunDone, Reader, probe, probe_change, reweighed
 from .checks import layers_read
-from .hooks import DryRunDone, acting, untraced_while_pruning
-from .llm_signals import PromptSlots, read_attention, read_heads, read_module, read_rope
+from .compilers import untraced_while_pruning
 from .plan import layer_of
+from .prefill import Prefill
+from .slots import prompt_slots, text_behind, visual_slots
 
 if TYPE_CHECKING:
     from .session import Patch
+
+
+@dataclass(frozen=True)
+class PromptSlots:
+    """What signals may ask of the prompt (`vtprune.signals.Prompt`)."""
+
+    prefill: Prefill
+
+    @property
+    def batch(self) -> int:
+        """How many rows the batch has."""
+        return len(self.prefill.token_kind_on_host)
+
+    def real(self) -> Tensor:
+        """[B, n] bool: which of the current slots hold tokens of the prompt, and so may be asked."""
+        return prompt_slots(self.prefill)
+
+    def last(self, n: int) -> Tensor:
+        """[B] int64 on the host: the slot of the last token of each row's prompt, of n."""
+        host = self.prefill.token_kind_on_host
+        if self.prefill.prompt.whole is not None:  # pads were dropped: rows end with a real token
+            return torch.full((len(host),), n - 1 - self.prefill.behind)
+        position = torch.arange(1, host.shape[1] + 1)
+        return ((host > 0) * position).amax(1) - 1
+
+    def visual(self) -> Tensor:
+        """[B, n] bool: which of the current slots hold visual tokens."""
+        return visual_slots(self.prefill)
+
+    def visual_slots(self, row: int) -> Tensor:
+        """[V] int64: current slots of the row's visual tokens."""
+        state = self.prefill.prompt
+        mine = [group.positions for group in state.groups if group.row == row]
+        return state.slots(row, torch.cat(mine)) if mine else state.keep.new_zeros(0, dtype=torch.int64)
+
+    def text_slots(self, row: int, device: torch.device) -> Tensor:
+        """[T] int64: current slots of the text behind the row's first visual token."""
+        return self.prefill.prompt.slots(row, arange_of(text_behind(self.prefill, row), device))
+
+    def text_is_seen(self, row: int) -> bool:
+        """False if no visual token stands behind the first token of that text."""
+        behind, seen = text_behind(self.prefill, row), runs_of(self.prefill.token_kind_on_host[row] > 1)
+        return bool(seen and behind) and behind[0][0] <= seen[-1][0]
 
 
 def install_readers(patch: Patch) -> None:
@@ -26,7 +79,7 @@ def install_readers(patch: Patch) -> None:
     for stage in plan.inside:
         for need in stage.method.needs:
             for layer in layers_read(need, layer_of(stage)):
-                key = (need.kind, layer, need.offset == 0)
+                key = (kind_of(need), layer, need.offset == 0)
                 if "prefill" in stage.method.phases and key not in seen:
                     seen.add(key)
                     _read(patch, *key)
@@ -39,9 +92,9 @@ def install_readers(patch: Patch) -> None:
         patch.announce(attention_of(module))
 
 
-def _read(patch: Patch, kind: str, i: int, dry: bool) -> None:
+def _read(patch: Patch, kind: SignalKind, i: int, dry: bool) -> None:
     """Put the reader of one signal on layer i; dry: it reads the layer's dry run, else its real one."""
-    layer, source = patch.adapter.layers[i], kind_of(kind).source
+    layer, source = patch.adapter.layers[i], kind.source
     if source == "rotary":
         hook = attention_of(layer).register_forward_pre_hook(partial(rope_reader, patch, kind, i), with_kwargs=True)
         patch.undo(hook.remove)
@@ -64,10 +117,16 @@ def _probe(patch: Patch, i: int, reader: Reader, before: bool = False) -> None:
 # -- what they do -----------------------------------------------------------------------------------------------------
 
 
+def _acting(patch: Patch) -> Prefill | None:
+    """The prefill whose stages read signals by now; none where all tokens stay."""
+    prefill = patch.local.prefill
+    return prefill if prefill is not None and prefill.acting else None
+
+
 @untraced_while_pruning
 def attention_reader(
     patch: Patch,
-    kind: str,
+    kind: SignalKind,
     layer: int,
     dry: bool,
     module: nn.Module,
@@ -78,9 +137,9 @@ def attention_reader(
     scaling: float,
 ) -> None:
     """Read one signal of a layer's attention product; dry: of its dry run, else of its real one."""
-    prefill = acting(patch)
+    prefill = _acting(patch)
     if prefill is not None and q.shape[2] > 1 and patch.local.dry_running == dry:
-        past, prompt = prefill.past_at(layer), PromptSlots(prefill)
+        past, prompt = prefill.past_at(layer) if prefill.past else 0, PromptSlots(prefill)
         read_attention(prefill, kind, layer, LayerAttention(q, k, v, mask, scaling, past, prompt))
 
 
@@ -108,7 +167,7 @@ def change_attention(
         out = reweighed(q, k, v, mask, scaling, method.reweigh)
     if heads is not None:
         out = out * heads.to(out.device)[:, None, :, None]
-    prefill = acting(patch)
+    prefill = _acting(patch)
     if prefill is not None and out.shape[1] > 1 and i < max(patch.plan.of_heads, default=0):
         with torch.no_grad():
             read_heads(prefill, patch.plan.head_signals, out)
@@ -117,10 +176,10 @@ def change_attention(
 
 @untraced_while_pruning
 def module_reader(
-    patch: Patch, kind: str, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    patch: Patch, kind: SignalKind, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
 ) -> None:
     """Read what a module of layer i makes of its input."""
-    prefill = acting(patch)
+    prefill = _acting(patch)
     before = args[0] if args else kwargs["hidden_states"]
     if prefill is not None and not patch.local.dry_running and before.shape[1] > 1:
         with torch.no_grad():
@@ -136,18 +195,58 @@ def stop_dry_run(patch: Patch, *_: Any) -> None:
 
 @untraced_while_pruning
 def rope_reader(
-    patch: Patch, kind: str, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    patch: Patch, kind: SignalKind, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """Read the rotary embeddings that a layer was given."""
-    prefill, rope = acting(patch), kwargs.get("position_embeddings")
+    prefill, rope = _acting(patch), kwargs.get("position_embeddings")
     if prefill is None or (args[0] if args else kwargs["hidden_states"]).shape[1] == 1:
         return
     if not isinstance(rope, tuple) or rope[0].dim() != 3:
         raise UnsupportedModel(
             f"{type(module).__name__} has no rotary embedding [B, n, d] of a single axis, which the signal "
-            f"{kind!r} divides out: choose a method or version without it"
+            f"{kind.name!r} divides out: choose a method or version without it"
         )
     read_rope(prefill, kind, layer, rope)
+
+
+# -- what is kept ------------------------------------------------------------------------------------------------------
+
+
+def read_attention(prefill: Prefill, kind: SignalKind, layer: int, attention: LayerAttention) -> None:
+    """Keep a signal of this layer's attention, [B, n, ...] for the slots of this call."""
+    rows, clock = prefill.readings.rows, Clock(attention.q.device)
+    with recording(prefill.prompt.kernels):
+        found = kind(attention)
+        before = rows.pop((kind.name, layer - 1), None) if kind.so_far else None  # read by now, if a stage stands here
+        rows[kind.name, layer] = found if before is None else found + before.to(found.device)
+    prefill.prompt.clocks.append(clock.stop())
+
+
+def read_module(prefill: Prefill, kind: SignalKind, layer: int, before: Tensor, after: Tensor) -> None:
+    """Add a signal of what one module of a layer does to its tokens, before and after [B, n, D]."""
+    rows, clock = prefill.readings.rows, Clock(before.device)
+    found = kind(before, after, prompt_slots(prefill).to(before.device))
+    rows[kind.name, layer] = rows[kind.name, layer] + found if (kind.name, layer) in rows else found
+    prefill.prompt.clocks.append(clock.stop())
+
+
+def read_rope(prefill: Prefill, kind: SignalKind, layer: int, rope: tuple[Tensor, Tensor]) -> None:
+    """Keep a signal of the rotary embeddings (cos, sin) [B or 1, n, d] that a layer was given."""
+    prefill.readings.rows[kind.name, layer] = kind(*rope, PromptSlots(prefill))
+
+
+def read_embeddings(prefill: Prefill, kinds: Iterable[SignalKind], x: Tensor) -> None:
+    """Keep signals of words: x [B, n, D] enters the first layer."""
+    for known in kinds:
+        prefill.readings.words[known.name] = known(x, PromptSlots(prefill))
+
+
+def read_heads(prefill: Prefill, kinds: Iterable[SignalKind], out: Tensor) -> None:
+    """Keep signals of what each head says in one layer: out [B, n, H, d], its output before the projection."""
+    real, heads = prompt_slots(prefill).to(out.device), prefill.readings.heads
+    for known in kinds:
+        found, before = known(out, real), heads.get(known.name) if known.so_far else None
+        heads[known.name] = found if before is None else before.to(out.device) + found
 
 
 # -- modules of a layer -----------------------------------------------------------------------------------------------

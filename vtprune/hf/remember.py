@@ -11,7 +11,6 @@ from torch import Tensor
 from ..core.errors import UnsupportedCall
 from ..core.method import Stage
 from . import cache as kv
-from .arguments import cut_any
 from .decode import DecodeSelection, pick
 from .prefill import Prefill
 
@@ -47,7 +46,7 @@ def _ropes(prefill: Prefill, rope: Any, slots: Tensor) -> tuple[Tensor, ...]:
             f"{prefill.adapter.model_type} hands its layers no rotary embeddings (cos, sin) of shape [.., B, n, d], "
             "so tokens cannot come back at decode: use a method that acts while the prompt is read"
         )
-    rope = rope if prefill.inner is None else cut_any(rope, prefill.inner)
+    rope = rope if prefill.inner is None else prefill.inner.cut_all(rope)
     return tuple(pick(x, slots) for x in rope)
 
 

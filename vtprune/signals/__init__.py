@@ -7,7 +7,7 @@ entry-point group "vtprune.signals".
 
 from ..core.signal import SignalKind
 from . import attention, prompt, text
-from .product import MASKED, ROWS, LayerAttention, Prompt
+from .product import MASKED, ROWS, LayerAttention, Prompt, bias_of
 from .row import kind_of, kinds, signal
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Prompt",
     "SignalKind",
     "attention",
+    "bias_of",
     "kind_of",
     "kinds",
     "prompt",

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UnsupportedCall
-from ..core.masks import bias_of
 from ..kernels import attention_received, attention_rows, to_device
 
 ROWS = 64  # softmax rows held at a time
@@ -151,6 +150,21 @@ class LayerAttention:
             )
             out[:, :end] += given[:, self.past :]
         return out
+
+
+def bias_of(mask: Tensor | None, slots: Tensor, queries: int, keys: int) -> Tensor:
+    """What masks the queries at slots [B, R] of all that there are, over so many keys: [B, 1 or H, R, keys].
+
+    mask: [.., queries, >= keys], or causal, with no mask or (flash attention) one [.., 1, keys] of what is no padding.
+    """
+    batch, count = slots.shape
+    if mask is not None and mask.shape[-2] == queries:
+        mask = mask[..., :keys].expand(batch, -1, -1, -1)
+        return mask.gather(2, slots[:, None, :, None].expand(batch, mask.shape[1], count, keys))
+    allowed = torch.arange(keys, device=slots.device) <= (slots + keys - queries)[:, :, None]
+    if mask is not None:
+        allowed = allowed & mask.reshape(batch, -1)[:, None, :keys].bool()
+    return allowed[:, None]
 
 
 def shown(mask: Tensor) -> Tensor:

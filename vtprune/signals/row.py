@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -44,6 +45,14 @@ def signal(
 def kind_of(wanted: Signal | str) -> SignalKind:
     """The row of a signal, or of its name; ValueError on a name that nobody registered, with those that are known."""
     return SIGNALS.get(wanted.kind if isinstance(wanted, Signal) else wanted)
+
+
+def _by_name(kind: SignalKind) -> tuple[Callable[[str], SignalKind], tuple[str]]:
+    return kind_of, (kind.name,)
+
+
+# The name of a function under `@signal` is that of its row, so neither could be pickled by its own name.
+copyreg.pickle(SignalKind, _by_name)
 
 
 def kinds() -> list[SignalKind]:

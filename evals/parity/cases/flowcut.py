@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,6 @@ from vtprune.evals.parity.registry import Arrays, case
 from vtprune.evals.parity.stock import Stored, run_base
 from vtprune.registry import create
 from vtprune.types import Visual
-
-if TYPE_CHECKING:
-    pass
 
 
 @case("flowcut_")

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtprune.evals.toys.alignment import pointing_loss
 from vtprune.evals.toys.image.model import VOCABULARY
 from vtprune.evals.toys.image.scenes import COLOR_NAMES, DIGIT_OWNER, GRID, PATCH, SHAPES, SIDE, Scene, place_words
 
@@ -162,13 +163,5 @@ def alignment_loss(visual: Tensor, embeddings: Tensor, labels: Labels, digits: b
     targets: dict[str, Any] = {name: labels.dense[name] - 1 for name in ("color", "shape", "digit")}
     targets["shape"] = targets["shape"].masked_fill(targets["shape"] == 3, -1)  # digits have no shape word
     targets |= {"side": labels.side, "half": labels.half}
-    total = visual.new_zeros((), dtype=torch.float32)
-    for name, words, weight in _ALIGN:
-        if name == "digit" and not digits:
-            continue
-        wanted = targets[name].flatten()
-        where = (wanted >= 0).nonzero()[:, 0]
-        if len(where):
-            logits = visual.flatten(0, 1)[where] @ embeddings[words].T
-            total = total + weight * F.cross_entropy(logits.float(), wanted[where])
-    return total
+    kinds = [(targets[name], words, weight) for name, words, weight in _ALIGN if digits or name != "digit"]
+    return pointing_loss(visual, embeddings, kinds)

@@ -179,5 +179,10 @@ def train(out: Path, *, resume: bool = True, seed: int = 0, scale: float = 1.0, 
     return run(Trainer(Path(out), seed, scale), resume, progress)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command line."""
     command(train, "Train the tiny LLaVA (about an hour on two CPU cores).")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtprune.evals.toys.alignment import pointing_loss
 from vtprune.evals.toys.image.scenes import SHAPES
 from vtprune.evals.toys.video.clips import COLOR_NAMES, GRID, MAX_EVENTS, SLOT, SLOTS, WAYS, Clip
 from vtprune.evals.toys.video.model import VOCABULARY
@@ -56,11 +57,4 @@ class Heads(nn.Module):
 
 def alignment_loss(visual: Tensor, embeddings: Tensor, labels: dict[str, Tensor]) -> Tensor:
     """Visual tokens [B, n, d] should point at the word embeddings that name what they show."""
-    total = visual.new_zeros((), dtype=torch.float32)
-    for name, words in _WORDS.items():
-        wanted = labels[name].flatten() - 1
-        where = (wanted >= 0).nonzero()[:, 0]
-        if len(where):
-            logits = visual.flatten(0, 1)[where] @ embeddings[words].T
-            total = total + F.cross_entropy(logits.float(), wanted[where])
-    return total
+    return pointing_loss(visual, embeddings, [(labels[name] - 1, words, 1.0) for name, words in _WORDS.items()])

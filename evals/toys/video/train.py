@@ -123,5 +123,10 @@ def train(out: Path, *, resume: bool = True, seed: int = 0, scale: float = 1.0, 
     return run(VideoTrainer(Path(out), seed, scale), resume, progress)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command line."""
     command(train, "Train the tiny Qwen2.5-VL (about an hour on one CPU core).")
+
+
+if __name__ == "__main__":
+    main()

@@ -16,19 +16,13 @@ from ...kernels import check_finite
 from ...registry import register_own as register
 from .. import best_first, budget_of, check_choices, select, signal_of
 from ..shared.recycling import kept_beside, means_of, recycle, recycled
+from .published import BEHIND, OF, PRESETS, PUBLISHED
 from .schedule import check_layers, pyramid
 
 Version = Literal["v1", "plus"]
 Order = Literal["positional", "official"]
 RELEVANCE, ROWS = Signal("relevance"), Signal("text_rows")
 HEADS, WEIGHT = Signal("text_rows_by_head"), Signal("rope_weight")
-BEHIND, OF = (2, 6, 15), 32  # the published layers, and the depth they are meant for
-PUBLISHED = 576  # visual tokens of the model the lists below were published for; here they only become shares
-# Visual tokens behind each of them, of those, by the published average; those of v1 with its merged tokens.
-PRESETS = {
-    "v1": {192: (309, 204, 113), 128: (312, 117, 39), 96: (249, 55, 27), 64: (82, 32, 18)},
-    "plus": {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)},
-}
 
 
 @register("sparsevlm", paper="https://arxiv.org/abs/2410.04417", seam="in_llm")

@@ -1,4 +1,4 @@
-"""PyramidDrop and TransPrune: schedules of stages that renumber positions."""
+"""Schedules of stages inside the language model that renumber positions, as PyramidDrop and TransPrune have them."""
 
 from __future__ import annotations
 
@@ -10,26 +10,11 @@ from torch import Tensor
 
 from vtprune import patch
 from vtprune.evals.parity.compare import agree, close, listed, real, same
-from vtprune.evals.parity.registry import Arrays, case
+from vtprune.evals.parity.registry import Arrays
 from vtprune.evals.parity.stock import llama_of, run_base, visual_of
 
 
-@case("pyramiddrop_")
-def pyramiddrop(arrays: Arrays, folder: Path) -> str:
-    """The stages of a stock LLaVA at the stored layers and shares: scores, tokens, ids, then one decode step."""
-    return _renumbering(arrays, folder, "pyramiddrop", {})
-
-
-@case("transprune_")
-def transprune(arrays: Arrays, folder: Path) -> str:
-    """As PyramidDrop, with transitions of the stored layers."""
-    layers = tuple(arrays["accumulating_layer_list"].tolist())
-    for i, stage in enumerate(arrays["layer_list"].tolist()):
-        agree(f"layers summed at stage {i}", sum(a <= stage for a in layers), len(arrays[f"stage{i}_ttv_list"]))
-    return _renumbering(arrays, folder, "transprune", {"accumulating": layers})
-
-
-def _renumbering(arrays: Arrays, folder: Path, method: str, options: dict[str, Any]) -> str:
+def renumbering(arrays: Arrays, folder: Path, method: str, options: dict[str, Any]) -> str:
     """A schedule of stages that renumber positions, against the stored run of its official code."""
     model, inputs = llama_of(arrays, folder)
     ids: list[Tensor] = []
