@@ -21,7 +21,7 @@ import vtprune
 from vtprune.core import prompt as prompts
 from vtprune.core import units
 from vtprune.hf import hooks, prefill
-from vtprune.kernels import deferring, use
+from vtprune.kernels import deferring, host, use
 from vtprune.model_adapters.generic import Features
 from vtprune.types import Signal, Span
 from vtprune.units import parts_of
@@ -100,7 +100,7 @@ def on_gpu(unit: vtprune.Visual) -> vtprune.Visual:
 def waits_of(method: vtprune.Method, monkeypatch: pytest.MonkeyPatch) -> Waits:
     """What a method makes the host wait for when it chooses for an image and a video."""
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)  # there is no driver to start
-    monkeypatch.setattr(checks, "Arriving", lambda flags: Pretended(torch.ones(flags.shape, dtype=torch.bool)))
+    monkeypatch.setattr(host, "HostCopy", lambda flags: Pretended(torch.ones(flags.shape, dtype=torch.bool)))
     units = [visual(30, 7, 1, grid=(1, 5, 6)), visual(60, 11, 2, grid=(4, 3, 5))]
     waits = Waits()
     with FakeTensorMode(allow_non_fake_inputs=True), use("reference"), deferring():

@@ -1,6 +1,6 @@
-"""The old import path of `vtprune.core.clock`."""
+"""The old import path of `vtprune.kernels.clock`."""
 
-from .core.clock import Clock, capturing, timed, timing
+from .kernels.clock import Clock, capturing, timed, timing
 
 __all__ = [
     "Clock",

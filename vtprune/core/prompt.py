@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..kernels import DeferredChecks, deferring, full_precision, recording
+from ..kernels.clock import Clock, capturing
 from ..kernels.dispatch import Backend
 from .ask import ask
-from .clock import Clock, capturing
 from .compaction import Compaction
 from .method import Stage, Where
 from .result import UnitResult, joined_by_row

@@ -9,8 +9,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from ..kernels.clock import Clock
 from ..kernels.dispatch import Backend
-from .clock import Clock
 from .method import Where
 from .units import Unit, emptied, kept_by_crop
 from .visual import Assignment, Span

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -187,16 +188,12 @@ def cut_layer_call(prefill: Prefill, layer: int, call: dict[str, Any]) -> None:
     """Give a layer behind a stage the mask and positions of the tokens that are left."""
     cut = prefill.inner
     assert cut is not None
-    placed = {name: call[name] for name in ("position_embeddings", "position_ids") if name in call}
-    call.update(_once(prefill, placed, cut.cut_all))
+    placed: dict[str, Any] = {k: call[k] for k in ("position_embeddings", "position_ids") if k in call}
+    call |= _once(prefill, placed, cut.cut_all)
     mask = call.get("attention_mask")
     if mask is not None:
-        made = _once(
-            prefill,
-            {"attention_mask": mask},
-            lambda found: {name: _cut_mask(prefill, cut, value, layer) for name, value in found.items()},
-        )
-        call.update(made)
+        cut_mask = partial(_cut_mask, prefill, cut, layer=layer)
+        call |= _once(prefill, {"attention_mask": mask}, lambda found: {k: cut_mask(m) for k, m in found.items()})
     elif cut.valid is not None and prefill.plan.layer_types[layer] == LINEAR:
         call["attention_mask"] = cut.valid
     elif cut.valid is not None:

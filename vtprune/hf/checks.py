@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..core.clock import capturing
 from ..core.errors import UnsupportedCall, UnsupportedModel
 from ..core.method import Stage
 from ..core.signal import Signal
+from ..kernels.clock import capturing
 from ..model_adapters.base import Adapter
 from ..signals import kind_of
 from . import cache as kv

@@ -34,17 +34,6 @@ def outside_while_busy(hook: Hook) -> Hook:
     return cast(Hook, chosen)
 
 
-def untraced_while_pruning(hook: Hook) -> Hook:
-    """The function of a patch, which a compiler does not trace while this thread prunes a prompt."""
-    plain = _untraced(hook)
-
-    @wraps(hook)
-    def chosen(patch: Any, *args: Any, **kwargs: Any) -> Any:
-        return plain(patch, *args, **kwargs) if patch.local.prefill is not None else hook(patch, *args, **kwargs)
-
-    return cast(Hook, chosen)
-
-
 def is_pruning(local: Any) -> bool:
     """True while this thread prunes a prompt, by the per-thread state of its patch."""
     return local.prefill is not None

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..core.clock import Clock, timing
 from ..core.signal import KEPT
 from ..kernels import recording
+from ..kernels.clock import Clock, timing
 from ..model_adapters.entries import Features
 from .compilers import outside
 

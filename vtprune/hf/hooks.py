@@ -5,7 +5,9 @@ Each is a function of the patch, which `functools.partial` binds: a copied model
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +18,29 @@ from . import decode
 from .arguments import cut_features, cut_layer_call, cut_text_call
 from .attention_probe import HEADS, DryRunDone
 from .checks import check_cache_of_past, check_checkpointing, check_features, check_guesses, check_room
-from .compilers import untraced_while_pruning
+from .compilers import outside
 from .layers import run_layer
 from .past import ReadOnlyCache, set_layer_mask, with_past_mask, with_position_offset
 from .prefill import Prefill, keep_all, open_prompt, replaced, report, run_before_llm
-from .readers import read_embeddings
 from .remember import shrink_cache
+from .slots import PromptSlots
 
 if TYPE_CHECKING:
     from .session import Patch
+
+
+Hook = TypeVar("Hook", bound=Callable[..., Any])
+
+
+def untraced_while_pruning(hook: Hook) -> Hook:
+    """The function of a patch, which a compiler does not trace while this thread prunes a prompt."""
+    plain = outside(hook)
+
+    @wraps(hook)
+    def chosen(patch: Patch, *args: Any, **kwargs: Any) -> Any:
+        return plain(patch, *args, **kwargs) if patch.local.prefill is not None else hook(patch, *args, **kwargs)
+
+    return cast(Hook, chosen)
 
 
 # -- the text model ---------------------------------------------------------------------------------------------------
@@ -85,8 +101,8 @@ def _prune(patch: Patch, prefill: Prefill, call: dict[str, Any], elsewhere: list
         check_features(patch.plan, elsewhere)
     if (patch.plan.before or patch.plan.in_tower) and run_before_llm(prefill):
         call = cut_text_call(prefill, call)
-    if patch.plan.of_words:
-        read_embeddings(prefill, patch.plan.of_words, call["inputs_embeds"])
+    for kind in patch.plan.of_words:
+        prefill.readings.words[kind.name] = kind(call["inputs_embeds"], PromptSlots(prefill))
     return call
 
 

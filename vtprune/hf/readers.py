@@ -6,71 +6,26 @@ A signal is kept for the slots of this call (`vtprune.signals` has the formulas)
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.clock import Clock
 from ..core.errors import UnsupportedModel
 from ..core.signal import SignalKind
-from ..core.units import arange_of, runs_of
 from ..kernels import recording
+from ..kernels.clock import Clock
 from ..signals import LayerAttention, kind_of
 from .attention_probe import DryRunDone, Reader, probe, probe_change, reweighed
 from .checks import layers_read
-from .compilers import untraced_while_pruning
+from .hooks import untraced_while_pruning
 from .plan import layer_of
 from .prefill import Prefill
-from .slots import prompt_slots, text_behind, visual_slots
+from .slots import PromptSlots, prompt_slots
 
 if TYPE_CHECKING:
     from .session import Patch
-
-
-@dataclass(frozen=True)
-class PromptSlots:
-    """What signals may ask of the prompt (`vtprune.signals.Prompt`)."""
-
-    prefill: Prefill
-
-    @property
-    def batch(self) -> int:
-        """How many rows the batch has."""
-        return len(self.prefill.token_kind_on_host)
-
-    def real(self) -> Tensor:
-        """[B, n] bool: which of the current slots hold tokens of the prompt, and so may be asked."""
-        return prompt_slots(self.prefill)
-
-    def last(self, n: int) -> Tensor:
-        """[B] int64 on the host: the slot of the last token of each row's prompt, of n."""
-        host = self.prefill.token_kind_on_host
-        if self.prefill.prompt.whole is not None:  # pads were dropped: rows end with a real token
-            return torch.full((len(host),), n - 1 - self.prefill.behind)
-        position = torch.arange(1, host.shape[1] + 1)
-        return ((host > 0) * position).amax(1) - 1
-
-    def visual(self) -> Tensor:
-        """[B, n] bool: which of the current slots hold visual tokens."""
-        return visual_slots(self.prefill)
-
-    def visual_slots(self, row: int) -> Tensor:
-        """[V] int64: current slots of the row's visual tokens."""
-        state = self.prefill.prompt
-        mine = [group.positions for group in state.groups if group.row == row]
-        return state.slots(row, torch.cat(mine)) if mine else state.keep.new_zeros(0, dtype=torch.int64)
-
-    def text_slots(self, row: int, device: torch.device) -> Tensor:
-        """[T] int64: current slots of the text behind the row's first visual token."""
-        return self.prefill.prompt.slots(row, arange_of(text_behind(self.prefill, row), device))
-
-    def text_is_seen(self, row: int) -> bool:
-        """False if no visual token stands behind the first token of that text."""
-        behind, seen = text_behind(self.prefill, row), runs_of(self.prefill.token_kind_on_host[row] > 1)
-        return bool(seen and behind) and behind[0][0] <= seen[-1][0]
 
 
 def install_readers(patch: Patch) -> None:
@@ -233,12 +188,6 @@ def read_module(prefill: Prefill, kind: SignalKind, layer: int, before: Tensor, 
 def read_rope(prefill: Prefill, kind: SignalKind, layer: int, rope: tuple[Tensor, Tensor]) -> None:
     """Keep a signal of the rotary embeddings (cos, sin) [B or 1, n, d] that a layer was given."""
     prefill.readings.rows[kind.name, layer] = kind(*rope, PromptSlots(prefill))
-
-
-def read_embeddings(prefill: Prefill, kinds: Iterable[SignalKind], x: Tensor) -> None:
-    """Keep signals of words: x [B, n, D] enters the first layer."""
-    for known in kinds:
-        prefill.readings.words[known.name] = known(x, PromptSlots(prefill))
 
 
 def read_heads(prefill: Prefill, kinds: Iterable[SignalKind], out: Tensor) -> None:

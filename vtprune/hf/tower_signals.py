@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.clock import timed
 from ..core.errors import UnsupportedCall, UnsupportedModel
 from ..core.signal import Signal
+from ..kernels.clock import timed
 from ..model_adapters.tower_layout import Call, Modality, TowerCall, per_entry, sizes_of, tower_of
 from ..model_adapters.towers import attention_modules, feature_layer, has_cls, layer_index, layout_of
 from ..signals import kind_of, kinds

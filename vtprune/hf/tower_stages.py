@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from ..core.ask import ask
-from ..core.clock import timed
 from ..core.errors import UnsupportedModel
 from ..core.method import Stage
 from ..core.result import UnitResult
 from ..core.visual import Assignment, Span, Visual
 from ..kernels import DeferredChecks, deferring, full_precision
+from ..kernels.clock import timed
 from ..signals import kind_of
 from .tower_plan import TowerPlan
 from .tower_run import TowerImage, TowerRun, compact, rows_of_tokens, with_merged
