@@ -49,4 +49,3 @@ if __name__ != "kernels" or not _step_aside():
         "to_device",
         "use",
     ]
-    Arriving, Verdict = HostCopy, DeferredChecks  # TEMPORARY
