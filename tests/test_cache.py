@@ -170,3 +170,28 @@ def test_past_mask_2d_puts_stored_columns_behind_what_was_dropped() -> None:
     assert out.shape == (2, FED + 1)
     assert torch.equal(out[:, FED - RAN : FED].bool(), valid)
     assert (out[:, FED:] == 1).all()
+
+
+def test_caches_pickled_by_version_0_1_load() -> None:
+    """Their layers are made by `vtprune.cache._rebuild`, what stages at decode know by `vtprune.recall.Recall`."""
+    cache = filled("dynamic")
+    valid = torch.tensor([[True] * RAN, [False] + [True] * (RAN - 1)])
+    shrink(cache, valid=valid, position_offset=torch.tensor([1, 2]), rebuild_mask=True)
+    new = cache.layers[0]
+    old = {name: key for key, name in hf_cache.RENAMED.items()}
+    layer = kv._rebuild(type(new).__mro__[2], {old.get(name, name): value for name, value in new.__dict__.items()})
+    assert vars(layer).keys() == vars(new).keys()
+    assert layer.rebuild_mask
+    assert layer.position_offset.tolist() == [1, 2]
+    assert layer.get_seq_length() == new.get_seq_length()
+
+    from vtprune.recall import Recall
+
+    at = torch.zeros(1, 2, dtype=torch.int64)
+    known = Recall(at, at, at + 1, [2], [2], at + 2)
+    names = {"kv_index": "slots", "kv_index_before": "entry", "visible_index": "columns", "visible": "shown"}
+    again = Recall.__new__(Recall)
+    again.__setstate__({names.get(name, name): value for name, value in vars(known).items()})
+    assert vars(again).keys() == vars(known).keys()
+    assert again.kv_index.tolist() == [[1, 1]]
+    assert again.kv_index_before.tolist() == [[2, 2]]
