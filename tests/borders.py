@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def calls(method: str) -> list[tuple[str, str]]:
 
 def borders(seen: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """(file, file) of every move from one file to another."""
-    return [(a, b) for (a, _), (b, _) in zip(seen, seen[1:]) if a != b]
+    return [(a, b) for (a, _), (b, _) in pairwise(seen) if a != b]
 
 
 if __name__ == "__main__":
