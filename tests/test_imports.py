@@ -9,6 +9,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,26 @@ def test_classes_are_small() -> None:
 def test_the_counter_of_classes_counts() -> None:
     tree = ast.parse("class A:\n    x = 1\n    def f(self):\n        class B:\n            async def g(self): ...\n")
     assert sorted(classes(tree)) == [("A", 5, 1), ("B", 2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("vtprune.tower.TowerStages", "vtprune.hf.tower.TowerStages"),
+        ("vtprune.tower.places", "vtprune.hf.tower_plan.blocks_of_stage"),
+        ("vtprune.vit.VitLast", "vtprune.hf.vit_last.VitLast"),
+        ("vtprune.vit.VitSession", "vtprune.hf.vit.VitPatch"),
+        ("vtprune.compilers.announce", "vtprune.hf.compilers.announce"),
+        ("vtprune.covering.cover", "vtprune.core.covering.cover"),
+        ("vtprune.hf.cache.renamed", "vtprune.model_adapters.cache_argument.renamed"),
+        ("vtprune.tap.interface_of", "vtprune.model_adapters.attention_interface.interface_of"),
+        ("vtprune.model_adapters.vits.vit_of", "vtprune.model_adapters.vit_blocks.vit_of"),
+        ("vtprune.model_adapters.generic.Adapter", "vtprune.model_adapters.base.Adapter"),
+    ],
+)
+def test_old_paths_lead_to_the_same_things(old: str, new: str) -> None:
+    found = [getattr(import_module(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in (old, new)]
+    assert found[0] is found[1]
 
 
 def test_the_reader_sees_what_there_is(tmp_path: Path) -> None:
