@@ -28,20 +28,19 @@ $(SITE):
 	mkdir -p $@/vtprune
 	ln -sfn $(CURDIR)/vtprune/* $(CURDIR)/kernels $(CURDIR)/evals $(CURDIR)/model_adapters $@/vtprune/
 
+# COVERAGE=1: also which lines and branches of the four source folders the tests reach. That run takes longer and fails
+# below the floor, `fail_under` in pyproject.toml.
 test: lint
 	@mkdir -p out
-	$(BIN)/pytest -n 2 2>&1 | tee out/pytest.txt
+	$(BIN)/pytest -n 2 $(if $(COVERAGE),--cov --cov-report term) 2>&1 | tee out/pytest.txt
+
+coverage:
+	$(MAKE) test COVERAGE=1
 
 # What `make test` leaves out of the matrix of methods and families; the two together are all tests.
 test-whole: .venv/.dev
 	@mkdir -p out
 	$(BIN)/pytest -n 2 --matrix rest tests/test_conformance.py 2>&1 | tee out/pytest-whole.txt
-
-# The same tests, and which lines and branches of the four source folders they reach, in half as much time again. Fails
-# below the floor, `fail_under` in pyproject.toml.
-coverage: lint
-	@mkdir -p out
-	$(BIN)/pytest -n 2 --cov --cov-report term 2>&1 | tee out/pytest.txt
 
 # The seam on the oldest supported transformers, by one method of each kind; torch and the test tools are those of .venv.
 SEAM := test_contract or test_seam_calls or oracle_reproduces or divprune or visionzip or fastv or sparsevlm or lazyllm or flowcut

@@ -80,8 +80,6 @@ class DeferredChecks:
             if not holds:
                 raise check.error()
 
-    settle = raise_if_failed  # TEMPORARY
-
 
 def check(holds: Tensor, error: Callable[[], Exception]) -> None:
     """Raise error() unless holds [] bool is True: now, or where an enclosing `deferring` block reads its checks."""

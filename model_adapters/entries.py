@@ -19,7 +19,7 @@ MODALITIES: tuple[Literal["image", "video"], ...] = ("image", "video")
 class Features:
     """One observed `get_{image,video}_features` call: sizes, spans and signals of every entry it returned.
 
-    tower: what stages inside the tower did (`vtprune.tower.TowerRun`), if there were any. kernels, clocks: which
+    tower: what stages inside the tower did (`vtprune.hf.tower_run.TowerRun`), if there were any. kernels, clocks: which
     kernels ran meanwhile, and how long the signals took. elsewhere: the call brought the features, or has them merged
     into its embeddings, so there are no signals, and what is known of them is what the call says.
     """

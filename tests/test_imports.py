@@ -128,6 +128,10 @@ def test_no_circle() -> None:
     assert not left, {name: sorted(found & left.keys()) for name, found in left.items()}
 
 
+# What is still too long: lines of a file, or lines and methods of a class. It may shrink, and leaves the list when it
+# has shrunk enough.
+TOO_LONG: dict[str, int] = {}
+TOO_LARGE: dict[str, tuple[int, int]] = {}
 LINES, CLASS_LINES, METHODS = 400, 250, 25
 
 
@@ -141,7 +145,9 @@ def test_files_are_short() -> None:
     lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in sources()}
     assert len(lines) > 100
     long = {path: n for path, n in lines.items() if n > LINES}
-    assert not long, f"more than {LINES} lines"
+    assert not long.keys() - TOO_LONG.keys(), f"more than {LINES} lines: {long}"
+    assert not TOO_LONG.keys() - long.keys(), "these are short by now: take them off the list"
+    assert all(n <= TOO_LONG[path] for path, n in long.items()), f"these grew: {long}"
 
 
 def classes(tree: ast.AST) -> Iterator[tuple[str, int, int]]:
@@ -158,7 +164,12 @@ def test_classes_are_small() -> None:
         for name, lines, methods in classes(ast.parse(path.read_text())):
             if lines > CLASS_LINES or methods > METHODS:
                 large[f"{path.relative_to(ROOT)} {name}"] = (lines, methods)
-    assert not large, f"more than {CLASS_LINES} lines or {METHODS} methods"
+    assert not large.keys() - TOO_LARGE.keys(), f"more than {CLASS_LINES} lines or {METHODS} methods: {large}"
+    assert not TOO_LARGE.keys() - large.keys(), "these are small by now: take them off the list"
+    for name, (lines, methods) in large.items():
+        most_lines, most_methods = TOO_LARGE[name]
+        assert lines <= most_lines, f"{name} grew"
+        assert methods <= most_methods, f"{name} grew"
 
 
 def test_the_counter_of_classes_counts() -> None:

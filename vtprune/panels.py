@@ -17,7 +17,7 @@ from vtprune.types import Method, Span
 from vtprune.units import arange_of
 
 if TYPE_CHECKING:
-    from vtprune.frame import Last
+    from vtprune.core.result import Last
 
 
 @dataclass(frozen=True)
