@@ -105,7 +105,7 @@ class Adapter:
         """True if this call carries pixels or encoded features (and not merely placeholder ids)."""
         return bool(self.given(call))
 
-    def visual_code(self, call: dict[str, Any], given: list[str] | None = None) -> Tensor | None:
+    def token_kinds(self, call: dict[str, Any], given: list[str] | None = None) -> Tensor | None:
         """[B, L] int8 on the device: 1 text, 2 image, 3 video; None if the call names no tokens or none is visual.
 
         given: what `given` says of the call, where it is known. Features that the caller merged into `inputs_embeds`
@@ -115,8 +115,8 @@ class Adapter:
         like = ids if ids is not None else None if embeds is None else embeds[..., 0]
         given = self.given(call) if given is None else given
         if like is None or not given:
-            return None if ids is not None or embeds is None else self._merged_code(call)
-        code = torch.ones_like(like, dtype=torch.int8)
+            return None if ids is not None or embeds is None else self._kinds_told(call)
+        kinds = torch.ones_like(like, dtype=torch.int8)
         for modality in given:
             token = self.token_ids[modality]
             if ids is not None:
@@ -124,9 +124,9 @@ class Adapter:
                 hit = ids == token
             else:
                 table = self.base.get_input_embeddings()  # type: ignore[operator]
-                hit = (embeds == table(torch.full((), token, device=code.device))).all(-1)
-            code = code.masked_fill(hit, 2 + MODALITIES.index(modality))
-        return code
+                hit = (embeds == table(torch.full((), token, device=kinds.device))).all(-1)
+            kinds = kinds.masked_fill(hit, 2 + MODALITIES.index(modality))
+        return kinds
 
     def types_of(self, call: dict[str, Any]) -> Tensor | None:
         """[B, L] token types that came with `inputs_embeds`: 0 text, 1 image, 2 video; None if none did."""
@@ -135,15 +135,15 @@ class Adapter:
         # Those of earlier turns may come along.
         return types[:, -length:] if torch.is_tensor(types) and types.shape[-1] >= length else None
 
-    def _merged_code(self, call: dict[str, Any]) -> Tensor | None:
+    def _kinds_told(self, call: dict[str, Any]) -> Tensor | None:
         types = self.types_of(call)
         if types is None:
             return None
-        code = torch.ones_like(call["inputs_embeds"][..., 0], dtype=torch.int8)
+        kinds = torch.ones_like(call["inputs_embeds"][..., 0], dtype=torch.int8)
         for modality in self.token_ids:
             mark = MODALITIES.index(modality)
-            code = code.masked_fill(types.to(code.device) == 1 + mark, 2 + mark)
-        return code if bool((code > 1).any()) else None
+            kinds = kinds.masked_fill(types.to(kinds.device) == 1 + mark, 2 + mark)
+        return kinds if bool((kinds > 1).any()) else None
 
     def observe(
         self, modality: str, call: dict[str, Any], output: Any, signals: list[dict[Signal, Tensor]]
@@ -176,12 +176,12 @@ class Adapter:
         spans = self.family.spans(self.base, modality, call, sizes)
         return Features(sizes, spans, [{} for _ in sizes], elsewhere=True)
 
-    def units(self, code: Tensor, features: dict[str, Features | None]) -> list[Unit]:
-        """Images and videos of the batch, row by row. code: [B, L] int8 on the host (0 = padding)."""
+    def units(self, kinds: Tensor, features: dict[str, Features | None]) -> list[Unit]:
+        """Images and videos of the batch, row by row. kinds: [B, L] int8 on the host (0 = padding)."""
         found: list[Unit] = []
         for modality in self.token_ids:
             mark = 2 + MODALITIES.index(modality)
-            rows = [runs_of(row == mark) for row in code]
+            rows = [runs_of(row == mark) for row in kinds]
             if not any(rows):
                 continue
             found += self._assign(modality, rows, features.get(modality))

@@ -9,6 +9,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,10 @@ def test_no_circle() -> None:
     assert not left, {name: sorted(found & left.keys()) for name, found in left.items()}
 
 
+# What is still too long: lines of a file, or lines and methods of a class. It may shrink, and leaves the list when it
+# has shrunk enough.
+TOO_LONG: dict[str, int] = {}
+TOO_LARGE: dict[str, tuple[int, int]] = {}
 LINES, CLASS_LINES, METHODS = 400, 250, 25
 
 
@@ -140,7 +145,9 @@ def test_files_are_short() -> None:
     lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in sources()}
     assert len(lines) > 100
     long = {path: n for path, n in lines.items() if n > LINES}
-    assert not long, f"more than {LINES} lines"
+    assert not long.keys() - TOO_LONG.keys(), f"more than {LINES} lines: {long}"
+    assert not TOO_LONG.keys() - long.keys(), "these are short by now: take them off the list"
+    assert all(n <= TOO_LONG[path] for path, n in long.items()), f"these grew: {long}"
 
 
 def classes(tree: ast.AST) -> Iterator[tuple[str, int, int]]:
@@ -157,12 +164,37 @@ def test_classes_are_small() -> None:
         for name, lines, methods in classes(ast.parse(path.read_text())):
             if lines > CLASS_LINES or methods > METHODS:
                 large[f"{path.relative_to(ROOT)} {name}"] = (lines, methods)
-    assert not large, f"more than {CLASS_LINES} lines or {METHODS} methods"
+    assert not large.keys() - TOO_LARGE.keys(), f"more than {CLASS_LINES} lines or {METHODS} methods: {large}"
+    assert not TOO_LARGE.keys() - large.keys(), "these are small by now: take them off the list"
+    for name, (lines, methods) in large.items():
+        most_lines, most_methods = TOO_LARGE[name]
+        assert lines <= most_lines, f"{name} grew"
+        assert methods <= most_methods, f"{name} grew"
 
 
 def test_the_counter_of_classes_counts() -> None:
     tree = ast.parse("class A:\n    x = 1\n    def f(self):\n        class B:\n            async def g(self): ...\n")
     assert sorted(classes(tree)) == [("A", 5, 1), ("B", 2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("vtprune.tower.TowerStages", "vtprune.hf.tower.TowerStages"),
+        ("vtprune.tower.places", "vtprune.hf.tower_plan.blocks_of_stage"),
+        ("vtprune.vit.VitLast", "vtprune.hf.vit_last.VitLast"),
+        ("vtprune.vit.VitSession", "vtprune.hf.vit.VitPatch"),
+        ("vtprune.compilers.announce", "vtprune.hf.compilers.announce"),
+        ("vtprune.covering.cover", "vtprune.core.covering.cover"),
+        ("vtprune.hf.cache.renamed", "vtprune.model_adapters.cache_argument.renamed"),
+        ("vtprune.tap.interface_of", "vtprune.model_adapters.attention_interface.interface_of"),
+        ("vtprune.model_adapters.vits.vit_of", "vtprune.model_adapters.vit_blocks.vit_of"),
+        ("vtprune.model_adapters.generic.Adapter", "vtprune.model_adapters.base.Adapter"),
+    ],
+)
+def test_old_paths_lead_to_the_same_things(old: str, new: str) -> None:
+    found = [getattr(import_module(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in (old, new)]
+    assert found[0] is found[1]
 
 
 def test_the_reader_sees_what_there_is(tmp_path: Path) -> None:

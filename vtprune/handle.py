@@ -128,7 +128,7 @@ def patch(
     >>> vtprune.patch(model, [first, Stage(8, vtprune.create("fastv"), keep=0.25)])
     >>> vtprune.patch(model, vtprune.Recipe.load("recipe.json"))
     """
-    from .model_adapters.vits import vit_of
+    from .model_adapters.vit_blocks import vit_of
     from .model_adapters.wrappers import unwrapped
 
     model = unwrapped(model)
@@ -192,7 +192,7 @@ def _stages(
         return [Stage(("vit", slice(None)), made, keep=keep)]
     import dataclasses
 
-    from .model_adapters.generic import Adapter
+    from .model_adapters.base import Adapter
 
     # Options are those of the method's own rule; the other parts of a schedule have their own policy, but they see the
     # same clips.

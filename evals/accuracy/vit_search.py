@@ -16,7 +16,7 @@ from torch import Tensor
 
 import vtprune
 from vtprune.methods.in_vit.diffrate import DiffRate
-from vtprune.model_adapters.vits import vit_of
+from vtprune.model_adapters.vit_blocks import vit_of
 from vtprune.types import Stage, UnsupportedModel
 
 SHARES = (0.0625, 0.125, 0.25)

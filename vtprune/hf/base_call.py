@@ -38,7 +38,7 @@ def begin_base_call(
     ids, tokens = tokens is not None, tokens if tokens is not None else call.get("inputs_embeds")
     if tokens is not None and tokens.shape[1] > 1:  # decode steps leave here: nothing to prune
         given, attention = adapter.given(call), adapter.attention()
-        kinds = adapter.visual_code(call, given) if given or not ids else None
+        kinds = adapter.token_kinds(call, given) if given or not ids else None
         check_call(patch, call, tokens, bool(given), attention)
         if kinds is not None:
             call = _begin_prefill(patch, call, kinds, given)
