@@ -40,13 +40,13 @@ coverage:
 # What `make test` leaves out of the matrix of methods and families; the two together are all tests.
 test-whole: .venv/.dev
 	@mkdir -p out
-	$(BIN)/pytest -n 2 --matrix rest tests/test_conformance.py 2>&1 | tee out/pytest-whole.txt
+	$(BIN)/pytest -n 2 --matrix rest tests/hf/test_conformance.py 2>&1 | tee out/pytest-whole.txt
 
 # The seam on the oldest supported transformers, by one method of each kind; torch and the test tools are those of .venv.
 SEAM := test_contract or test_seam_calls or oracle_reproduces or divprune or visionzip or fastv or sparsevlm or lazyllm or flowcut
 test-oldest: .venv-oldest/.ready
 	@mkdir -p out
-	$(OLDEST)/python -m pytest -n 2 tests/test_contract.py tests/test_conformance.py tests/test_seam_calls.py -k "$(SEAM)" \
+	$(OLDEST)/python -m pytest -n 2 tests/hf/test_contract.py tests/hf/test_conformance.py tests/hf/test_seam_calls.py -k "$(SEAM)" \
 		2>&1 | tee out/pytest-oldest.txt
 
 # A GPU machine brings its own torch: nothing is installed there, the checkout is put on the path as it is.

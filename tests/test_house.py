@@ -43,7 +43,7 @@ def test_a_wrong_call_across_folders_is_reported() -> None:
 def collected(profile: str) -> Counter[str]:
     told = run(
         sys.executable, "-m", "pytest", "-q", "--collect-only", "--matrix", profile, "-p", "no:cacheprovider",
-        "tests/test_conformance.py", "tests/test_registry.py", TRITON_INTERPRET="1",
+        "tests/hf/test_conformance.py", "tests/core/test_registry.py", TRITON_INTERPRET="1",
     )  # fmt: skip
     return Counter(line for line in told.splitlines() if "::" in line)
 

@@ -677,7 +677,7 @@ def test_tokens_that_are_meant_to_go_need_no_note() -> None:
 def test_the_table_of_families_names_what_is_tested() -> None:
     from vtprune.model_adapters.generic import TESTED
 
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     rows = re.findall(r"^\| .* \(`(\w+)`\) \|(.*)\|(.*)\|(.*)\|$", readme, re.M)
     names = {family: [text.strip() == "tested" for text in texts] for family, *texts in rows[1:]}
     assert list(names) == TESTED

@@ -21,7 +21,7 @@ from vtprune.model_adapters.family import failures, family
 from vtprune.model_adapters.llava import Llava
 from vtprune.registry import FAMILIES
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)

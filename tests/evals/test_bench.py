@@ -310,7 +310,7 @@ def test_a_method_the_model_cannot_take_is_left_out_and_named_on_demand(tiny_sub
 
 # -- saved files: table, plot, README -------------------------------------------------------------------------------
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*args: object, status: int = 0) -> str:

@@ -135,7 +135,7 @@ class Spy(TorchFunctionMode):
 
     def flat(self, kind: str) -> Tensor:
         """[tower tokens, C] in the order in which the tower holds them; scores have C = 1."""
-        assert kind in ORACLES, f"signal {kind!r} has no oracle: add one to ORACLES in tests/signal_oracles.py"
+        assert kind in ORACLES, f"signal {kind!r} has no oracle: add one to ORACLES in tests/oracles/signal_oracles.py"
         parts = []
         for q, k, v, weights in zip(self.queries, self.keys, self.values, self.weights):
             x = ORACLES[kind](Case(q, k, v, (weights > 0).any(1), ran=weights)).float()
