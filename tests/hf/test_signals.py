@@ -242,8 +242,8 @@ def test_layer_none_is_the_layer_that_feeds_the_projector(name):
     if name.startswith("glm4v"):  # a convolution merges before the merger does
         hook = base.visual.post_layernorm.register_forward_hook(lambda m, args, out: fed.append(out))
     else:
-        known = (getattr(base, n, None) for n in ("multi_modal_projector", "connector"))
-        projector = next((p for p in known if p is not None), None) or base.visual.merger
+        beside = [part for part in base.children() if part is not model.get_decoder() and not attention_modules(part)]
+        projector = beside[0] if beside else base.visual.merger
         hook = projector.register_forward_pre_hook(lambda m, args, kw: fed.append(first(args, kw)), with_kwargs=True)
     with collected(model, name, [*needs, *outright, Signal("hidden", None)]) as answers, torch.no_grad():
         model(**inputs)
