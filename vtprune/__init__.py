@@ -3,8 +3,10 @@
 >>> handle = vtprune.patch(model, "divprune", keep=0.25)
 """
 
+from .core.result import Last, UnitResult
 from .core.select import Selected
 from .handle import Handle, patch, unpatch
+from .hf.vit_last import VitLast
 from .recipe import Recipe
 from .registry import create, methods, register
 from .selection import select
@@ -25,15 +27,18 @@ __version__ = "0.1.0"
 __all__ = [
     "Assignment",
     "Handle",
+    "Last",
     "Method",
     "Recipe",
     "Selected",
     "Signal",
     "Span",
     "Stage",
+    "UnitResult",
     "UnsupportedCall",
     "UnsupportedModel",
     "Visual",
+    "VitLast",
     "VtpruneError",
     "create",
     "methods",

@@ -46,7 +46,7 @@ def _short(reason: str) -> str:
 
 def _check_still(image: Image.Image, file: Path) -> None:
     count = getattr(image, "n_frames", 1)
-    if count > 1 and image.format != "MPO":  # a camera's JPEG with previews behind it
+    if count > 1 and image.format != "MPO":  # MPO is a camera's JPEG, whose further frames are its previews
         pages = "pages" if image.format == "TIFF" else "frames"
         raise ValueError(
             f"{file} holds {count} {pages}, and a still picture is drawn: save one of them as a file of its own"

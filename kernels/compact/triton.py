@@ -93,7 +93,7 @@ def _compact(
     # Counting the bytes before a block costs less than a launch of its own for the prefix sums.
     earlier, kept, total, seen, stay = 0, 0, 0, 0, 0
     start = tl.where(leads, 0, begin)
-    if LAYERS > 0:  # their rows are numbered through the whole batch
+    if LAYERS > 0:  # deepstack rows are numbered through the whole batch, so the count begins at its first row
         start = start * 0
     for at in range(start, begin + L, SCAN):
         i = at + tl.arange(0, SCAN)

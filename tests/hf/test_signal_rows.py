@@ -100,15 +100,11 @@ def test_every_signal_equals_its_formula(row: SignalKind) -> None:
     if row.source == "carried":
         assert row.where == ()
     elif row.source != "attention":
-        assert row.name in OTHERS, (
-            f"signal {row.name!r} has no oracle: add one to OTHERS in test_signal_rows.py"
-        )
+        assert row.name in OTHERS, f"signal {row.name!r} has no oracle: add one to OTHERS in test_signal_rows.py"
         got, want = OTHERS[row.name]()
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
     else:
-        assert row.name in ORACLES, (
-            f"signal {row.name!r} has no oracle: add one to ORACLES in signal_oracles.py"
-        )
+        assert row.name in ORACLES, f"signal {row.name!r} has no oracle: add one to ORACLES in signal_oracles.py"
         for place in {"llm" if place == "llm" else "tower" for place in row.where}:
             for masked in (True,) if place == "llm" else (False, True):
                 c, attention = case(place, masked=masked)

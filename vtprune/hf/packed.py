@@ -176,6 +176,7 @@ def _mask(mask: Any, samples: Samples, linear: bool) -> Any:
         cut = samples.unpack_mask(mask)
         open_ = cut if cut.dtype == torch.bool else cut == 0
         causal = causal_mask(valid, valid.shape[1], None).to(open_.device)
+        # A mask is plain where it shows every real token of a sample exactly the real tokens up to itself.
         plain = bool(((open_ == causal) & (allowed(cut) == causal) | ~valid.to(cut.device)[:, None, :, None]).all())
     else:
         return valid.long()
@@ -195,7 +196,7 @@ def pack_output(output: Any, samples: Samples) -> Any:
 
 
 def refuse_cache(samples: Samples) -> None:
-    """Raise, as a cache of packed rows would go on as if each were one sample."""
+    """Raise UnsupportedCall: the cache would continue each packed row as if it were one sample."""
     raise UnsupportedCall(
         f"this call packs {len(samples.source)} samples into {samples.home.shape[0] // samples.length} rows, and a "
         f"{kv.NAME} would go on as if each row were one: pass use_cache=False, or one sample a row, left-padded"

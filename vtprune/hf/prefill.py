@@ -281,11 +281,12 @@ def run_before_llm(prefill: Prefill) -> bool:
 
 
 def keep_all(prefill: Prefill) -> None:
-    """Show the units of every stage, where all tokens stay: they are whole, and no method is asked."""
+    """Report the units of every stage as whole, for a patch that keeps all tokens and so asks no method."""
     state = prefill.prompt
     stages = [s for s in prefill.plan.stages if "prefill" in s.method.phases and s.method.of == "tokens"]
     later = [s for s in stages if not isinstance(s.where, tuple)]
-    for stage in later or stages[-1:]:  # what the tower left shows in the stages behind it
+    # Stages behind the tower report what it left, so its own are reported only where none stands behind.
+    for stage in later or stages[-1:]:
         first = len(state.results)
         for unit in groups(state.groups, stage, clips_of(prefill, stage))[1]:
             take_whole(state, stage, unit)
@@ -294,7 +295,7 @@ def keep_all(prefill: Prefill) -> None:
 
 
 def _drop_unseen(prefill: Prefill) -> None:
-    """Drop what stages in the vision tower dropped: the encoder's output repeats kept tokens in its place."""
+    """Drop what stages in the vision tower dropped. The encoder's output still has a row for it: that of a kept token."""
     state, tower = prefill.prompt, prefill.plan.in_tower
     later = [s for s in prefill.plan.stages if not isinstance(s.where, tuple) and s.method.of == "tokens"]
     for stage in later if any(KEPT in unit.signals for unit in state.units) else ():
