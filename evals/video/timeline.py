@@ -14,7 +14,7 @@ from vtprune.evals.video.source import Source
 
 
 class Packet(NamedTuple):
-    """One packet of the film. shown, decoded: when, in ticks of the stream's clock; None where the file does not say."""
+    """One packet of the film. shown, decoded: ticks of the stream's clock, or None where the file does not say."""
 
     shown: int | None
     decoded: int | None
