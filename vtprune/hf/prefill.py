@@ -295,7 +295,7 @@ def keep_all(prefill: Prefill) -> None:
 
 
 def _drop_unseen(prefill: Prefill) -> None:
-    """Drop what stages in the vision tower dropped. The encoder's output still has a row there: that of a kept token."""
+    """Drop what stages in the vision tower dropped. The encoder's output repeats rows of kept tokens in its place."""
     state, tower = prefill.prompt, prefill.plan.in_tower
     later = [s for s in prefill.plan.stages if not isinstance(s.where, tuple) and s.method.of == "tokens"]
     for stage in later if any(KEPT in unit.signals for unit in state.units) else ():
