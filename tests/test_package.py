@@ -67,7 +67,7 @@ def test_every_import_path_has_one_name() -> None:
 import importlib.util, vtprune.model_adapters, vtprune.kernels, vtprune.evals
 print([n for n in ("model_adapters", "evals") if importlib.util.find_spec(n) is not None])
 """
-    assert python(code, cwd=ROOT / "tests").strip() == "[]"
+    assert python(code, cwd=ROOT / "examples").strip() == "[]"
 
 
 def test_only_the_command_line_imports_evaluations() -> None:

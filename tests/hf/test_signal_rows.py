@@ -275,7 +275,7 @@ def test_a_signal_of_the_wrong_shape_is_named(where: Any) -> None:
         """A number a row."""
         return a.q.mean((1, 2, 3))
 
-    message = r"signal 'flat' of test_signal_rows answered \[\d+\].*must be a tensor \[B, N\]"
+    message = r"signal 'flat' of \S*test_signal_rows answered \[\d+\].*must be a tensor \[B, N\]"
     with pytest.raises(VtpruneError, match=message):
         read_by_a_method(where, Signal("flat"))
 
