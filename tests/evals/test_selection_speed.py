@@ -9,6 +9,8 @@ import torch
 
 from vtprune.evals.speed import bench_selection
 
+pytestmark = pytest.mark.no_cover
+
 
 def test_incremental_loop_against_the_slab_form() -> None:
     """N=2880, k=320, D=256: the loop alone 50 times faster; with the Gram product 8 times on a quiet machine.

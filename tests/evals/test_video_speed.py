@@ -7,6 +7,8 @@ import torch
 
 from vtprune.evals.speed import bench_video
 
+pytestmark = pytest.mark.no_cover
+
 
 def test_segments_against_the_cell_by_cell_form() -> None:
     """T=256: 15 times faster at least (66 times on a quiet machine), and the same segments."""

@@ -182,6 +182,7 @@ def test_an_assignment_merges_with_it(dtype: torch.dtype) -> None:
     assert not ran
 
 
+@pytest.mark.no_cover
 def test_merging_an_image_is_much_faster_than_a_loop_over_its_tokens() -> None:
     for _ in range(5):  # neighbours on the same cores disturb single runs
         row = bench_kernels.merge_against_loop()

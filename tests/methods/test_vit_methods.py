@@ -158,6 +158,7 @@ def test_schedules_of_r() -> None:
         vtprune.create("tome", r=3, pooling="max")
 
 
+@pytest.mark.no_cover
 @pytest.mark.slow
 def test_a_merge_step_is_four_times_as_fast_as_the_scatter_form() -> None:
     """B = 16, N = 197, C = 384, one thread; the row of matching and merging together stands beside it."""
