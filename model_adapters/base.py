@@ -101,10 +101,6 @@ class Adapter:
                 found.add("video" if name == "pixel_values_videos" else "image")
         return [m for m in MODALITIES if m in found and m in self.token_ids]
 
-    def features_given(self, call: dict[str, Any]) -> bool:
-        """True if this call carries pixels or encoded features (and not merely placeholder ids)."""
-        return bool(self.given(call))
-
     def token_kinds(self, call: dict[str, Any], given: list[str] | None = None) -> Tensor | None:
         """[B, L] int8 on the device: 1 text, 2 image, 3 video; None if the call names no tokens or none is visual.
 

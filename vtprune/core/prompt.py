@@ -41,7 +41,7 @@ class PromptState:
     units: the images and videos of all rows. groups: what is left of each.
     hidden: [B, n, D] states in the current slots; or a list of [n, D], where rows differ in length.
     keep: [B, L] bool on the device, or a list of [L]: the positions that are left. counts: its row sums, on the host.
-    whole: the cut from positions to slots; None while nothing was cut, when a slot is a position. step: its last part.
+    whole: the cut from positions to slots; None while nothing was cut, when a slot is a position.
     merges: what was merged since the last cut. results: one `UnitResult` a unit and stage. notes: fallbacks in words.
     method_state: by the number of a stage, what its method keeps from unit to unit (`Visual.state`). words: states of
     text by row and place, once a stage asked.
@@ -58,7 +58,6 @@ class PromptState:
     text: Sequence[Tensor | None] = ()
     text_positions: Sequence[Tensor] = ()
     whole: Compaction | None = None
-    step: Compaction | None = None
     merges: list[Merge] = field(default_factory=list)
     results: list[UnitResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -88,16 +87,14 @@ class PromptState:
         else:
             self.hidden = self.hidden.index_put((torch.full_like(slots, row), slots), states)
 
-    def cut(self) -> None:
-        """Make `whole` and `step` of what is left by now."""
-        whole = Compaction.of(self.keep, self.counts)
-        if self.whole is None:
-            self.step = whole
-        else:
-            now = self.keep.gather(1, self.whole.index)
-            now = now if self.whole.valid is None else now & self.whole.valid
-            self.step = Compaction.of(now, self.counts)
-        self.whole = whole
+    def cut(self) -> tuple[Compaction, Compaction]:
+        """Make `whole` of what is left by now: it, and the cut from the slots before to those of now."""
+        before, self.whole = self.whole, Compaction.of(self.keep, self.counts)
+        if before is None:
+            return self.whole, self.whole
+        now = self.keep.gather(1, before.index)
+        now = now if before.valid is None else now & before.valid
+        return self.whole, Compaction.of(now, self.counts)
 
     def note(self, text: str | None) -> None:
         """Say something in `Last.notes`, once."""

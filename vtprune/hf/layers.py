@@ -52,11 +52,8 @@ def _run_stages(prefill: Prefill, i: int, hidden: Tensor, ids: Tensor | None) ->
             run_stage(state, number, stage, clips, partial(_signals, prefill))
     if sum(state.counts) == count:
         return hidden
-    state.cut()
-    step = state.step
-    assert step is not None
-    assert state.whole is not None
-    note_lengths(prefill, state.whole, i)
+    whole, step = state.cut()
+    note_lengths(prefill, whole, i)
     prefill.inner = step if prefill.inner is None else prefill.inner.then(step)
     prefill.inner_cuts.append((state.merges, step))
     prefill.readings.rows = {key: step.cut(row, 1) for key, row in prefill.readings.rows.items()}
