@@ -42,7 +42,7 @@ class Recipe:
         for stage in self.stages:
             _check_known(stage.method)
             _written_where(stage.where)
-            for name, value in _written_options(stage.method).items():
+            for name, value in written_options(stage.method).items():
                 _plain(value, f"option {name!r} of {stage.method.name}")
 
     @classmethod
@@ -146,11 +146,11 @@ def _version() -> str:
 def _written_stage(stage: Stage) -> dict[str, Any]:
     method = stage.method
     entry = {name: getattr(stage, name) for name in STAGE[3:]}
-    head = {"where": _written_where(stage.where), "method": method.name, "options": _written_options(method)}
+    head = {"where": _written_where(stage.where), "method": method.name, "options": written_options(method)}
     return head | entry
 
 
-def _written_options(method: Method) -> dict[str, Any]:
+def written_options(method: Method) -> dict[str, Any]:
     """All options, but for functions that are the default: these have no form in JSON."""
     fields = [f for f in dataclasses.fields(method) if f.init]  # type: ignore[arg-type]
     values = {f.name: (getattr(method, f.name), f.default) for f in fields}

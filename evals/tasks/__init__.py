@@ -1,0 +1,1 @@
+"""Evaluations on data: a user's own file, or the benchmarks of lmms-eval; a grid of methods and budgets, resumable."""
