@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from vtprune.evals.report import Report, Row, one_line, share
-from vtprune.evals.tasks import scores
-from vtprune.evals.tasks.cells import DENSE
+from vtprune.evals.tasks import scores, wording
 from vtprune.evals.tasks.folder import ResultFolder, write
 from vtprune.evals.tasks.gather import Asked, gather, on_all
 from vtprune.evals.tasks.scores import MEAN
@@ -120,27 +119,16 @@ def _limited(document: Row) -> list[str]:
 
 
 def _line(row: Row, time: Row) -> list[str]:
-    low, high = row["low"], row["high"]
-    bounds = "" if low is None or row["method"] == DENSE.label else f" ({100 * low:.1f} to {100 * high:.1f})"
-    ttft, speedup, tokens = time["ttft_ms"], time["speedup"], row["visual_tokens"]
+    tokens = row["visual_tokens"]
     return [
         row["task"],
         row["method"],
-        "–" if row["keep"] is None else share(row["keep"]),
-        score_text(row["score"]),
-        percent(row["relative"]) + bounds,
-        percent(row["agreement"]),
-        "–" if tokens is None else f"{tokens[1]:.0f}",
-        "–" if ttft is None else f"{ttft:.0f}" if ttft >= 100 else f"{ttft:.1f}",
-        "–" if speedup is None else f"{speedup:.2f}x",
-        {None: "–", True: "yes", False: "no"}[row["beats_random"]],
+        wording.NONE if row["keep"] is None else share(row["keep"]),
+        wording.score_text(row["score"]),
+        wording.percent(row["relative"]) + wording.bounds(row),
+        wording.percent(row["agreement"]),
+        wording.NONE if tokens is None else f"{tokens[1]:.0f}",
+        wording.milliseconds(time["ttft_ms"]),
+        wording.times(time["speedup"]),
+        wording.verdict(row["beats_random"]),
     ]
-
-
-def score_text(score: float | None) -> str:
-    """A score for people: shares of 1 in percent, sums as they are."""
-    return "–" if score is None else f"{100 * score:.1f}" if abs(score) <= 1 else f"{score:.1f}"
-
-
-def percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"
