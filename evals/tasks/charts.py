@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vtprune.evals.accuracy.plans import CONTROLS
 from vtprune.evals.report import Row, share
 from vtprune.evals.tasks.cells import DENSE
 from vtprune.evals.tasks.svg import Axis, Curve, Point, drawing
-from vtprune.evals.tasks.wording import bounded
+from vtprune.evals.tasks.wording import bounded, milliseconds
 
 # One colour for each method, on white and on black, dark and bright enough to be told apart there. The controls are
 # grey. A ninth method begins again with another mark.
@@ -84,10 +84,13 @@ def pareto_png(rows: Sequence[Row], times: Sequence[Row], task: str, title: str,
     FigureCanvasAgg(figure)
     for i, axis in enumerate(shown):
         panel = figure.add_subplot(1, len(shown), i + 1)
-        _panel(panel, curves(rows, times, task, axis), dense_point(rows, times, task, axis))
+        drawn, dense = curves(rows, times, task, axis), dense_point(rows, times, task, axis)
+        _panel(panel, drawn, dense, 1.012 if axis == TOKENS else 1.0)
         panel.set(xlabel=TITLES[axis], ylabel="relative accuracy, % of dense" if i == 0 else "")
         if axis == TOKENS:
-            _token_axis(panel, sorted({p.x for c in curves(rows, times, task, axis) for p in c.points}))
+            _token_axis(
+                panel, sorted({p.x for p in [*(p for c in drawn for p in c.points), *([dense] if dense else [])]})
+            )
     handles, labels = figure.axes[0].get_legend_handles_labels() if shown else ([], [])
     figure.legend(handles, labels, loc="outside lower center", ncols=min(5, max(len(labels), 1)), frameon=False)
     figure.suptitle(title, fontsize=11)
@@ -96,27 +99,29 @@ def pareto_png(rows: Sequence[Row], times: Sequence[Row], task: str, title: str,
     return path
 
 
-def _panel(panel: object, drawn: Sequence[Curve], dense: Point | None) -> None:
-    panel.axhline(100, color="#999999", lw=0.8)  # type: ignore[attr-defined]
+def _panel(panel: Any, drawn: Sequence[Curve], dense: Point | None, apart: float) -> None:
+    """apart: the factor that sets methods of one budget apart, which would hide one another's intervals."""
+    panel.axhline(100, color="#999999", lw=0.8)
     for i, curve in enumerate(drawn):
-        x, y = [p.x for p in curve.points], [100 * p.y for p in curve.points]
+        x = [p.x * apart ** (i - (len(drawn) - 1) / 2) for p in curve.points]
         colour = GREY if curve.colour is None else LIGHT[curve.colour]
         style = {"5 3": "--", "1.5 3": ":"}.get(curve.dash, "-")
-        panel.plot(x, y, style, color=colour, marker="os^D"[curve.mark % 4], ms=5, lw=1.6, label=curve.name)  # type: ignore[attr-defined]
-        bounds = [(p.x, 100 * p.low, 100 * p.high) for p in curve.points if p.low is not None and p.high is not None]
-        for at, low, high in bounds:
-            panel.vlines(at * 1.012 ** (i - len(drawn) / 2), low, high, color=colour, lw=1, alpha=0.45)  # type: ignore[attr-defined]
+        mark, y = "os^D"[curve.mark % 4], [100 * p.y for p in curve.points]
+        panel.plot(x, y, style, color=colour, marker=mark, ms=5, lw=1.6, label=curve.name)
+        for at, p in zip(x, curve.points):
+            if p.low is not None and p.high is not None:
+                panel.vlines(at, 100 * p.low, 100 * p.high, color=colour, lw=1, alpha=0.45)
     if dense is not None:
-        panel.plot([dense.x], [100 * dense.y], "D", color="black", ms=6, label="dense")  # type: ignore[attr-defined]
-    panel.grid(alpha=0.25, lw=0.5)  # type: ignore[attr-defined]
-    panel.spines[["top", "right"]].set_visible(False)  # type: ignore[attr-defined]
+        panel.plot([dense.x], [100 * dense.y], "D", color="black", ms=6, label="dense")
+    panel.grid(alpha=0.25, lw=0.5)
+    panel.spines[["top", "right"]].set_visible(False)
 
 
-def _token_axis(panel: object, tokens: Sequence[float]) -> None:
-    panel.set_xscale("log")  # type: ignore[attr-defined]
+def _token_axis(panel: Any, tokens: Sequence[float]) -> None:
+    panel.set_xscale("log")
     apart = [t for i, t in enumerate(tokens) if i == 0 or t > 1.15 * tokens[i - 1]]
-    panel.set_xticks(apart, [f"{t:.0f}" for t in apart])  # type: ignore[attr-defined]
-    panel.set_xticks([], minor=True)  # type: ignore[attr-defined]
+    panel.set_xticks(apart, [f"{t:.0f}" for t in apart])
+    panel.set_xticks([], minor=True)
 
 
 def _place(row: Row, time: Row, axis: str) -> float | None:
@@ -133,4 +138,4 @@ def _cost(row: Row, time: Row) -> str:
     tokens = row["visual_tokens"]
     told = "" if tokens is None else f"{tokens[1]:.0f} of {tokens[0]:.0f} visual tokens"
     ttft = time["ttft_ms"]
-    return told if ttft is None else f"{told}, TTFT {math.ceil(10 * ttft) / 10:.1f} ms"
+    return told if ttft is None else f"{told}, TTFT {milliseconds(ttft)} ms"

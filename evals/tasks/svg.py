@@ -104,7 +104,7 @@ def _grid(y: Scale, steps: Sequence[float], width: int, height: int) -> str:
         kind = "grid full" if abs(step - 1) < 1e-9 else "grid"
         lines.append(f'<line class="{kind}" x1="{TICKS}" x2="{width - RIGHT}" y1="{y(step):.1f}" y2="{y(step):.1f}"/>')
         text = f"{100 * step:g}"
-        lines.append(f'<text class="tick" x="{TICKS - 6}" y="{y(step) + 4:.1f}" text-anchor="end">{text}</text>')
+        lines.append(_text("tick", TICKS - 6, y(step) + 4, "end", text))
     return "".join(lines)
 
 
@@ -118,9 +118,8 @@ def _ticks(points: Sequence[Point], x: Scale, axis: Axis, width: int, height: in
             continue
         last = at
         parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{base}" y2="{base + 4}"/>')
-        parts.append(f'<text class="tick" x="{at:.1f}" y="{base + 17}" text-anchor="middle">{text}</text>')
-    title = f'<text class="axis" x="{width - RIGHT}" y="{height - 6}" text-anchor="end">{escape(axis.title)}</text>'
-    return "".join(parts) + title
+        parts.append(_text("tick", at, base + 17, "middle", text))
+    return "".join(parts) + _text("axis", width - RIGHT, height - 6, "end", axis.title)
 
 
 def _curve(curve: Curve, x: Scale, y: Scale, dodge: float) -> str:
@@ -128,9 +127,9 @@ def _curve(curve: Curve, x: Scale, y: Scale, dodge: float) -> str:
     line = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
     dash = f' stroke-dasharray="{curve.dash}"' if curve.dash else ""
     parts = [f'<polyline class="line" points="{line}"{dash}/>']
-    for p, (a, b) in zip(curve.points, places):
+    for p, (at, _) in zip(curve.points, places):
         if p.low is not None and p.high is not None:
-            parts.append(f'<line class="bar" x1="{a:.1f}" x2="{a:.1f}" y1="{y(p.low):.1f}" y2="{y(p.high):.1f}"/>')
+            parts.append(f'<line class="bar" x1="{at:.1f}" x2="{at:.1f}" y1="{y(p.low):.1f}" y2="{y(p.high):.1f}"/>')
     parts += [_mark(a, b, curve.mark, "", p.tip) for p, (a, b) in zip(curve.points, places)]
     return f'<g class="{curve.style}" data-method={quoteattr(curve.name)}>{"".join(parts)}</g>'
 
@@ -144,31 +143,31 @@ def _mark(a: float, b: float, mark: int, style: str, tip: str) -> str:
         3: f'<path d="M{a:.1f} {b - 6:.1f}l6 6l-6 6l-6 -6z"/>',
     }[mark % 4]
     hit = f'<circle class="hit" cx="{a:.1f}" cy="{b:.1f}" r="12"/>'
-    text = quoteattr(tip)
-    return f'<g class="mark {style}" tabindex="0" role="img" aria-label={text}><title>{escape(tip)}</title>{hit}{shape}</g>'
+    told = f"aria-label={quoteattr(tip)}><title>{escape(tip)}</title>"
+    return f'<g class="mark {style}" tabindex="0" role="img" {told}{hit}{shape}</g>'
 
 
 def _names(curves: Sequence[Curve], x: Scale, y: Scale, dodges: Sequence[float], width: float, height: int) -> str:
     """The name of every curve left of its first point, moved up or down until no two overlap, with a line to it."""
     order = sorted(range(len(curves)), key=lambda i: y(curves[i].points[0].y))
     wanted = [y(curves[i].points[0].y) for i in order]
-    parts = []
+    room, begin, parts = int((width - 16) / LETTER), TICKS + width - 12, []
     for i, at in zip(order, spread(wanted, LINE, TOP + 6, height - BOTTOM - 4)):
         curve, first = curves[i], curves[i].points[0]
-        end, begin = x(first.x) + dodges[i] - 6, TICKS + width - 12
-        room = int((width - 16) / LETTER)
         name = curve.name if len(curve.name) <= room else curve.name[: room - 1] + "…"
-        parts.append(
-            f'<g class="{curve.style}"><path class="lead" d="M{begin:.1f} {at:.1f}L{end:.1f} {y(first.y):.1f}"/>'
-        )
-        parts.append(
-            f'<text class="name" x="{begin - 3:.1f}" y="{at + 4:.1f}" text-anchor="end">{escape(name)}</text></g>'
-        )
+        line = f"M{begin:.1f} {at:.1f}L{x(first.x) + dodges[i] - 6:.1f} {y(first.y):.1f}"
+        back = f'x="{TICKS + 1}" y="{at - 7:.1f}" width="{width - 14:.1f}" height="{LINE}"'
+        parts.append(f'<g class="{curve.style}"><path class="lead" d="{line}"/><rect class="back" {back}/>')
+        parts.append(_text("name", begin - 3, at + 4, "end", name) + "</g>")
     return "".join(parts)
 
 
+def _text(style: str, x: float, y: float, anchor: str, text: str) -> str:
+    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
 def spread(wanted: Sequence[float], apart: float, low: float, high: float) -> list[float]:
-    """Places near the `wanted` rising ones, at least `apart` from one another and between `low` and `high` if they fit."""
+    """Places near the `wanted` rising ones, `apart` from one another, inside `low` and `high` if they fit."""
     places: list[float] = []
     for want in wanted:
         places.append(max(want, low, places[-1] + apart if places else low))

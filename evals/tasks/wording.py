@@ -32,7 +32,7 @@ def verdict(beats: bool | None) -> str:
 
 
 def bounds(row: Row) -> str:
-    """' (91.2 to 99.0)' behind a relative score; empty where there is no interval, or nothing to doubt, as for dense."""
+    """' (91.2 to 99.0)' behind a relative score; empty where there is no interval, and for dense."""
     if row["low"] is None or row["low"] == row["high"] == 1:
         return ""
     return f" ({percent(row['low'])} to {percent(row['high'])})"
