@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vtprune.evals.accuracy.plans import CONTROLS
 from vtprune.evals.report import Row
 from vtprune.evals.tasks.folder import Line, ResultFolder
 from vtprune.evals.tasks.gather import Asked, Group
@@ -25,7 +26,7 @@ SIDE, FRAME = 224, 112  # pixels of the longer edge of a picture, and of a frame
 
 @dataclass(frozen=True)
 class Answer:
-    """What one way of pruning said: its mark is 0..1, None without a label; picture: a data URI, "" if there is none."""
+    """What one way of pruning said. mark: 0..1, None without a label; picture: a data URI, "" if there is none."""
 
     method: str
     title: str
@@ -100,8 +101,8 @@ def _of_task(asked: Asked, dense: Group, source: Source) -> list[Difference]:
 def _difference(asked: Asked, dense: Group, i: int, groups: Sequence[Group], source: Source) -> Difference:
     line = dense.draws[0][i]
     sample = source.sample(asked.name, line["id"])
-    # An answer with a picture says more than one without.
-    shown = sorted(groups, key=lambda group: "kept" not in group.draws[0][i])[:ANSWERS]
+    # An answer with a picture says more than one without, and a method more than a control.
+    shown = sorted(groups, key=lambda g: ("kept" not in g.draws[0][i], g.label in CONTROLS))[:ANSWERS]
     others, missing = [], source.missing
     for group in shown:
         picture, why = _picture(sample, group.draws[0][i])

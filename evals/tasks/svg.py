@@ -156,7 +156,7 @@ def _names(curves: Sequence[Curve], x: Scale, y: Scale, dodges: Sequence[float],
         curve, first = curves[i], curves[i].points[0]
         name = curve.name if len(curve.name) <= room else curve.name[: room - 1] + "…"
         line = f"M{begin:.1f} {at:.1f}L{x(first.x) + dodges[i] - 6:.1f} {y(first.y):.1f}"
-        back = f'x="{TICKS + 1}" y="{at - 7:.1f}" width="{width - 14:.1f}" height="{LINE}"'
+        back = f'x="{TICKS - 1}" y="{at - 7:.1f}" width="{width - 12:.1f}" height="{LINE}"'
         parts.append(f'<g class="{curve.style}"><path class="lead" d="{line}"/><rect class="back" {back}/>')
         parts.append(_text("name", begin - 3, at + 4, "end", name) + "</g>")
     return "".join(parts)
