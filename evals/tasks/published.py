@@ -122,7 +122,7 @@ def _table(
     columns: dict[str, float | None],
     lines: dict[tuple[str, str], list[float]],
 ) -> list[Figure]:
-    """Figures of one source. columns: benchmark -> the dense score; lines: (method, kept) -> a value for each column."""
+    """Figures of one source. columns: benchmark -> dense score; lines: (method, kept) -> a value for each column."""
     return [
         Figure(preset, method, model, kept, benchmark, value, dense, by, how)
         for (method, kept), values in lines.items()

@@ -22,8 +22,8 @@ NOTES = (
     "agreement: the share of answers equal to those of the dense model; draws of random methods are averaged.",
 )
 TIMES = (
-    "Medians over samples, the first of every cell left out as a warm-up; the speed-up is dense TTFT / TTFT, the share of "
-    "the selection is its time / dense prefill; the mean over tasks is that of the medians.",
+    "Medians over samples, the first of every cell left out as a warm-up; mean: means over tasks of the medians.",
+    "The speed-up is dense TTFT / TTFT, the share of the selection its time / dense prefill.",
 )
 
 
