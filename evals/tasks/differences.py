@@ -64,19 +64,20 @@ class Source:
         elif file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() != data["sha256"]:
             self.missing = f"The data file {data['file']} has changed since the run, so there is no picture."
         else:
-            self._read(file, data, document.get("settings", {}).get("limit"))
+            self._read(file, data.get("frames") or 8)
 
-    def _read(self, file: Path, data: Row, limit: int | None) -> None:
+    def _read(self, file: Path, frames: int) -> None:
         from vtprune.evals.tasks.data import read
 
         try:
-            found = read(file, frames=data.get("frames") or 8, limit=limit)
+            found = read(file, frames=frames)
         except (ValueError, OSError) as error:
             self.missing = f"The data file cannot be read again ({error}), so there is no picture."
             return
         self._samples = {(sample.task, str(sample.id)): sample for sample in found}
 
     def sample(self, task: str, one: str) -> Sample | None:
+        """The sample of a line; None where the file does not hold it, or cannot be used."""
         return self._samples.get((task, one))
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,19 +18,25 @@ from vtprune.evals.tasks.metrics import METRICS
 
 AGREEMENT = "agreement"  # the metric of questions without labels: is the answer that of the dense model?
 Array = NDArray[np.float64]
+T = TypeVar("T")
+
+
+@lru_cache(maxsize=2**16)
+def _words(answer: str) -> list[str]:
+    return words(answer)  # a grid asks this of the same short answers thousands of times
 
 
 @dataclass(frozen=True)
 class Group:
     """One way of pruning and its answers: a finished cell, or those of a random method that differ in the seed alone.
 
-    A cell without a seed stands alone, so that two recipes of one name stay two.
-    draws: for every cell a line for each sample, in the order of the task's samples. ends: how every cell ended.
+    key: the same in every task; a cell without a seed has its own, so that two recipes of one name stay two. draws: for
+    every cell a line for each sample, in the order of the task's samples. ends: how every cell ended.
     """
 
     label: str
     keep: float | int | None
-    key: str  # of the way of pruning, the same in every task
+    key: str
     draws: list[list[Line]] = field(default_factory=list)
     ends: list[Line] = field(default_factory=list)
 
@@ -48,8 +54,8 @@ class Group:
 
     def agreement(self, dense: Group) -> Array:
         """[n]: the share of draws whose answer is that of the dense model, word by word."""
-        said = [words(line["answer"]) for line in dense.draws[0]]
-        same = [[words(line["answer"]) == other for line, other in zip(draw, said)] for draw in self.draws]
+        said = [_words(line["answer"]) for line in dense.draws[0]]
+        same = [[_words(line["answer"]) == other for line, other in zip(draw, said)] for draw in self.draws]
         return np.array(same, dtype=np.float64).mean(0)
 
 
@@ -83,11 +89,8 @@ class Asked:
         if self.metric == AGREEMENT:
             dense = self.dense
             return None if dense is None else np.stack([g.agreement(dense) for g in self.groups])[..., None]
-        found = [group.mean("parts") for group in self.groups]
-        known = [parts for parts in found if parts is not None]
-        if not self.groups or len(known) < len(found) or not all(map(self._explained, self.groups)):
-            return None
-        return np.stack(known)
+        found = known(group.mean("parts") for group in self.groups)
+        return np.stack(found) if found and all(map(self._explained, self.groups)) else None
 
     def _explained(self, group: Group) -> bool:
         """Whether the score at a cell's end is made of its parts: a harness may add up in a way of its own."""
@@ -102,6 +105,13 @@ def gather(folder: ResultFolder) -> list[Asked]:
     """Every task of the run with what is finished of it. Raises ValueError where cells answer different samples."""
     document = folder.document()
     return [_task(folder, task, document["cells"]) for task in document["tasks"]]
+
+
+def known(values: Iterable[T | None]) -> list[T] | None:
+    """The values as a list; None where one of them is missing."""
+    found = list(values)
+    there = [value for value in found if value is not None]
+    return there if len(there) == len(found) else None
 
 
 def on_all(tasks: Sequence[Asked]) -> list[str]:

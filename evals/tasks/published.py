@@ -109,7 +109,7 @@ def _cell(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else show(value)
 
 
-def published(preset: str, methods: Iterable[str]) -> Report:
+def published(preset: str, methods: Iterable[str]) -> Published:
     """The table of `figures_for`, under a title that lets nobody take it for a measurement of this run."""
     return Published(f"{TITLE}: {preset}", figures_for(preset, methods), {}, NOTES)
 

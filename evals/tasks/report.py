@@ -14,6 +14,7 @@ from vtprune.evals.tasks.cells import DENSE
 from vtprune.evals.tasks.differences import differences
 from vtprune.evals.tasks.folder import ResultFolder
 from vtprune.evals.tasks.gather import gather
+from vtprune.evals.tasks.published import PRESETS, Published, published
 from vtprune.evals.tasks.scores import MEAN, RANDOM
 from vtprune.evals.tasks.summary import Summary, summarise
 
@@ -65,6 +66,7 @@ def page(folder: ResultFolder, summary: Summary) -> str:
         settings=_flat({k: summary.document.get(k) for k in ("model", "data", "settings")}),
         environment=_flat(summary.environment),
         command=summary.environment.get("command"),
+        published=_published(summary),
     )
 
 
@@ -125,6 +127,15 @@ def _small(summary: Summary) -> list[Row]:
     rows, times = summary.rows, summary.timing.rows
     made = [(task, charts.pareto_svg(rows, times, task, charts.TOKENS, 350, 280)) for task in tasks]
     return [{"task": task, "svg": svg} for task, svg in made if svg is not None] if len(tasks) > 1 else []
+
+
+def _published(summary: Summary) -> Published | None:
+    """The figures of the papers, where the run followed a preset of ours and some are known."""
+    preset = summary.document.get("settings", {}).get("preset")
+    if preset not in PRESETS:
+        return None
+    found = published(preset, dict.fromkeys(row["method"] for row in summary.rows))
+    return found if found.rows else None
 
 
 def _pairs(summary: Summary) -> list[tuple[Row, Row]]:

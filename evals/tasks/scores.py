@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from vtprune.evals.accuracy.plans import CONTROLS
 from vtprune.evals.report import Row
-from vtprune.evals.tasks.gather import AGREEMENT, Asked, Group, on_all
+from vtprune.evals.tasks.gather import AGREEMENT, Asked, Group, known, on_all
 from vtprune.evals.tasks.resampling import interval, resampled
 
 Array = NDArray[np.float64]
@@ -51,27 +51,35 @@ def beaten(rows: Sequence[Scored], relative: bool = False) -> list[str]:
 
     relative: compare relative scores, as the rows "mean" have no others.
     """
-    random = {one.group.keep: one for one in rows if one.group.label == RANDOM}
+    random = {repr(one.group.keep): one for one in rows if one.group.label == RANDOM and _prunes(one.group)}
     sentences = []
     for one in rows:
-        other = random.get(one.group.keep)
-        mine, theirs = ((o.ratio if relative else o.draws) if o is not None else None for o in (one, other))
-        if one is other or other is None or mine is None or theirs is None:
+        other = random.get(repr(one.group.keep))  # 1 is a token, and 1.0 all of them
+        if other is None or one is other:
             continue
-        name = "relative" if relative else "score"
-        low, high = interval(mine - theirs)
+        mine, theirs = (known([o.ratio if relative else o.draws]) for o in (one, other))
+        low, high = (None, None) if mine is None or theirs is None else interval(mine[0] - theirs[0])
         if low is None or high is None:
             continue
         one.row["beats_random"] = low > 0
         if low <= 0 and one.group.label not in CONTROLS:
+            name = "relative" if relative else "score"
             where = "the mean over tasks" if relative else one.row["task"]
-            apart = one.row[name] - other.row[name]
-            sentences.append(
-                f"`{one.group.label}`{one.group.title.removeprefix(one.group.label)} does not beat random tokens "
-                f"beyond noise on {where} (difference {100 * apart:.1f} points, 95 % interval {100 * low:.1f} to "
-                f"{100 * high:.1f})."
-            )
+            sentences.append(_not_beaten(one.group, where, one.row[name] - other.row[name], low, high))
     return sentences
+
+
+def _prunes(group: Group) -> bool:
+    return not (isinstance(group.keep, float) and group.keep == 1)
+
+
+def _not_beaten(group: Group, where: str, difference: float, low: float, high: float) -> str:
+    difference, low, high = (100 * value for value in (difference, low, high))
+    at = group.title.removeprefix(group.label)
+    return (
+        f"`{group.label}`{at} does not beat random tokens beyond noise on {where} "
+        f"(difference {difference:.1f} points, 95 % interval {low:.1f} to {high:.1f})."
+    )
 
 
 def means(tasks: Sequence[Asked], rows: Sequence[Sequence[Scored]]) -> list[Scored]:
@@ -82,8 +90,8 @@ def means(tasks: Sequence[Asked], rows: Sequence[Sequence[Scored]]) -> list[Scor
 
 def _mean(same: Sequence[Scored]) -> Scored:
     rows = [one.row for one in same]
-    drawn = [one.ratio for one in same if one.ratio is not None]
-    ratio = np.mean(drawn, axis=0) if len(drawn) == len(same) else None
+    drawn = known(one.ratio for one in same)
+    ratio = None if drawn is None else np.mean(drawn, axis=0)
     low, high = interval(ratio)
     row = {
         **dict.fromkeys(rows[0]),  # scores of different metrics have no mean
@@ -93,28 +101,28 @@ def _mean(same: Sequence[Scored]) -> Scored:
         "seeds": min(row["seeds"] for row in rows),
         "metric": "relative",
         "n": sum(row["n"] for row in rows),
-        "relative": _average(rows, "relative"),
+        "relative": _average(row["relative"] for row in rows),
         "low": low,
         "high": high,
-        "agreement": _average(rows, "agreement"),
-        "visual_tokens": _tokens([row["visual_tokens"] for row in rows]),
+        "agreement": _average(row["agreement"] for row in rows),
+        "visual_tokens": _tokens(row["visual_tokens"] for row in rows),
     }
     return Scored(same[0].group, row, None, ratio)
 
 
-def _average(rows: Sequence[Row], name: str) -> float | None:
-    values = [row[name] for row in rows]
-    return None if any(value is None for value in values) else float(np.mean(values))
+def _average(values: Iterable[float | None]) -> float | None:
+    found = known(values)
+    return None if found is None else float(np.mean(found))
 
 
-def _tokens(pairs: Sequence[Sequence[float] | None]) -> list[float] | None:
-    return None if any(pair is None for pair in pairs) else [float(v) for v in np.mean(pairs, axis=0)]
+def _tokens(pairs: Iterable[Sequence[float] | None]) -> list[float] | None:
+    found = known(pairs)
+    return None if found is None else [float(value) for value in np.mean(found, axis=0)]
 
 
 def _aggregate(group: Group) -> float | None:
     """The score that a harness gave to a cell, averaged over draws."""
-    scores = [end.get("score") for end in group.ends]
-    return None if any(score is None for score in scores) else float(np.mean(scores))
+    return _average(end.get("score") for end in group.ends)
 
 
 def _row(asked: Asked, group: Group, score: float | None) -> Row:

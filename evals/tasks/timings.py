@@ -7,7 +7,7 @@ from statistics import fmean, median
 
 from vtprune.evals.report import Row
 from vtprune.evals.tasks.cells import DENSE
-from vtprune.evals.tasks.gather import Asked, Group, on_all
+from vtprune.evals.tasks.gather import Asked, Group, known, on_all
 from vtprune.evals.tasks.scores import MEAN
 
 PHASES = {"ttft_ms": "ttft", "prefill_ms": "prefill", "encode_ms": "encode", "select_ms": "select"}
@@ -29,10 +29,10 @@ def mean_times(tasks: Sequence[Asked], rows: Sequence[Sequence[Row]]) -> list[Ro
 def _mean(same: Sequence[Row]) -> Row:
     mean: Row = {"task": MEAN, "method": same[0]["method"], "keep": same[0]["keep"]}
     for name in PHASES:
-        values = [row[name] for row in same]
-        mean[name] = None if None in values else round(fmean(values), 4)
-    peaks = [row["peak_mib"] for row in same]
-    mean["peak_mib"] = None if None in peaks else max(peaks)
+        values = known(row[name] for row in same)
+        mean[name] = None if values is None else round(fmean(values), 4)
+    peaks = known(row["peak_mib"] for row in same)
+    mean["peak_mib"] = None if peaks is None else max(peaks)
     return mean
 
 
@@ -41,10 +41,10 @@ def _medians(group: Group) -> Row:
     seconds = [line.get("seconds") or {} for line in warm]
     row: Row = {}
     for name, phase in PHASES.items():
-        values = [one.get(phase) for one in seconds]
-        row[name] = None if None in values else round(1e3 * median(values), 4)
-    peaks = [end.get("peak_mib") for end in group.ends]
-    row["peak_mib"] = None if None in peaks else max(peaks)
+        values = known(one.get(phase) for one in seconds)
+        row[name] = None if values is None else round(1e3 * median(values), 4)
+    peaks = known(end.get("peak_mib") for end in group.ends)
+    row["peak_mib"] = None if peaks is None else max(peaks)
     return row
 
 

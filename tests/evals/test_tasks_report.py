@@ -287,6 +287,17 @@ def test_a_run_without_times_says_so(tmp_path: Path) -> None:
     assert "No pruned answer differs" in made
 
 
+def test_figures_of_others_stand_beside_a_run_of_a_preset(tmp_path: Path, text: str) -> None:
+    lines = [results.line(i, "yes", [1]) for i in range(4)]
+    answers = {DENSE: lines, DIVPRUNE: lines}
+    folder = results.write(tmp_path, {"pope": ("exact", answers)}, settings={"limit": None, "preset": "llava-next"})
+    reader = Reader(page(folder, summarise(folder)))
+    assert "Published by others; not measured here: llava-next" in reader.text
+    assert "https://arxiv.org/abs/2505.18757" in reader.text
+    assert not [one for one in reader.attributes if "http" in one[2]]
+    assert "Published by others" not in text
+
+
 def test_the_command_writes_page_and_picture(tmp_path: Path) -> None:
     folder = results.example(tmp_path / "run", methods=["divprune"], keeps=[0.25], n=12)
     out = tmp_path / "new" / "page.html"

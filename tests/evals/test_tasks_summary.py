@@ -135,6 +135,14 @@ def test_a_method_without_random_beside_it_is_not_judged(tmp_path: Path) -> None
     assert row_of(summarise(results.write(tmp_path, {"t": ("exact", answers)})), "divprune")["beats_random"] is None
 
 
+def test_all_tokens_are_not_compared_with_random(tmp_path: Path) -> None:
+    """At keep=1.0 nothing is pruned, so there is nothing to beat."""
+    answers = dict.fromkeys([DENSE, *cells(["divprune"], [1.0, 0.5], seeds=1)], marked([1, 1, 0]))
+    summary = summarise(results.write(tmp_path, {"t": ("exact", answers)}))
+    assert [row_of(summary, "divprune", keep=keep)["beats_random"] for keep in (1.0, 0.5)] == [None, False]
+    assert not any("at 100 %" in note for note in summary.notes)
+
+
 def test_without_labels_the_score_is_agreement(tmp_path: Path) -> None:
     dense = [results.line(i, text) for i, text in enumerate(["A cat.", "two", "red", "no"])]
     pruned = [results.line(i, text) for i, text in enumerate(["the cat", "2", "blue", "no"])]
