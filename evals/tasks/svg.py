@@ -167,12 +167,20 @@ def _text(style: str, x: float, y: float, anchor: str, text: str) -> str:
 
 
 def spread(wanted: Sequence[float], apart: float, low: float, high: float) -> list[float]:
-    """Places near the `wanted` rising ones, `apart` from one another, inside `low` and `high` if they fit."""
-    places: list[float] = []
+    """Places near the `wanted` rising ones, `apart` from one another, between `low` and `high` if they fit.
+
+    Labels that would overlap stand in a row around the middle of where they want to be.
+    """
+    rows: list[tuple[float, int]] = []  # (middle, labels)
     for want in wanted:
-        places.append(max(want, low, places[-1] + apart if places else low))
-    limit = high
+        middle, count = want, 1
+        while rows and rows[-1][0] + rows[-1][1] * apart / 2 > middle - count * apart / 2:
+            before, more = rows.pop()
+            middle, count = (before * more + middle * count) / (more + count), more + count
+        rows.append((middle, count))
+    places = [middle + (i - (count - 1) / 2) * apart for middle, count in rows for i in range(count)]
+    for i, place in enumerate(places):
+        places[i] = max(place, low if i == 0 else places[i - 1] + apart)
     for i in reversed(range(len(places))):
-        places[i] = min(places[i], limit)
-        limit = places[i] - apart
+        places[i] = min(places[i], high if i == len(places) - 1 else places[i + 1] - apart)
     return places

@@ -86,7 +86,7 @@ def example(path: Path, methods: Sequence[str] = METHODS, keeps: Sequence[float]
 
 
 def _made_up(cell: Cell, i: int, record: dict[str, str], rng: np.random.Generator) -> Line:
-    keep = 1.0 if cell.keep is None else float(cell.keep)
+    keep = 1.0 if cell.keep is None else cell.keep if isinstance(cell.keep, float) else cell.keep / 576
     chance = 0.85 * STRENGTH.get(cell.label, 0.88) ** (1 + 0.9 * np.log(1 / keep))
     right = np.random.default_rng(i).random() * 0.7 + rng.random() * 0.3 < chance
     answer = record["answer"] if right else "grey <b>"

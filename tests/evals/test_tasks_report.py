@@ -113,7 +113,13 @@ def test_names_of_curves_do_not_overlap() -> None:
 
 @pytest.mark.parametrize(
     ("wanted", "places"),
-    [([10, 50], [10, 50]), ([10, 11], [10, 24]), ([95, 99], [86, 100]), ([0, 0, 0], [5, 19, 33])],
+    [
+        ([10, 50], [10, 50]),
+        ([40, 42], [34, 48]),
+        ([95, 99], [86, 100]),
+        ([0, 0, 0], [5, 19, 33]),
+        ([40, 40, 55], [31, 45, 59]),
+    ],
 )
 def test_labels_are_spread(wanted: list[float], places: list[float]) -> None:
     assert svg.spread(wanted, 14, 5, 100) == places
