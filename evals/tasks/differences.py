@@ -106,7 +106,7 @@ def _difference(asked: Asked, dense: Group, i: int, groups: Sequence[Group], sou
     shown = sorted(groups, key=lambda g: ("kept" not in g.draws[0][i], g.label in CONTROLS))[:ANSWERS]
     others, missing = [], source.missing
     for group in shown:
-        picture, why = _picture(sample, group.draws[0][i])
+        picture, why = picture_of(sample, group.draws[0][i])
         missing = missing or why
         others.append(_answer(asked, group, group.draws[0][i], picture))
     question = line.get("question") or (sample.prompt if sample else "(the question was not recorded)")
@@ -120,7 +120,7 @@ def _answer(asked: Asked, group: Group, line: Line, picture: str = "") -> Answer
     return Answer(group.label, group.title, line["answer"], mark, picture)
 
 
-def _picture(sample: Sample | None, line: Line) -> tuple[str, str]:
+def picture_of(sample: Sample | None, line: Line) -> tuple[str, str]:
     """(data URI, why there is none): one of the two is empty."""
     if sample is None:
         return "", "This sample is not in the data file, so there is no picture."

