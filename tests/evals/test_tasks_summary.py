@@ -251,7 +251,7 @@ def test_times_are_medians_without_the_first_sample(tmp_path: Path) -> None:
             for i, t in enumerate(ttft)
         ]
 
-    answers = {DENSE: lines([9, 0.1, 0.1, 0.4, 0.1], 0), DIVPRUNE: lines([9, 0.04, 0.05, 0.05, 0.05], 0.005)}
+    answers = {DENSE: lines([9, 0.08, 0.12, 0.08, 0.12], 0), DIVPRUNE: lines([9, 0.04, 0.05, 0.05, 0.05], 0.005)}
     summary = summarise(results.write(tmp_path, {"t": ("exact", answers)}))
     dense, pruned = summary.timing.rows[:2]
     assert (dense["ttft_ms"], pruned["ttft_ms"], pruned["prefill_ms"]) == (100, 50, 25)
@@ -259,6 +259,13 @@ def test_times_are_medians_without_the_first_sample(tmp_path: Path) -> None:
     assert dense["speedup"] == 1
     assert [row["task"] for row in summary.timing.rows] == ["t", "t", "mean", "mean"]
     assert summary.timing.rows[3]["speedup"] == 2
+
+
+def test_of_three_samples_all_are_timed(tmp_path: Path) -> None:
+    lines = [results.line(i, "yes", [1], seconds={"ttft": t}) for i, t in enumerate([0.3, 0.1, 0.4])]
+    summary = summarise(results.write(tmp_path, {"t": ("exact", {DENSE: lines})}))
+    assert summary.timing.rows[0]["ttft_ms"] == 300
+    assert summary.timing.rows[0]["prefill_ms"] is None
 
 
 def test_times_that_were_not_measured_are_missing(tmp_path: Path) -> None:
