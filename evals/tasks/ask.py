@@ -80,7 +80,9 @@ class OwnData:
                 self.model(**self._inputs(sample), logits_to_keep=1)
                 sheet = self._sheet(sample, panels.kept_units(handle.last), cell.title)
                 if sheet is not None:
-                    sheet.save(folder.picture(task, cell.name, sample.id))
+                    file = folder.picture(task, cell.name, sample.id)
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    sheet.save(file)
 
     def _sheet(self, sample: Sample, units: list[panels.Kept], title: str) -> Any:
         """The drawing; None where the tokens cannot be placed on the picture."""

@@ -105,10 +105,8 @@ class ResultFolder:
         write(self._file(task, cell, ".failed.json"), {"error": error})
 
     def picture(self, task: str, cell: str, sample: str) -> Path:
-        """Where a drawing of what was kept of a sample belongs; its folder is made."""
-        file = self._file(task, cell, "") / f"{quote(sample, safe='')}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        return file
+        """Where a drawing of what was kept of a sample belongs."""
+        return self._file(task, cell, "") / f"{quote(sample, safe='')}.png"
 
     def _file(self, task: str, cell: str, ending: str) -> Path:
         return self.path / "cells" / quote(task, safe="") / f"{cell}{ending}"

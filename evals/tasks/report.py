@@ -62,7 +62,7 @@ def page(folder: ResultFolder, summary: Summary) -> str:
         grey=charts.GREY,
         notes=summary.notes,
         time_notes=summary.timing.notes,
-        differences=differences(folder, summary.document, gather(folder)),
+        differences=differences(folder, gather(folder)),
         settings=_flat({k: summary.document.get(k) for k in ("model", "data", "settings")}),
         environment=_flat(summary.environment),
         command=summary.environment.get("command"),

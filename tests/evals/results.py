@@ -61,7 +61,7 @@ STRENGTH = {"dense": 1.0, "random": 0.9, "uniform": 0.92, "divprune": 0.97, "vis
 
 
 def example(path: Path, methods: Sequence[str] = METHODS, keeps: Sequence[float] = KEEPS, n: int = 60) -> ResultFolder:
-    """Two tasks with pictures of the toy, in a data file beside them; answers, times and kept tokens are made up."""
+    """Two tasks with pictures of the toy, in a data file beside them; answers and times are made up."""
     rng = np.random.default_rng(1)
     path.mkdir(parents=True, exist_ok=True)
     every = cells(methods, keeps, seeds=2)
@@ -81,8 +81,15 @@ def example(path: Path, methods: Sequence[str] = METHODS, keeps: Sequence[float]
         tasks[name] = ("exact", {cell: [_made_up(cell, i, r, rng) for i, r in enumerate(records)] for cell in every})
     data = path / "questions.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = {"file": str(data), "sha256": hashlib.sha256(data.read_bytes()).hexdigest(), "frames": 8}
-    return write(path, tasks, data=found, model="the embedded toy VLM")
+    found = {"file": str(data), "sha256": hashlib.sha256(data.read_bytes()).hexdigest()}
+    folder = write(path, tasks, data=found, model="the embedded toy VLM")
+    for name in tasks:
+        for cell in every[1:]:  # of the first samples
+            for i in range(min(n, 4)):
+                file = folder.picture(name, cell.name, f"{name}-{i}")
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.open(path / "pictures" / f"{name}{i}.png").save(file)
+    return folder
 
 
 def _made_up(cell: Cell, i: int, record: dict[str, str], rng: np.random.Generator) -> Line:
@@ -93,9 +100,7 @@ def _made_up(cell: Cell, i: int, record: dict[str, str], rng: np.random.Generato
     prefill = 0.040 * (0.2 + 0.8 * keep) + 0.0004 * rng.random()
     select = 0 if cell == DENSE else 0.002 * (1 - STRENGTH.get(cell.label, 0.9)) * 10
     after = max(1, round(64 * keep))
-    kept = sorted(rng.choice(64, after, replace=False).tolist())
     return line(
-        record["id"], answer, [float(right)], visual_tokens=[64, after], prompt_tokens=[80, 16 + after],
+        record["id"], answer, [float(right)], question=record["question"], answers=[record["answer"]], visual_tokens=[64, after], prompt_tokens=[80, 16 + after],
         seconds={"ttft": 0.02 + prefill + select, "encode": 0.02, "select": select, "prefill": prefill, "total": 0.1},
-        **({"kept": [kept], "grid": [[1, 8, 8]]} if i < 8 else {}),
     )  # fmt: skip

