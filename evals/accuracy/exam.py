@@ -137,7 +137,8 @@ def turn(processor: Any, question: str, images: int = 1, videos: int = 0) -> str
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
     places = [processor.image_token] * images
-    places += [f"<|vision_start|> {processor.video_token} <|vision_end|>"] * videos
+    if videos:
+        places += [f"<|vision_start|> {processor.video_token} <|vision_end|>"] * videos
     return " ".join([processor.tokenizer.bos_token or "", *places, question, "answer:"]).strip()
 
 

@@ -50,6 +50,11 @@ class ResultFolder:
         if new:
             write(self.path / "run.json", {**found, "cells": [*found["cells"], *new]})
 
+    def check_ours(self) -> None:
+        """Raise ValueError where the folder holds other things than an evaluation, among which ours would be lost."""
+        if not (self.path / "run.json").exists() and any(self.path.iterdir()):
+            raise ValueError(f"{self.path} is not empty and holds no evaluation: name another folder")
+
     def document(self) -> Line:
         """What run.json says; ValueError where it is not there, no JSON, or of another version."""
         file = self.path / "run.json"

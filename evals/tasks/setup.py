@@ -60,6 +60,19 @@ class Setup:
     device: str | None = None
     dtype: str | None = None
 
+    @classmethod
+    def of(cls, model: str | None, data: Any, tasks: str | None, preset: str | None = None, **more: Any) -> Setup:
+        """As the command line names it. Raises ValueError unless there are either data or tasks."""
+        names = tuple(filter(None, (tasks or "").split(",")))
+        if preset is not None and data is None and not names:
+            from vtprune.evals.tasks.published import preset_of
+
+            names = tuple(preset_of(preset).tasks)
+        if (data is None) == (not names):
+            raise ValueError("name either a file with --data or tasks of lmms-eval with --tasks")
+        include = more.pop("include", None)
+        return cls(model, data and str(data), names, include and str(include), **more)
+
     def load(self) -> Subject:
         """Read the samples and load the model. Raises ValueError for what is not there, with the reason."""
         if self.tasks:

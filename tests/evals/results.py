@@ -101,6 +101,7 @@ def _made_up(cell: Cell, i: int, record: dict[str, str], rng: np.random.Generato
     select = 0 if cell == DENSE else 0.002 * (1 - STRENGTH.get(cell.label, 0.9)) * 10
     after = max(1, round(64 * keep))
     return line(
-        record["id"], answer, [float(right)], question=record["question"], answers=[record["answer"]], visual_tokens=[64, after], prompt_tokens=[80, 16 + after],
+        record["id"], answer, [float(right)], question=record["question"], answers=[record["answer"]],
+        visual_tokens=[64, after], prompt_tokens=[80, 16 + after],
         seconds={"ttft": 0.02 + prefill + select, "encode": 0.02, "select": select, "prefill": prefill, "total": 0.1},
     )  # fmt: skip

@@ -28,6 +28,8 @@ def sentence(command: F) -> F:
         try:
             return command(*args, **kwargs)
         except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] == "vtprune":
+                raise  # a part of this package is missing, which is a bug
             raise _exit(_install([(error.name or str(error)).split(".")[0]])) from error
         except (VtpruneError, ImportError, ValueError, TypeError, OSError) as error:
             raise _exit(" ".join(str(error).split())) from error

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from vtprune.cli.common import folder, needs, sentence, show_report
-from vtprune.cli.options import Batch, Clips, Device, Dtype, Json, Keep, Limit, Methods, Model, parse_keeps
+from vtprune.cli.options import Batch, Clips, Device, Dtype, Json, Keep, Methods, Model, Recipes, parse_keeps
 from vtprune.evals import models
 from vtprune.evals.models import device_of, dtype_of
 
@@ -23,20 +23,58 @@ def evaluate(
     keep: Keep = None,
     model: Model = None,
     video: Clips = False,
-    limit: Limit = 310,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Samples of a task, or questions of a capability, at most.")
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Draws of a random method.")] = 3,
+    data: Annotated[
+        Path | None, typer.Option(help="Your samples: JSONL, parquet or a saved dataset; see vtprune template.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lmms-eval instead, separated by commas.")] = None,
+    include: Annotated[Path | None, typer.Option(help="Folder with lmms-eval tasks of your own.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Budgets and tasks of the papers: llava-1.5, llava-next or video.")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="With --data: exact, relaxed, vqa, anls, choice or yesno_f1.")
+    ] = None,
+    frames: Annotated[int, typer.Option(min=1, help="With --data: frames of a video.")] = 8,
+    recipe: Recipes = None,
+    shard: Annotated[str | None, typer.Option(help="i/n: only the i-th of n parts of the grid.")] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="Address of a Ray cluster that runs the cells; local starts one.")
+    ] = None,
     capability: Annotated[
         list[str] | None, typer.Option(help="Only this kind of question; repeat for several.")
     ] = None,
     batch: Batch = 16,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 4,
+    new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to generate at most.")] = None,
     device: Device = None,
     dtype: Dtype = None,
-    out: Annotated[Path | None, typer.Option(help="Also write eval.json, eval.md and pareto.png here.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to; a grid that stopped goes on there.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the passes (CPU only).")] = 1,
     as_json: Json = False,
 ) -> None:
-    """Measure accuracy dense, blind and pruned, by kind of question, with the random and uniform controls."""
+    """Measure what a model still gets right with fewer visual tokens, beside random and evenly spaced ones.
+
+    On the questions of the embedded toy, by kind and with blind scores; with --data on a file of your own; with --tasks
+    on the benchmarks of lmms-eval. The last two write a folder that --out names, and go on there if they were stopped.
+    """
+    if data is not None or tasks is not None or preset is not None:
+        _refuse_toy_options(all_methods=all_methods, video=video, capability=capability, workers=workers > 1)
+        from vtprune.cli.grid import grid_cells, run_grid, shard_of
+        from vtprune.evals.tasks.setup import Setup
+
+        part = shard_of(shard)
+        todo = grid_cells(method or ([] if recipe else ["divprune"]), keep, seeds, recipe or [], preset)
+        setup = Setup.of(
+            model, data, tasks, preset, include=include, metric=metric, frames=frames, limit=limit,
+            new_tokens=new_tokens, device=device, dtype=dtype,
+        )  # fmt: skip
+        run_grid(setup, todo, out, part, ray, as_json, preset)
+        return
+    _refuse_grid_options(include=include, metric=metric, recipe=recipe, shard=shard, ray=ray)
+    limit, new_tokens = limit or 310, new_tokens or 4
     needs("scipy", *(["matplotlib"] if out else []), *(["torchvision"] if video else []))
     import vtprune
     from vtprune.evals import accuracy
@@ -74,6 +112,24 @@ def evaluate(
         report.plot(out / "pareto.png")
         (out / "eval.md").write_text(report.to_markdown() + "\n")
     show_report(report, as_json)
+
+
+def _refuse_toy_options(**given: object) -> None:
+    names = {"all_methods": "--all"}
+    for name, value in given.items():
+        if value:
+            raise ValueError(
+                f"{names.get(name, '--' + name)} belongs to the questions of the embedded toy: leave it out with "
+                "--data and --tasks"
+            )
+
+
+def _refuse_grid_options(**given: object) -> None:
+    for name, value in given.items():
+        if value:
+            raise ValueError(
+                f"--{name} needs samples to ask: name a file with --data, or tasks of lmms-eval with --tasks"
+            )
 
 
 def _interrupted(report: Report | None, out: Path | None, as_json: bool) -> NoReturn:

@@ -12,6 +12,9 @@ Keep = Annotated[list[str] | None, typer.Option("--keep", help="0.25 or 25% (sha
 Methods = Annotated[
     list[str] | None, typer.Option("--method", help="A name, or name:option=value,option=value; repeat for several.")
 ]
+Recipes = Annotated[
+    list[Path] | None, typer.Option("--recipe", help="A recipe.json, as vtprune tune writes; repeat for several.")
+]
 Model = Annotated[str | None, typer.Option(help="Path or hub id; without it the embedded toy model.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one, unless said otherwise.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
