@@ -88,6 +88,43 @@ def ttft(saved: Sequence[tuple[Row, Limits]], path: str | Path) -> Path:
     return path
 
 
+def tuned(tried: Sequence[Row], finalists: Sequence[Row], allowed: float, title: str, path: str | Path) -> Path:
+    """Write a PNG of a search: the drop against the time to the first token, all that was tried and the finalists.
+
+    tried: rows with method, keep, drop and ttft_ms as they were when each left the search. finalists: rows with low and
+    high beside, the recommended first, dense last. allowed: the drop that is wanted at most.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.0, 5.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    from vtprune.evals.report import share
+
+    points = [(row["ttft_ms"], 100 * row["drop"]) for row in tried]
+    axis.scatter(*zip(*points), s=14, color="#b0b0b0", label="left on the way, on fewer samples")
+    names = list(dict.fromkeys(row["method"] for row in finalists[:-1]))
+    for row in finalists:
+        color = "black" if row is finalists[-1] else _COLORS[names.index(row["method"]) % len(_COLORS)]
+        label = row["method"] + ("" if row["keep"] is None else f" at {share(row['keep'])}")
+        bounds = [[100 * (row["drop"] - row["low"])], [100 * (row["high"] - row["drop"])]]
+        marker = "*" if row is finalists[0] else "o"
+        axis.errorbar(
+            row["ttft_ms"], 100 * row["drop"], [[max(0.0, b[0])] for b in bounds], fmt=marker, color=color, capsize=3,
+            ms=11 if marker == "*" else 6, label=label,
+        )  # fmt: skip
+    axis.axhline(100 * allowed, color="#b00000", lw=1, ls="--", label=f"a drop of {100 * allowed:.3g} %")
+    axis.set(xlabel="time to first token, ms", ylabel="share of the dense score lost, %", title=title)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25, lw=0.5)
+    axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path
+
+
 def _ttft_panel(axis: Any, one: Row, limits: Limits) -> None:
     rows, env = one["rows"], one["environment"]
     whole, text = env["visual_tokens"], env["tokens"] - env["visual_tokens"]

@@ -47,10 +47,10 @@ class OwnData:
             for name, samples in self.samples.items()
         ]
 
-    def answers(self, task: str, cell: Cell, done: int = 0) -> Iterator[Line]:
-        """A line for every sample behind the first `done`, as it is answered."""
+    def answers(self, task: str, cell: Cell, done: int = 0, stop: int | None = None) -> Iterator[Line]:
+        """A line for every sample from `done` to `stop`, as it is answered."""
         with cell.applied(self.model) as handle, Recorder(self.model, handle) as recorder:
-            for sample in islice(self.samples[task], done, None):
+            for sample in islice(self.samples[task], done, stop):
                 yield self._line(sample, recorder)
 
     def score(self, task: str, lines: Sequence[Line]) -> float | None:
@@ -86,9 +86,10 @@ class OwnData:
 
     def _sheet(self, sample: Sample, units: list[panels.Kept], title: str) -> Any:
         """The drawing; None where the tokens cannot be placed on the picture."""
-        if sample.film is not None:
-            return show.contact_sheet(sample.film, units, title)
-        if len(sample.pictures) != 1:
+        film = sample.film
+        if film is not None:
+            return show.contact_sheet(film, units, title)
+        if len(sample.images) != 1:
             return None
         (picture,) = sample.pictures
         unit = panels.joined(units)
@@ -115,7 +116,7 @@ class OwnData:
 
     def _inputs(self, sample: Sample) -> dict[str, Any]:
         film = sample.film
-        asked = turn(self.processor, sample.prompt, 0 if film else len(sample.pictures), int(film is not None))
+        asked = turn(self.processor, sample.prompt, len(sample.images), int(film is not None))
         made = self._processed(asked, sample.pictures, film)
         return dict(made.to(self.model.device, dtype=self.model.dtype))
 

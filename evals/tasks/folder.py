@@ -52,7 +52,7 @@ class ResultFolder:
 
     def check_ours(self) -> None:
         """Raise ValueError where the folder holds other things than an evaluation, among which ours would be lost."""
-        if not (self.path / "run.json").exists() and any(self.path.iterdir()):
+        if self.path.exists() and not (self.path / "run.json").exists() and any(self.path.iterdir()):
             raise ValueError(f"{self.path} is not empty and holds no evaluation: name another folder")
 
     def document(self) -> Line:

@@ -26,6 +26,11 @@ def _words(answer: str) -> list[str]:
     return words(answer)  # a grid asks this of the same short answers thousands of times
 
 
+def same_words(a: Line, b: Line) -> bool:
+    """Whether two answers say the same, word by word."""
+    return _words(a["answer"]) == _words(b["answer"])
+
+
 @dataclass(frozen=True)
 class Group:
     """One way of pruning and its answers: a finished cell, or those of a random method that differ in the seed alone.
@@ -54,8 +59,7 @@ class Group:
 
     def agreement(self, dense: Group) -> Array:
         """[n]: the share of draws whose answer is that of the dense model, word by word."""
-        said = [_words(line["answer"]) for line in dense.draws[0]]
-        same = [[_words(line["answer"]) == other for line, other in zip(draw, said)] for draw in self.draws]
+        same = [[same_words(*pair) for pair in zip(draw, dense.draws[0])] for draw in self.draws]
         return np.array(same, dtype=np.float64).mean(0)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,10 +18,10 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 class Sample:
     """A question, read but not yet decoded.
 
-    id: unique in its task. task: the group of samples that one score is made of. images: pictures, each as a path or
-    the bytes of a file; video: a film in the same forms, instead of images. frames: how many are
-    taken from it. answers: the right ones; empty where there is no label. options: what a multiple-choice question
-    offers. metric: a name of `vtprune.evals.tasks.metrics.METRICS`. where: file and line, for messages.
+    id: unique in its task. task: the group of samples that one score is made of. images: pictures, each as a path, the
+    bytes of a file, or decoded; video: a film in the same forms, instead of images. frames: how many are taken from it.
+    answers: the right ones; empty where there is no label. options: what a multiple-choice question offers. metric: a
+    name of `vtprune.evals.tasks.metrics.METRICS`. where: file and line, for messages.
     """
 
     id: str
@@ -36,19 +35,22 @@ class Sample:
     frames: int = 8
     where: str = ""
 
-    @cached_property
+    # Decoded anew each time: the pictures of some thousand samples would not fit into memory.
+    @property
     def pictures(self) -> list[Image.Image]:
         """The pictures, decoded, upright and in RGB; none where the question is about a film."""
+        from PIL import Image
+
         from vtprune import pictures
 
-        return [pictures.read(one)[0] for one in self.images]
+        return [one if isinstance(one, Image.Image) else pictures.read(one)[0] for one in self.images]
 
-    @cached_property
+    @property
     def film(self) -> Video | None:
         """`frames` frames of the film, spread evenly; None where the question is about pictures."""
-        from vtprune.evals.video import read
+        from vtprune.evals.video import Video, read
 
-        return None if self.video is None else read(self.video, self.frames)
+        return self.video if self.video is None or isinstance(self.video, Video) else read(self.video, self.frames)
 
     @property
     def prompt(self) -> str:

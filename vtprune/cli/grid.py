@@ -60,8 +60,7 @@ def run_grid(
     from vtprune.evals.tasks.summary import summarise
 
     results = ResultFolder(out or default_folder(setup))
-    if results.path.exists():
-        results.check_ours()
+    results.check_ours()
     folder(results.path)
     subject = setup.load()
     document = setup.document(subject)
@@ -87,8 +86,8 @@ def run_grid(
         raise typer.Exit(1)
 
 
-def default_folder(setup: Setup) -> Path:
-    """Where results go without --out: a folder here that is named after the data and the model."""
-    what = Path(setup.data).stem if setup.data else "-".join(setup.tasks)
+def default_folder(setup: Setup, command: str = "eval") -> Path:
+    """Where results go without --out: a folder here that is named after the command, the data and the model."""
+    what = Path(setup.data).stem if setup.data else "-".join(setup.tasks) or "questions"
     model = Path(setup.model).name if setup.model else "toy"
-    return Path(f"vtprune-{re.sub(r'[^A-Za-z0-9._-]+', '-', f'{what}-{model}')[:80]}")
+    return Path(f"vtprune-{command}-{re.sub(r'[^A-Za-z0-9._-]+', '-', f'{what}-{model}')[:80]}")
