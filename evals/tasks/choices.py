@@ -32,7 +32,7 @@ def chosen(answer: str, options: Sequence[str]) -> str | None:
     for letter in _letter(_ALONE.fullmatch(answer)), _same_text(answer, options), _letter(_MARKED.match(answer)):
         if letter and letter in known:
             return letter
-    named = [letter for match in _NAMED.finditer(answer) if (letter := _letter(match)) in known]
+    named = [letter for match in _NAMED.finditer(answer) if (letter := _letter(match)) and letter in known]
     return named[-1] if named else _inside(answer, options)
 
 

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from vtprune.evals.tasks.choices import labelled
@@ -36,7 +37,7 @@ def read(
     agreement if there are no answers. frames: how many are taken from a video. limit: samples per task, the first ones;
     what is left out is checked too.
 
-    Raises FileNotFoundError, ImportError where a package that reads the file is missing, and ValueError that names the
+    Raises FileNotFoundError, ImportError where a package is missing that reads the file or marks by anls, and ValueError that names the
     file and the line of what is wrong.
     """
     for name, number in (("frames", frames), ("limit", limit)):
@@ -120,6 +121,8 @@ def _marked(task: str, samples: list[Sample]) -> list[Sample]:
                 f"{task!r}: a task has one metric, so give these samples different tasks"
             )
     metric = named[0].metric if named else _default(samples)
+    if metric == "anls" and find_spec("rapidfuzz") is None:
+        raise ImportError("the metric anls needs rapidfuzz, which is not installed: run pip install rapidfuzz")
     return [_fit(sample, metric) for sample in samples]
 
 

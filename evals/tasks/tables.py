@@ -32,11 +32,11 @@ def rows(path: Path) -> list[Row]:
         raise FileNotFoundError(f"there is no file {path}: name {KINDS}")
     if path.is_dir():
         found = _numbered(path, _saved(path), "row")
-    elif path.suffix == ".parquet":
+    elif path.suffix.lower() == ".parquet":
         found = _numbered(path, _parquet(path), "row")
-    elif path.suffix == ".json":
+    elif path.suffix.lower() == ".json":
         found = _numbered(path, _list(path), "item")
-    elif path.suffix == ".jsonl":
+    elif path.suffix.lower() == ".jsonl":
         found = list(_lines(path))
     else:
         raise ValueError(f"{path} ends in {path.suffix!r}: name {KINDS}")
