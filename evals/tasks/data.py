@@ -37,8 +37,8 @@ def read(
     agreement if there are no answers. frames: how many are taken from a video. limit: samples per task, the first ones;
     what is left out is checked too.
 
-    Raises FileNotFoundError, ImportError where a package is missing that reads the file or marks by anls, and ValueError that names the
-    file and the line of what is wrong.
+    Raises FileNotFoundError, ImportError where a package is missing that reads the file or marks by anls, and
+    ValueError that names the file and the line of what is wrong.
     """
     for name, number in (("frames", frames), ("limit", limit)):
         if number is not None and number < 1:
