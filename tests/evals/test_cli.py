@@ -277,6 +277,29 @@ def test_pictures_are_read_upright_in_eight_bits_over_white(tmp_path: Path) -> N
     assert "over white" in notes[0]
 
 
+def test_pictures_are_read_from_bytes_as_from_their_file(tmp_path: Path) -> None:
+    upright = Image.new("RGB", (6, 4), "red")
+    exif = upright.getexif()
+    exif[0x0112] = 6
+    upright.save(tmp_path / "turned.png", exif=exif)
+    from_file, notes = pictures.read(tmp_path / "turned.png")
+    picture, same_notes = pictures.read((tmp_path / "turned.png").read_bytes())
+    assert (picture.size, same_notes) == ((4, 6), notes)
+    assert np.array_equal(picture, from_file)
+
+
+@pytest.mark.parametrize("kind", ["text", "animated"])
+def test_a_message_names_bytes_by_their_number(kind: str, tmp_path: Path) -> None:
+    content = b"no picture"
+    if kind == "animated":
+        frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+        frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+        content = (tmp_path / "a.gif").read_bytes()
+    told = {"text": "cannot be read as a picture: its format is unknown", "animated": "holds 2 frames"}[kind]
+    with pytest.raises(ValueError, match=f"the picture of {len(content)} bytes {told}"):
+        pictures.read(content)
+
+
 @pytest.mark.parametrize("out", ["folder", "kept.xyz", "file/kept.png"])
 def test_a_place_that_cannot_be_written_is_told_before_the_work(
     out: str, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
