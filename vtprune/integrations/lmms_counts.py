@@ -15,13 +15,16 @@ Key = tuple[Any, ...]  # (task, split, number of the document)
 class Visits:
     """The documents that a stock class looked up, and the rows that it generated for, both in order.
 
-    tasks: task -> split -> documents, as lmms-eval gives them to a model. lengths: prompt tokens of every row.
+    tasks: task -> split -> documents, as lmms-eval gives them to a model. fed, lengths: prompt tokens of every row, as
+    fed and once pruned. kept: what `Pruned.after` returned, for every call.
     Stock classes sort and batch the requests by rules of their own, and tell nobody in which order they went; but each
     looks up a document when its turn comes.
     """
 
     tasks: Any
+    fed: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
+    kept: list[Any] = field(default_factory=list)
     keys: dict[Key, None] = field(default_factory=dict)
 
     @property

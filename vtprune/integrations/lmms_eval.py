@@ -10,10 +10,11 @@ point `lmms_eval.models`, which names `manifests`; nothing here is imported befo
 
 from __future__ import annotations
 
+import inspect
 import traceback
 import types
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -106,10 +107,14 @@ def _ask_as_stock() -> None:
     stock = task.__init__
     if hasattr(stock, "__wrapped__"):
         return
+    signature = inspect.signature(stock)
 
-    def init(self: Any, *args: Any, model_name: Any = None, **rest: Any) -> None:
-        given = model_name.removeprefix(PREFIX) if isinstance(model_name, str) else model_name
-        stock(self, *args, model_name=given, **rest)
+    def init(*args: Any, **options: Any) -> None:
+        given = signature.bind(*args, **options)
+        name = given.arguments.get("model_name")
+        if isinstance(name, str):
+            given.arguments["model_name"] = name.removeprefix(PREFIX)
+        stock(*given.args, **given.kwargs)
 
     init.__wrapped__ = stock  # type: ignore[attr-defined]
     task.__init__ = init
@@ -147,9 +152,13 @@ class Pruned:
     """Stands before a class of lmms-eval among the bases of another: that class, with its `self.model` pruned.
 
     handle: the patch in force, whose pruned prompt lengths go into lmms-eval's token counts; None for nothing pruned.
+    visits: what the last `generate_until` asked the model. after: called behind every call of the model's `generate`;
+    what it returns is kept in `visits`.
     """
 
     handle: Handle | None = None
+    visits: Visits | None = None
+    after: Callable[[], Any] | None = None
     model: Any
     task_dict: Any
     is_simple: bool
@@ -202,14 +211,17 @@ class Pruned:
     def _watched(self) -> Iterator[Visits]:
         """Note which documents the model is asked about, and how long their prompts are once pruned."""
         model, generate, tasks = self.model, self.model.generate, self.task_dict
-        visits = Visits(tasks)
+        self.visits = visits = Visits(tasks)
 
         def watched(*args: Any, **inputs: Any) -> Any:
             before = self.handle.last if self.handle else None
             with _ending_the_run():
                 told = generate(*args, **inputs)
             last = self.handle.last if self.handle else None
+            visits.fed += prompt_tokens(inputs, None)
             visits.lengths += prompt_tokens(inputs, last if last is not before else None)
+            if self.after is not None:
+                visits.kept += [self.after()]
             return told
 
         model.generate, self.task_dict = watched, visits.documents
