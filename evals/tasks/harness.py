@@ -80,7 +80,7 @@ class Harness:
             try:
                 found += [_loaded(*one, limit) for one in _leaves(get_task_dict([name], self.manager, self.kind))]
             except Exception as error:  # whatever data sets, hubs and the code of tasks raise
-                missing[name] = f"{type(error).__name__}: {_first_line(error)}"
+                missing[name] = _why(error)
         return list({one.name: one for one in found}.values()), missing
 
 
@@ -101,8 +101,8 @@ def _loaded(name: str, task: Any, limit: int | None) -> Loaded:
     return Loaded(name, task, metrics, total if limit is None else min(limit, total))
 
 
-def _first_line(error: BaseException) -> str:
-    """The cause of the cause, where there is one: wrappers that tried again say only that they gave up."""
+def _why(error: BaseException) -> str:
+    """The first cause, and not what was raised because of it: that a download was given up after so many tries."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
