@@ -189,6 +189,5 @@ def _costs(visits: Any) -> dict[Any, Line]:
     rows = zip(order, visits.fed, visits.lengths, visits.kept)
     bare = {"visual_tokens": [0, 0], "seconds": {}}  # a question without a picture
     return {
-        key[2]: {**bare, "prompt_tokens": [fed, left]} if call is None else call.line()
-        for key, fed, left, call in rows
+        key[2]: {**bare, "prompt_tokens": [fed, left]} if call is None else call.line() for key, fed, left, call in rows
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-HELPERS = '''
+HELPERS = """
 def pictures(doc):
     return [doc["image"].convert("RGB")]
 
@@ -29,7 +29,7 @@ def share(marks):
 
 def tripled(marks):
     return 3 * share(marks)
-'''
+"""
 TASK = """
 task: {name}
 dataset_path: {data}

@@ -28,10 +28,11 @@ from vtprune.recipe import Recipe, method_of
 
 PREFIX = "vtprune_"
 # Models of lmms-eval that load a transformers class which vtprune prunes, and the model types of their checkpoints.
+# `huggingface` is not among them: with transformers 5 it loads the model without its head, which cannot generate. Nor is
+# `video_llava`, which takes nothing but films and a CUDA device.
 MODELS: dict[str, tuple[str, ...]] = {
     "gemma3": ("gemma3",),
     "glm4v": ("glm4v",),
-    "huggingface": ("smolvlm", "idefics3"),
     "internvl_hf": ("internvl",),
     "lfm2_5_vl": ("lfm2_vl",),
     "llava_hf": ("llava", "llava_next", "llava_onevision"),
