@@ -12,7 +12,6 @@ from typing import Any
 from vtprune.evals.tasks.cells import Cell
 from vtprune.evals.tasks.folder import Line
 from vtprune.evals.tasks.harness import Harness, Loaded
-from vtprune.evals.tasks.recorder import Recorder
 from vtprune.integrations.lmms_eval import MODELS, PREFIX, RunFailed, stock_model
 
 
@@ -75,6 +74,8 @@ class Benchmarks:
         `parts` holds the sample's own mark where the mean of those is the task's score, None elsewhere.
         Raises what the model raises, also where lmms-eval would have made an empty answer of it.
         """
+        from vtprune.evals.tasks.recorder import Recorder
+
         loaded = self._named(task)
         with cell.applied(self.model) as handle, Recorder(self.model, handle) as recorder:
             self._wrapper.handle = handle
