@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -66,7 +67,8 @@ class Benchmarks:
     @property
     def tasks(self) -> list[dict[str, Any]]:
         """The tasks that are run, as run.json lists them: name, metric, n samples, source."""
-        return [dict(name=one.name, metric=one.metric, n=one.n, source="lmms-eval") for one in self._loaded]
+        told = [(one.name, one.metric, one.n, "lmms-eval") for one in self._loaded]
+        return [dict(zip(("name", "metric", "n", "source"), one)) for one in told]
 
     def answers(self, task: str, cell: Cell) -> Iterator[Line]:
         """Run one task with the model pruned as the cell says; a line for every sample, once all are answered.
@@ -77,13 +79,11 @@ class Benchmarks:
         from vtprune.evals.tasks.recorder import Recorder
 
         loaded = self._named(task)
-        with cell.applied(self.model) as handle, Recorder(self.model, handle) as recorder:
+        with _as_raised(), cell.applied(self.model) as handle, Recorder(self.model, handle) as recorder:
             self._wrapper.handle = handle
             self._wrapper.after = lambda: recorder.taken.pop() if recorder.taken else None
             try:
                 found = self._evaluate(loaded)
-            except RunFailed as failed:
-                raise failed.__cause__ or failed
             finally:
                 self._wrapper.handle = self._wrapper.after = None
         score = self._scores[task] = _score(found["results"][task], loaded.metrics)
@@ -148,10 +148,17 @@ def pruned_class(name: str) -> Any:
 def _made(made: Any, model: str, given: dict[str, Any], wanted: set[str]) -> Any:
     """The wrapper with its weights; of what is given, each stock class takes what it has, and all that is wanted."""
     known = {name for cls in made.__mro__ for name in inspect.signature(cls.__init__).parameters}
-    try:
+    with _as_raised():
         return made(pretrained=model, **{key: value for key, value in given.items() if key in known | wanted})
+
+
+@contextmanager
+def _as_raised() -> Iterator[None]:
+    """What went wrong, in place of the RunFailed that carried it past the `except` clauses of lmms-eval."""
+    try:
+        yield
     except RunFailed as failed:
-        raise failed.__cause__ or failed
+        raise (failed.__cause__ or failed) from None
 
 
 def _quiet() -> None:

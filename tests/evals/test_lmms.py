@@ -284,6 +284,12 @@ def test_clips(stock: Any, tasks: Path, tmp_path: Path) -> None:
         assert line["visual_tokens"][1] == KEEP * line["visual_tokens"][0]
 
 
+def test_importing_vtprune_imports_no_lmms_eval() -> None:
+    code = "import sys, vtprune.integrations.lmms_eval; print('lmms_eval' in sys.modules, 'PIL' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
 def test_names_of_papers_are_known_and_others_have_near_ones() -> None:
     from vtprune.evals.tasks.harness import Harness
 

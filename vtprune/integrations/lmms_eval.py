@@ -20,6 +20,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
+from vtprune.core.errors import VtpruneError
 from vtprune.core.method import Method
 from vtprune.handle import Handle, patch
 from vtprune.integrations.lmms_counts import Visits, prompt_tokens, with_input_tokens
@@ -28,8 +29,8 @@ from vtprune.recipe import Recipe, method_of
 
 PREFIX = "vtprune_"
 # Models of lmms-eval that load a transformers class which vtprune prunes, and the model types of their checkpoints.
-# `huggingface` is not among them: with transformers 5 it loads the model without its head, which cannot generate. Nor is
-# `video_llava`, which takes nothing but films and a CUDA device.
+# `huggingface` is not among them: with transformers 5 it loads the model without its head, which cannot generate.
+# Nor is `video_llava`, which takes nothing but films and a CUDA device.
 MODELS: dict[str, tuple[str, ...]] = {
     "gemma3": ("gemma3",),
     "glm4v": ("glm4v",),
@@ -196,7 +197,7 @@ class Pruned:
             raise ValueError("the model answered a question about a picture, and nothing was pruned in it")
 
     def generate_until(self, requests: list[Any]) -> list[Any]:
-        """What the stock class answers, in the order of the requests; the first exception ends the run, as RunFailed."""
+        """What the stock class answers, in the order of the requests; an exception ends the run, as RunFailed."""
         stock: Any = super()
         with self._watched() as visits:
             answers = stock.generate_until(requests)
@@ -245,8 +246,6 @@ def _metadata() -> dict[str, Any]:
 @contextmanager
 def _ending_the_run() -> Iterator[None]:
     """Turn an exception into RunFailed: one sentence for what users can mend, a traceback before it for the rest."""
-    from vtprune import VtpruneError
-
     try:
         yield
     except (VtpruneError, ValueError, TypeError, OSError) as error:
