@@ -122,18 +122,23 @@ def process(processor: Any, prompts: Sequence[str], seen: Sequence[Image.Image |
 
 
 def render(processor: Any, prompt: str, video: bool = False) -> str:
-    """The text of one turn: through the chat template if the processor has one, else as the embedded models read it."""
+    """The text of one turn about one picture or film, which asks for a short answer where the model can read that."""
     question = words_of(prompt)
     if getattr(processor, "chat_template", None):
-        content = [
-            {"type": "video" if video else "image"},
-            {"type": "text", "text": f"{question}\nAnswer with one or two words."},
-        ]
-        turn = [{"role": "user", "content": content}]
-        return processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-    start = processor.tokenizer.bos_token or ""
-    place = f"<|vision_start|> {processor.video_token} <|vision_end|>" if video else processor.image_token
-    return f"{start} {place} {question} answer:".strip()
+        question = f"{question}\nAnswer with one or two words."
+    return turn(processor, question, 0 if video else 1, int(video))
+
+
+def turn(processor: Any, question: str, images: int = 1, videos: int = 0) -> str:
+    """The text of one turn: through the chat template if the processor has one, else as the embedded models read it."""
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}] * images + [{"type": "video"}] * videos + [{"type": "text", "text": question}]
+        return processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+    places = [processor.image_token] * images
+    places += [f"<|vision_start|> {processor.video_token} <|vision_end|>"] * videos
+    return " ".join([processor.tokenizer.bos_token or "", *places, question, "answer:"]).strip()
 
 
 def words_of(prompt: str) -> str:

@@ -70,14 +70,18 @@ class Phases:
         self.text, self.cuda = text, device.type == "cuda"
 
     def __enter__(self) -> Phases:
-        self.marks: list[Any] = []
         self._undo = [
             self.text.register_forward_pre_hook(self._mark, prepend=True),
             self.text.register_forward_pre_hook(self._mark),
             self.text.register_forward_hook(self._mark, prepend=True),
         ]
-        self._mark()
+        self.restart()
         return self
+
+    def restart(self) -> None:
+        """Begin anew: the next forward pass of the text model is the one that `seconds` tells of."""
+        self.marks: list[Any] = []
+        self._mark()
 
     def __exit__(self, *exc: object) -> None:
         for hook in self._undo:
@@ -92,8 +96,8 @@ class Phases:
 
     @property
     def seconds(self) -> tuple[float, float, float]:
-        """(encode, cut, prefill) of the one forward pass; read it after the GPU was waited for."""
-        start, seen, cut, done = self.marks
+        """(encode, cut, prefill) of the first forward pass; read it after the GPU was waited for."""
+        start, seen, cut, done = self.marks[:4]
         return self._between(start, seen), self._between(seen, cut), self._between(cut, done)
 
     def _between(self, a: Any, b: Any) -> float:

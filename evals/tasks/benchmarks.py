@@ -4,60 +4,73 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from vtprune.evals.tasks.cells import Cell
 from vtprune.evals.tasks.folder import Line
 from vtprune.evals.tasks.harness import Harness, Loaded
 from vtprune.integrations.lmms_eval import MODELS, PREFIX, RunFailed, stock_model
 
+if TYPE_CHECKING:
+    from vtprune.evals.tasks.folder import ResultFolder
+
 
 class Benchmarks:
     """A model loaded once by a stock class of lmms-eval, to be asked the questions of its tasks cell by cell.
 
-    missing: by name, why a task could not be loaded; it is left out.
+    A `Subject` of the grid. missing: by name, why a task could not be loaded; it is warned of and left out.
     """
+
+    resumable = False  # lmms-eval answers a task as a whole, in an order of its own
 
     def __init__(
         self,
-        model_name: str | None,
         model: str,
         tasks: Sequence[str],
         *,
+        model_name: str | None = None,
         include: str | Path | None = None,
         limit: int | None = None,
         new_tokens: int | None = None,
-        device: str = "cpu",
-        batch: int = 1,
+        device: str | None = None,
+        dtype: str | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        """model_name: a model of lmms-eval, "llava_hf"; None: the one for checkpoints like `model`, a folder or hub id.
+        """model: a folder or hub id. model_name: a model of lmms-eval, "llava_hf"; None: the one for such checkpoints.
 
         include: a folder with tasks of one's own. limit: samples of a task at most. new_tokens: in place of the length
-        of answers that each task sets. options: further arguments of the stock class. Answers come one by one, batch=1,
-        as most stock classes want it and as times are measured.
+        of answers that each task sets. device: None for a GPU where there is one. dtype: for stock classes that let one
+        choose it. options: further arguments of the stock class. Answers come one by one, as most stock classes want it
+        and as times are measured.
 
         Raises ValueError for an unknown model or task, and if no task can be loaded, before any weights are loaded.
         """
-        if batch != 1:
-            raise ValueError(f"batch={batch}: the tasks of lmms-eval are run one sample at a time; use 1")
+        from vtprune.evals.models import device_of
+
         _quiet()
+        where = device_of(device)
         name = (model_name or stock_model(model_type(model))).removeprefix(PREFIX)
         made = pruned_class(name)
         harness = Harness(name, "simple" if made.is_simple else "chat", include)
         self._loaded, self.missing = harness.load(harness.named(tasks), limit)
+        told = [f"the task {task} is left out, as it cannot be loaded: {why}" for task, why in self.missing.items()]
         if not self._loaded:
-            told = "; ".join(f"{task} ({why})" for task, why in self.missing.items())
-            raise ValueError(f"no task could be loaded: {told}")
+            raise ValueError("; ".join(told))
+        for sentence in told:
+            warnings.warn(sentence, stacklevel=2)
         self._manager, self._limit, self._new_tokens = harness.manager, limit, new_tokens
-        given = {"device": device, "device_map": device, "batch_size": 1, **(options or {})}
-        self._wrapper = _made(made, model, given, set(options or ()))
+        fixed = {"device": where, "device_map": where, "dtype": dtype, "batch_size": 1}
+        self._wrapper = _made(made, model, {k: v for k, v in fixed.items() if v is not None}, dict(options or {}))
         self._wrapper.clean = lambda: None  # the evaluator lets go of a model behind its last task; ours goes on
         self._scores: dict[str, float | None] = {}
+        self._peaks: dict[tuple[str, str], float] = {}
 
     @property
     def model(self) -> Any:
@@ -70,15 +83,47 @@ class Benchmarks:
         told = [(one.name, one.metric, one.n, "lmms-eval") for one in self._loaded]
         return [dict(zip(("name", "metric", "n", "source"), one)) for one in told]
 
-    def answers(self, task: str, cell: Cell) -> Iterator[Line]:
+    def answers(self, task: str, cell: Cell, done: int = 0) -> Iterator[Line]:
         """Run one task with the model pruned as the cell says; a line for every sample, once all are answered.
 
-        `parts` holds the sample's own mark where the mean of those is the task's score, None elsewhere.
+        `parts` holds the sample's own mark where the mean of those is the task's score, None elsewhere. done: lines
+        that are there already and left out.
         Raises what the model raises, also where lmms-eval would have made an empty answer of it.
         """
-        from vtprune.evals.tasks.recorder import Recorder
-
         loaded = self._named(task)
+        found = self._pruned(loaded, cell)
+        score = self._scores[task] = _score(found["results"][task], loaded.metrics)
+        samples = list({sample["doc_id"]: sample for sample in reversed(found["samples"][task])}.values())[::-1]
+        marks = [_mark(sample, loaded.metrics) for sample in samples]
+        numbers = [mark for mark in marks if mark is not None]
+        means = score is not None and len(numbers) == len(marks) and math.isclose(fmean(numbers), score, abs_tol=1e-9)
+        costs = _costs(self._wrapper.visits)
+        for sample, mark in list(zip(samples, marks))[done:]:
+            number, parts = sample["doc_id"], [mark] if means else None
+            yield {"id": str(number), "answer": _text(sample["resps"]), "parts": parts, **costs.get(number, {})}
+
+    def score(self, task: str, lines: Sequence[Line] = ()) -> float | None:
+        """What lmms-eval made of the answers that were read last, in the metric's own scale; None if it is no number.
+
+        The lines are not marked again: the metric is lmms-eval's.
+        """
+        return self._scores.get(self._named(task).name)
+
+    def peak_mib(self, task: str, cell: Cell) -> float | None:
+        """MiB that the model held at once beyond its weights while it answered; None on a CPU."""
+        return self._peaks.get((task, cell.name))
+
+    def draw(self, task: str, cell: Cell, folder: ResultFolder) -> None:
+        """Nothing: pictures stay with lmms-eval."""
+
+    def _pruned(self, loaded: Loaded, cell: Cell) -> dict[str, Any]:
+        """What lmms-eval makes of a task, its calls of the model recorded one by one."""
+        from vtprune.evals.tasks.recorder import MIB, Recorder
+
+        gpu = self.model.device if self.model.device.type == "cuda" else None
+        if gpu:
+            torch.cuda.reset_peak_memory_stats(gpu)
+        held = torch.cuda.memory_allocated(gpu) if gpu else 0
         with _as_raised(), cell.applied(self.model) as handle, Recorder(self.model, handle) as recorder:
             self._wrapper.handle = handle
             self._wrapper.after = lambda: recorder.taken.pop() if recorder.taken else None
@@ -86,18 +131,9 @@ class Benchmarks:
                 found = self._evaluate(loaded)
             finally:
                 self._wrapper.handle = self._wrapper.after = None
-        score = self._scores[task] = _score(found["results"][task], loaded.metrics)
-        samples = list({sample["doc_id"]: sample for sample in reversed(found["samples"][task])}.values())[::-1]
-        marks = [_mark(sample, loaded.metrics) for sample in samples]
-        means = score is not None and None not in marks and math.isclose(fmean(marks), score, abs_tol=1e-9)  # type: ignore[arg-type]
-        costs = _costs(self._wrapper.visits)
-        for sample, mark in zip(samples, marks):
-            number, parts = sample["doc_id"], [mark] if means else None
-            yield {"id": str(number), "answer": _text(sample["resps"]), "parts": parts, **costs.get(number, {})}
-
-    def score(self, task: str) -> tuple[str, float | None]:
-        """(metric, score in the metric's own scale) of the cell whose answers were read last; None if there is none."""
-        return self._named(task).metric, self._scores.get(task)
+        if gpu:
+            self._peaks[loaded.name, cell.name] = (torch.cuda.max_memory_allocated(gpu) - held) / MIB
+        return found
 
     def _named(self, task: str) -> Loaded:
         for one in self._loaded:
@@ -145,11 +181,12 @@ def pruned_class(name: str) -> Any:
         raise ValueError(str(failed).removeprefix("vtprune: ")) from failed
 
 
-def _made(made: Any, model: str, given: dict[str, Any], wanted: set[str]) -> Any:
-    """The wrapper with its weights; of what is given, each stock class takes what it has, and all that is wanted."""
+def _made(made: Any, model: str, fixed: dict[str, Any], options: dict[str, Any]) -> Any:
+    """The wrapper with its weights; of what is fixed a stock class takes what it has a name for, of the options all."""
     known = {name for cls in made.__mro__ for name in inspect.signature(cls.__init__).parameters}
+    taken = {name: value for name, value in fixed.items() if name in known}
     with _as_raised():
-        return made(pretrained=model, **{key: value for key, value in given.items() if key in known | wanted})
+        return made(**{"pretrained": model, **taken, **options})
 
 
 @contextmanager

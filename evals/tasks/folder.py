@@ -28,22 +28,27 @@ class ResultFolder:
     path: Path
 
     def open(self, document: Line) -> None:
-        """Begin the evaluation that `document` describes, or go on with it.
+        """Begin the evaluation that `document` describes, or go on with it; cells may be added.
 
         Raises ValueError where the folder holds another evaluation, or one that another version has written, and names
         what differs; FileNotFoundError where the folder can not be made.
         """
         document = {"schema": SCHEMA, "version": VERSION, **document}
-        file = self.path / "run.json"
-        if file.exists():
-            found = self.document()
-            names = [name for name in document if name != "environment" and found.get(name) != document[name]]
-            if names:
-                told = "; ".join(f"{key} was {_short(found.get(key))}, now {_short(document[key])}" for key in names)
-                raise ValueError(f"{self.path} holds another evaluation ({told}): name another folder or delete it")
+        if not (self.path / "run.json").exists():
+            self.path.mkdir(parents=True, exist_ok=True)
+            write(self.path / "run.json", document)
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        write(file, document)
+        found = self.document()
+        keys = [key for key in document if key not in ("environment", "cells") and found.get(key) != document[key]]
+        if keys:
+            told = "; ".join(f"{key} was {_short(found.get(key))}, now {_short(document[key])}" for key in keys)
+            raise ValueError(f"{self.path} holds another evaluation ({told}): name another folder or delete it")
+        known = {cell["name"]: cell for cell in found["cells"]}
+        new = [cell for cell in document["cells"] if cell["name"] not in known]
+        for cell in new:
+            _check_new(cell, found["cells"], self.path)
+        if new:
+            write(self.path / "run.json", {**found, "cells": [*found["cells"], *new]})
 
     def document(self) -> Line:
         """What run.json says; ValueError where it is not there, no JSON, or of another version."""
@@ -99,8 +104,24 @@ class ResultFolder:
         """Write down why a cell could not be finished."""
         write(self._file(task, cell, ".failed.json"), {"error": error})
 
+    def picture(self, task: str, cell: str, sample: str) -> Path:
+        """Where a drawing of what was kept of a sample belongs; its folder is made."""
+        file = self._file(task, cell, "") / f"{quote(sample, safe='')}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return file
+
     def _file(self, task: str, cell: str, ending: str) -> Path:
         return self.path / "cells" / quote(task, safe="") / f"{cell}{ending}"
+
+
+def _check_new(cell: Line, known: Iterable[Line], path: Path) -> None:
+    """Raise ValueError if a cell of that label and budget is there, and prunes by other options or another recipe."""
+    for other in known:
+        if all(cell[key] == other[key] for key in ("label", "keep", "seed")):
+            raise ValueError(
+                f"{path} holds {cell['label']} pruning by {_short(other['prunes'])}, and now it is "
+                f"{_short(cell['prunes'])}: name another folder or delete this one"
+            )
 
 
 def write(file: Path, document: Any) -> None:

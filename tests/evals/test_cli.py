@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 import vtprune
 from vtprune import pictures
-from vtprune.cli import app, models, parse_keep, parse_keeps
-from vtprune.evals import accuracy
+from vtprune.cli import app, parse_keep, parse_keeps
+from vtprune.evals import accuracy, models
 from vtprune.evals.report import Report
 from vtprune.evals.toys import image as tiny
 

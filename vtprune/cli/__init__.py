@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from vtprune.cli import bench, demo, evaluate, methods, show, train
+from vtprune.cli import bench, demo, evaluate, methods, report, show, train
 from vtprune.cli.options import parse_keep, parse_keeps
 
 __all__ = ["app", "parse_keep", "parse_keeps"]
@@ -19,6 +19,7 @@ app = typer.Typer(
 app.command("methods")(methods.methods)
 app.command("demo")(demo.demo)
 app.command("eval")(evaluate.evaluate)
+app.command("report")(report.report)
 app.command("bench")(bench.bench)
 app.command("show")(show.show)
 app.command("eval-vit")(evaluate.evaluate_vit)

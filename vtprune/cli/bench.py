@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from vtprune.cli import models
-from vtprune.cli.common import needs, quiet, sentence, show_report
-from vtprune.cli.models import device_of, dtype_of
+from vtprune.cli.common import needs, sentence, show_report
 from vtprune.cli.options import Batch, Device, Dtype, Json, Keep, Methods, Model, Out, parse_keeps
+from vtprune.evals import models
+from vtprune.evals.models import device_of, dtype_of
 
 
 @sentence
@@ -62,7 +62,7 @@ def bench(
         raise ValueError("--geometry and --model exclude each other: the first has random weights, the second its own")
     keeps = parse_keeps(keep, benchmark.KEEPS)
     names = [cls.name for cls in vtprune.methods()] if all_methods else list(method or benchmark.METHODS)
-    quiet()
+    models.quiet()
     where, progress = device_of(device), not as_json
     report: speed.BenchReport
     if kernels or selection:

@@ -40,13 +40,6 @@ def _exit(message: str) -> typer.Exit:
     return typer.Exit(2)
 
 
-def quiet() -> None:
-    """Keep transformers' own progress bars out of ours."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-
-
 # Where the name of a package is not that of its module.
 _PACKAGES = {"easy_vqa": "easy-vqa", "open_clip": "open-clip-torch", "skvideo": "scikit-video", "PIL": "pillow"}
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import typer
 
-from vtprune.cli.common import folder, needs, quiet, sentence, show_report
+from vtprune.cli.common import folder, needs, sentence, show_report
 from vtprune.cli.options import Clips, Json, Keep, Limit, Out, parse_keeps
+from vtprune.evals import models
 
 
 @sentence
@@ -22,7 +23,7 @@ def demo(
     needs("scipy", "matplotlib", *(["torchvision"] if video else []))
     from vtprune.evals import demo as demonstration
 
-    quiet()
+    models.quiet()
     folder(out)
     keeps = parse_keeps(keep, ())
     if not as_json:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from vtprune.cli import models
-from vtprune.cli.common import folder, needs, quiet, sentence, show_report
-from vtprune.cli.models import device_of, dtype_of
+from vtprune.cli.common import folder, needs, sentence, show_report
 from vtprune.cli.options import Batch, Clips, Device, Dtype, Json, Keep, Limit, Methods, Model, parse_keeps
+from vtprune.evals import models
+from vtprune.evals.models import device_of, dtype_of
 
 if TYPE_CHECKING:
     from vtprune.evals.report import Report
@@ -115,7 +115,7 @@ def evaluate_vit(
         raise ValueError(f"--side {side}: the patches of this model are 14 pixels wide, use a multiple of 14")
     if out is not None:
         folder(out)
-    quiet()
+    models.quiet()
     where = device_of(device)
     model = vit_data.dinov2_small(weights).to(where, dtype_of(dtype, where))
     report = vit.evaluate(

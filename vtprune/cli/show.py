@@ -8,10 +8,10 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from vtprune.cli import models
-from vtprune.cli.common import needs, quiet, sentence, writable
-from vtprune.cli.models import device_of
+from vtprune.cli.common import needs, sentence, writable
 from vtprune.cli.options import Device, Dtype, Json, Model, parse_keep
+from vtprune.evals import models
+from vtprune.evals.models import device_of
 
 
 @sentence
@@ -101,7 +101,7 @@ def _show_vit(image: Path, method: str, keep: str, weights: Path, device: str, o
     from vtprune.evals.accuracy.vit_data import dinov2_small, photo
     from vtprune.show import draw_groups
 
-    quiet()
+    models.quiet()
     name, options = parse_method(method)
     rule = vtprune.create(name, **options)
     budget = None if rule.adaptive else parse_keep(keep)

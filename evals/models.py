@@ -5,7 +5,12 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
-from vtprune.cli.common import quiet
+
+def quiet() -> None:
+    """Keep transformers' own progress bars out of ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def load(name: str | None, device: str | None, dtype: str | None, video: bool = False) -> tuple[Any, Any]:

@@ -1,0 +1,105 @@
+"""What the prefills of a model cost, measured from outside: tokens, seconds and memory, whoever calls the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vtprune.evals.speed.meter import Allocated, Phases, now
+from vtprune.model_adapters.base import Adapter
+
+if TYPE_CHECKING:
+    from vtprune import Handle
+
+MIB = 2**20
+
+
+@dataclass
+class Call:
+    """One prefill of one prompt.
+
+    prompt_tokens, visual_tokens: (as fed, as the LLM ran on them: the mean over its layers). seconds: "ttft" from the
+    call of the model to its logits; its parts "encode" (tower, projector, embeddings), "cut" (the patch at the text
+    model's door) and "prefill" (the text model); and "select", what methods took wherever they stand.
+    """
+
+    prompt_tokens: tuple[int, float]
+    visual_tokens: tuple[int, float]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def line(self) -> dict[str, Any]:
+        """As the line of a sample holds it."""
+        return {
+            "visual_tokens": list(self.visual_tokens),
+            "prompt_tokens": list(self.prompt_tokens),
+            "seconds": dict(self.seconds),
+        }
+
+
+class Recorder:
+    """Collects a `Call` for every prefill of `model` inside a `with` block, in `taken`; prompts one at a time.
+
+    handle: of the patch in force, None where nothing is pruned. Works by hooks on this one model, which go again; on a
+    GPU the model is waited for before and after each prefill.
+    """
+
+    def __init__(self, model: Any, handle: Handle | None = None) -> None:
+        self.model, self.handle = model, handle
+        self.taken: list[Call] = []
+        self._adapter = Adapter(model)
+        self._phases = Phases(model.get_decoder(), model.device)
+        self._counts: tuple[int, int] | None = None
+
+    def __enter__(self) -> Recorder:
+        self._phases.__enter__()
+        self._undo = [
+            self.model.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
+            self.model.register_forward_hook(self._after),
+        ]
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for hook in self._undo:
+            hook.remove()
+        self._phases.__exit__()
+
+    def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = self._adapter.bind(model, args, kwargs)
+        ids = call.get("input_ids")
+        kinds = self._adapter.token_kinds(call)
+        self._counts = None
+        if ids is None or kinds is None or ids.shape[-1] < 2:
+            return  # a decode step, or a prompt without pictures
+        if len(ids) > 1:
+            raise ValueError(f"{len(ids)} prompts in one call: tokens and times are recorded of one prompt at a time")
+        self._counts = ids.shape[-1], int((kinds > 1).sum())
+        self._start = now(model.device)
+        self._phases.restart()
+
+    def _after(self, model: Any, *_: Any) -> None:
+        if self._counts is None:
+            return
+        seconds = {"ttft": now(model.device) - self._start}
+        seconds.update(zip(("encode", "cut", "prefill"), self._phases.seconds))
+        last = self.handle.last if self.handle is not None else None
+        seconds["select"] = last.seconds if last is not None else 0.0
+        fed, visual = self._counts
+        ran = fmean(last.lengths) if last is not None else float(fed)
+        self.taken.append(Call((fed, ran), (visual, visual - (fed - ran)), seconds))
+        self._counts = None
+
+
+def peak_mib(model: Any, call: Callable[[], Any]) -> float:
+    """MiB that `call` holds at once beyond what was there before; on a CPU every operator is counted, which is slow."""
+    if model.device.type != "cuda":
+        with Allocated() as allocated:
+            call()
+        return allocated.peak / MIB
+    held = torch.cuda.memory_allocated(model.device)
+    torch.cuda.reset_peak_memory_stats(model.device)
+    call()
+    return (torch.cuda.max_memory_allocated(model.device) - held) / MIB
