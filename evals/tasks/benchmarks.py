@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vtprune.evals.tasks import results
 from vtprune.evals.tasks.cells import Cell
 from vtprune.evals.tasks.folder import Line
 from vtprune.evals.tasks.harness import Harness, Loaded
@@ -21,11 +22,14 @@ from vtprune.integrations.lmms_eval import MODELS, PREFIX, RunFailed, stock_mode
 if TYPE_CHECKING:
     from vtprune.evals.tasks.folder import ResultFolder
 
+logger = logging.getLogger(__name__)
+
 
 class Benchmarks:
     """A model loaded once by a stock class of lmms-eval, to be asked the questions of its tasks cell by cell.
 
-    A `Subject` of the grid. missing: by name, why a task could not be loaded; it is warned of and left out.
+    A `Subject` of the grid. model: what the stock class has loaded, a transformers model. missing: by name, why a task
+    could not be loaded; it is logged and left out.
     """
 
     resumable = False  # lmms-eval answers a task as a whole, in an order of its own
@@ -64,18 +68,14 @@ class Benchmarks:
         if not self._loaded:
             raise ValueError("; ".join(told))
         for sentence in told:
-            warnings.warn(sentence, stacklevel=2)
+            logger.warning(sentence)  # modules of lmms-eval switch all warnings off as they are imported
         self._manager, self._limit, self._new_tokens = harness.manager, limit, new_tokens
         fixed = {"device": where, "device_map": where, "dtype": dtype, "batch_size": 1}
         self._wrapper = _made(made, model, {k: v for k, v in fixed.items() if v is not None}, dict(options or {}))
+        self.model = self._wrapper.model
         self._wrapper.clean = lambda: None  # the evaluator lets go of a model behind its last task; ours goes on
         self._scores: dict[str, float | None] = {}
         self._peaks: dict[tuple[str, str], float] = {}
-
-    @property
-    def model(self) -> Any:
-        """The transformers model that the stock class has loaded."""
-        return self._wrapper.model
 
     @property
     def tasks(self) -> list[dict[str, Any]]:
@@ -92,15 +92,15 @@ class Benchmarks:
         """
         loaded = self._named(task)
         found = self._pruned(loaded, cell)
-        score = self._scores[task] = _score(found["results"][task], loaded.metrics)
+        score = self._scores[task] = results.score(found["results"][task], loaded.metrics)
         samples = list({sample["doc_id"]: sample for sample in reversed(found["samples"][task])}.values())[::-1]
-        marks = [_mark(sample, loaded.metrics) for sample in samples]
+        marks = [results.mark(sample, loaded.metrics) for sample in samples]
         numbers = [mark for mark in marks if mark is not None]
         means = score is not None and len(numbers) == len(marks) and math.isclose(fmean(numbers), score, abs_tol=1e-9)
-        costs = _costs(self._wrapper.visits)
+        costs = results.costs(self._wrapper.visits)
         for sample, mark in list(zip(samples, marks))[done:]:
             number, parts = sample["doc_id"], [mark] if means else None
-            yield {"id": str(number), "answer": _text(sample["resps"]), "parts": parts, **costs.get(number, {})}
+            yield {"id": str(number), "answer": results.text(sample["resps"]), "parts": parts, **costs.get(number, {})}
 
     def score(self, task: str, lines: Sequence[Line] = ()) -> float | None:
         """What lmms-eval made of the answers that were read last, in the metric's own scale; None if it is no number.
@@ -203,36 +203,3 @@ def _quiet() -> None:
     from loguru import logger
 
     logger.disable("lmms_eval")
-
-
-def _score(results: Mapping[str, Any], metrics: Sequence[str]) -> float | None:
-    """The sum of the metrics, by the first of a task's filters; None where one of them is no number."""
-    values = [next((v for key, v in results.items() if key.split(",")[0] == metric), None) for metric in metrics]
-    numbers = [float(v) for v in values if isinstance(v, (int, float))]
-    return sum(numbers) if values and len(numbers) == len(values) and all(map(math.isfinite, numbers)) else None
-
-
-def _mark(sample: Mapping[str, Any], metrics: Sequence[str]) -> float | None:
-    """The sample's own mark, as many tasks write it down: a number, or a number called score."""
-    value = sample.get(metrics[0]) if len(metrics) == 1 else None
-    value = value.get("score") if isinstance(value, Mapping) else value
-    return float(value) if isinstance(value, (int, float)) else None
-
-
-def _text(answer: Any) -> str:
-    """The text in the lists of responses that lmms-eval nests by request and by repeat."""
-    while isinstance(answer, (list, tuple)) and answer:
-        answer = answer[0]
-    return answer if isinstance(answer, str) else str(answer)
-
-
-def _costs(visits: Any) -> dict[Any, Line]:
-    """By number of the document: its tokens and seconds, where the calls of the model could be told apart."""
-    order = None if visits is None else visits.order
-    if order is None or len(order) != len(visits.kept):
-        return {}
-    rows = zip(order, visits.fed, visits.lengths, visits.kept)
-    bare = {"visual_tokens": [0, 0], "seconds": {}}  # a question without a picture
-    return {
-        key[2]: {**bare, "prompt_tokens": [fed, left]} if call is None else call.line() for key, fed, left, call in rows
-    }
