@@ -1,12 +1,13 @@
-# make demo | test | test-whole | test-oldest | coverage | lint | readme | gpu: each works in a fresh clone.
+# make demo | test | test-whole | test-oldest | test-lmms | coverage | lint | readme | gpu: each works in a fresh clone.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
 COMMIT ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null)
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
+LMMS := .venv-lmms/bin
 
-.PHONY: demo test test-whole test-oldest coverage gpu readme lint clean
+.PHONY: demo test test-whole test-oldest test-lmms coverage gpu readme lint clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.evals
@@ -48,6 +49,12 @@ test-oldest: .venv-oldest/.ready
 	@mkdir -p out
 	$(OLDEST)/python -m pytest -n 2 tests/hf/test_contract.py tests/hf/test_conformance.py tests/hf/test_seam_calls.py -k "$(SEAM)" \
 		2>&1 | tee out/pytest-oldest.txt
+
+# What stands on lmms-eval and Ray, with their 1.4 GB of packages; without a network, as tasks of the hub are to fail.
+test-lmms: .venv-lmms/.ready
+	@mkdir -p out
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LMMS)/python -m pytest -n 2 --dist loadfile -m lmms tests/evals \
+		2>&1 | tee out/pytest-lmms.txt
 
 # A GPU machine brings its own torch: nothing is installed there, the checkout is put on the path as it is.
 # No speed without correctness: every benchmark waits for the stamp that the GPU tests leave for exactly this code, and
@@ -108,9 +115,17 @@ PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 		> "$$($(OLDEST)/python $(PURELIB))/zz_shared.pth"
 	touch $@
 
+# The packages of .venv count as installed here, so that no second torch is fetched.
+.venv-lmms/.ready: .venv/.dev
+	$(PYTHON) -m venv .venv-lmms
+	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" \
+		> "$$($(LMMS)/python $(PURELIB))/zz_shared.pth"
+	$(LMMS)/python -m pip install -q --disable-pip-version-check scikit-image -e '.[lmms,ray]'
+	touch $@
+
 # The tables of README.md and benchmarks/README.md, and the picture of what pruning costs, from the files they name.
 readme: .venv/.evals
 	$(BIN)/python -m vtprune.evals.readme
 
 clean:
-	rm -rf .venv .venv-oldest out build *.egg-info
+	rm -rf .venv .venv-oldest .venv-lmms out build *.egg-info

@@ -84,6 +84,10 @@ RULES: dict[str, tuple[str, str]] = {
     "vtprune.recipe": (r"vtprune\.core(\..*)?|vtprune\.registry", r""),
     "vtprune.selection": (r"vtprune\.(core|signals)(\..*)?|vtprune\.recipe", r"torch"),
     "vtprune.model_adapters": (r"vtprune\.(core|model_adapters)(\..*)?|vtprune\.registry", r"torch|transformers|timm"),
+    "vtprune.integrations": (
+        r"vtprune\.(core|integrations)(\..*)?|vtprune\.(handle|parsing|recipe)",
+        r"lmms_eval|PIL",
+    ),
     "vtprune.hf": (
         r"vtprune\.(kernels|core|signals|model_adapters|hf)(\..*)?|vtprune\.registry",
         r"torch|transformers|timm",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import vtprune
+from vtprune.parsing import parse_method
 from vtprune.types import Method
 
 CONTROLS = ("random", "uniform")
@@ -38,29 +39,6 @@ class Plan:
     def applied(self, model: Any) -> AbstractContextManager[Any]:
         """The model, patched inside a `with` block."""
         return vtprune.patch(model, self.method, keep=self.keep) if self.method else nullcontext()
-
-
-def parse_method(text: str) -> tuple[str, dict[str, Any]]:
-    """'todre:objective=kcenter,pivot=center' -> ('todre', {...}); values are read as int, float, bool or text."""
-    name, _, rest = text.partition(":")
-    options: dict[str, Any] = {}
-    for item in filter(None, rest.split(",")):
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise ValueError(f"method {text!r}: {item!r} is not an option; write name:option=value,option=value")
-        options[key] = _value(value)
-    return name, options
-
-
-def _value(text: str) -> Any:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def plans(methods: Iterable[str], keeps: Sequence[float | int], seeds: int = 3) -> list[Plan]:

@@ -76,7 +76,9 @@ class Recorder:
             return  # a decode step, or a prompt without pictures
         if len(ids) > 1:
             raise ValueError(f"{len(ids)} prompts in one call: tokens and times are recorded of one prompt at a time")
-        self._counts = ids.shape[-1], int((kinds > 1).sum())
+        mask = call.get("attention_mask")  # some processors pad a single prompt too, and padding is nothing pruned
+        fed = int(mask.sum()) if mask is not None and mask.shape == ids.shape else ids.shape[-1]
+        self._counts = fed, int((kinds > 1).sum())
         self._start = now(model.device)
         self._phases.restart()
 
