@@ -74,7 +74,7 @@ class Benchmarks:
         self._wrapper = _made(made, model, {k: v for k, v in fixed.items() if v is not None}, dict(options or {}))
         self.model = self._wrapper.model
         self._wrapper.clean = lambda: None  # the evaluator lets go of a model behind its last task; ours goes on
-        self._scores: dict[str, float | None] = {}
+        self._scores: dict[str, tuple[int, float | None]] = {}
         self._peaks: dict[tuple[str, str], float] = {}
 
     @property
@@ -83,31 +83,38 @@ class Benchmarks:
         told = [(one.name, one.metric, one.n, "lmms-eval") for one in self._loaded]
         return [dict(zip(("name", "metric", "n", "source"), one)) for one in told]
 
-    def answers(self, task: str, cell: Cell, done: int = 0) -> Iterator[Line]:
+    def answers(self, task: str, cell: Cell, done: int = 0, stop: int | None = None) -> Iterator[Line]:
         """Run one task with the model pruned as the cell says; a line for every sample, once all are answered.
 
-        `parts` holds the sample's own mark where the mean of those is the task's score, None elsewhere. done: lines
-        that are there already and left out.
+        `parts` holds the sample's own mark where the mean of those is the task's score, None elsewhere. done, stop: the
+        samples to run, in the order of the task; a score covers them alone.
         Raises what the model raises, also where lmms-eval would have made an empty answer of it.
         """
         loaded = self._named(task)
-        found = self._pruned(loaded, cell)
-        score = self._scores[task] = results.score(found["results"][task], loaded.metrics)
+        part = (done, self._limit if stop is None else stop - done)
+        found = self._pruned(loaded, cell, part)
+        score = results.score(found["results"][task], loaded.metrics)
         samples = list({sample["doc_id"]: sample for sample in reversed(found["samples"][task])}.values())[::-1]
         marks = [results.mark(sample, loaded.metrics) for sample in samples]
         numbers = [mark for mark in marks if mark is not None]
         means = score is not None and len(numbers) == len(marks) and math.isclose(fmean(numbers), score, abs_tol=1e-9)
         costs = results.costs(self._wrapper.visits)
-        for sample, mark in list(zip(samples, marks))[done:]:
+        self._scores[task] = len(samples), score
+        for sample, mark in zip(samples, marks):
             number, parts = sample["doc_id"], [mark] if means else None
             yield {"id": str(number), "answer": results.text(sample["resps"]), "parts": parts, **costs.get(number, {})}
 
     def score(self, task: str, lines: Sequence[Line] = ()) -> float | None:
         """What lmms-eval made of the answers that were read last, in the metric's own scale; None if it is no number.
 
-        The lines are not marked again: the metric is lmms-eval's.
+        The lines are not marked again: the metric is lmms-eval's. Of lines that were read in several parts it is the
+        mean of their marks, and None where the mean is not what the metric makes of them.
         """
-        return self._scores.get(self._named(task).name)
+        n, score = self._scores.get(self._named(task).name, (0, None))
+        if n == len(lines):
+            return score
+        marks = [line["parts"][0] for line in lines if line["parts"] is not None]
+        return fmean(marks) if marks and len(marks) == len(lines) else None
 
     def peak_mib(self, task: str, cell: Cell) -> float | None:
         """MiB that the model held at once beyond its weights while it answered; None on a CPU."""
@@ -116,8 +123,8 @@ class Benchmarks:
     def draw(self, task: str, cell: Cell, folder: ResultFolder) -> None:
         """Nothing: pictures stay with lmms-eval."""
 
-    def _pruned(self, loaded: Loaded, cell: Cell) -> dict[str, Any]:
-        """What lmms-eval makes of a task, its calls of the model recorded one by one."""
+    def _pruned(self, loaded: Loaded, cell: Cell, part: tuple[int, int | None]) -> dict[str, Any]:
+        """What lmms-eval makes of a part of a task, its calls of the model recorded one by one."""
         from vtprune.evals.tasks.recorder import MIB, Recorder
 
         gpu = self.model.device if self.model.device.type == "cuda" else None
@@ -128,7 +135,7 @@ class Benchmarks:
             self._wrapper.handle = handle
             self._wrapper.after = lambda: recorder.taken.pop() if recorder.taken else None
             try:
-                found = self._evaluate(loaded)
+                found = self._evaluate(loaded, part)
             finally:
                 self._wrapper.handle = self._wrapper.after = None
         if gpu:
@@ -141,15 +148,16 @@ class Benchmarks:
                 return one
         raise ValueError(f"task {task!r} is not loaded; loaded are {', '.join(one.name for one in self._loaded)}")
 
-    def _evaluate(self, loaded: Loaded) -> dict[str, Any]:
-        """What lmms-eval's own evaluator returns for one task."""
+    def _evaluate(self, loaded: Loaded, part: tuple[int, int | None]) -> dict[str, Any]:
+        """What lmms-eval's own evaluator returns for one task. part: its first sample, and how many."""
         from lmms_eval.evaluator import simple_evaluate
 
         return simple_evaluate(
             self._wrapper,
             tasks=[loaded.task],
             task_manager=self._manager,
-            limit=self._limit,
+            limit=part[1],
+            offset=part[0],
             gen_kwargs=None if self._new_tokens is None else f"max_new_tokens={self._new_tokens}",
             batch_size=1,
             bootstrap_iters=0,

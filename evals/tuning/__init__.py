@@ -46,7 +46,7 @@ def tune(
         for task, lines in trial.lines.items():
             if folder.end_of(task, trial.cell.name) is None:
                 folder.finish(task, trial.cell.name, end_of(subject, task, trial.cell, lines))
-    report = judged(search, finalists, control, document["environment"], left_out)
+    report = judged(search, finalists, control, document["model"], document["environment"], left_out)
     report.write(folder, recipe_of(subject.model, finalists[0].cell) if report.recommended else None)
     return report
 

@@ -82,7 +82,7 @@ class TuneReport(Report):
 
 
 def judged(
-    search: Tuning, finalists: Sequence[Trial], control: Trial, environment: Row, left_out: Sequence[str]
+    search: Tuning, finalists: Sequence[Trial], control: Trial, model: str, environment: Row, left_out: Sequence[str]
 ) -> TuneReport:
     """The report of a finished search."""
     # All finalists' intervals hold together, so that choosing among them does not flatter the chosen one.
@@ -99,7 +99,7 @@ def judged(
     if n < 100:
         notes.append(f"Only {n} samples were held back to judge by: the intervals are wide; bring more samples.")
     tried = [{**_named(trial), "drop": trial.drop, "ttft_ms": 1e3 * trial.ttft} for trial in search.tried]
-    title = f"Recipes for {environment.get('model', 'this model')}"
+    title = f"Recipes for {model}"
     every = [*rows, beside, row_of(search, search.dense, 0.05)]
     return TuneReport(title, every, environment, tuple(notes), target, best, tried, list(left_out))
 

@@ -40,7 +40,7 @@ def grid_cells(
         from vtprune.evals.tasks.published import preset_of
 
         budgets = tuple(preset_of(preset).keeps)
-    return cells(methods, parse_keeps(list(keep or ()), budgets), seeds, recipes)  # type: ignore[arg-type]
+    return cells(methods, parse_keeps(list(keep or ()), budgets), seeds, recipes)
 
 
 def run_grid(
