@@ -102,7 +102,9 @@ class Benchmarks:
         self._scores[task] = len(samples), score
         for sample, mark in zip(samples, marks):
             number, parts = sample["doc_id"], [mark] if means else None
-            yield {"id": str(number), "answer": results.text(sample["resps"]), "parts": parts, **costs.get(number, {})}
+            asked = {"question": str(sample.get("input", "")), "answers": [str(sample.get("target", ""))]}
+            answer = results.text(sample["resps"])
+            yield {"id": str(number), **asked, "answer": answer, "parts": parts, **costs.get(number, {})}
 
     def score(self, task: str, lines: Sequence[Line] = ()) -> float | None:
         """What lmms-eval made of the answers that were read last, in the metric's own scale; None if it is no number.

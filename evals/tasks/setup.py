@@ -127,6 +127,7 @@ class Setup:
             if self.data is None
             else {"file": str(Path(self.data).resolve()), "sha256": digest(self.data)},
             "tasks": subject.tasks,
+            "missing": getattr(subject, "missing", {}),
             "settings": {**settings, "device": device, "dtype": dtype},
             "environment": environment(device, dtype, 1, parameters=model.num_parameters()),
         }

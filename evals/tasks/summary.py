@@ -115,7 +115,8 @@ def _rounded(value: Any) -> Any:
 
 def _limited(document: Row) -> list[str]:
     limit = document.get("settings", {}).get("limit")
-    return [] if limit is None else [f"Only the first {limit} samples of every task were asked (--limit)."]
+    told = [] if limit is None else [f"Only the first {limit} samples of every task were asked (--limit)."]
+    return told + [f"{task} was not run: {why}" for task, why in document.get("missing", {}).items()]
 
 
 def _line(row: Row, time: Row) -> list[str]:

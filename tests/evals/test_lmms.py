@@ -184,7 +184,7 @@ def test_the_mark_of_a_sample_is_told_where_their_mean_is_the_score(benchmarks: 
     found = {task: list(benchmarks.answers(task, DENSE)) for task in ("vt_share", "vt_tripled")}
     assert [line["parts"] for line in found["vt_share"]] == [[1.0]] * 3
     assert [line["parts"] for line in found["vt_tripled"]] == [None] * 3
-    assert benchmarks.score("vt_tripled") == 3.0
+    assert benchmarks.score("vt_tripled", found["vt_tripled"]) == 3.0
 
 
 def test_a_task_without_its_network_is_named_and_the_others_run(benchmarks: Benchmarks) -> None:

@@ -35,6 +35,7 @@ def run(
     Raises ValueError where no cluster answers at that address.
     """
     ray = _ray()
+    _check_reachable(address)
     gpus = 1 if subject.model.device.type == "cuda" else 0
     try:
         ray.init(address=None if address == "local" else address, log_to_driver=False, logging_level="error")
@@ -50,6 +51,19 @@ def run(
         return _collect(ray, waiting, subject, folder, progress)
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raise ValueError where nothing listens at HOST:PORT; Ray itself would try for minutes and then end the process."""
+    import socket
+
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise ValueError(f"--ray {address}: no cluster answers there ({error})") from error
 
 
 def answered(setup: Setup, task: str, cell: Cell) -> Answered:
