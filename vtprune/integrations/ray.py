@@ -54,7 +54,7 @@ def run(
 
 
 def _check_reachable(address: str) -> None:
-    """Raise ValueError where nothing listens at HOST:PORT; Ray itself would try for minutes and then end the process."""
+    """Raise ValueError where nothing listens at HOST:PORT; Ray would try for minutes and then end this process."""
     import socket
 
     host, colon, port = address.removeprefix("ray://").rpartition(":")
