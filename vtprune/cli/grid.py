@@ -70,7 +70,7 @@ def run_grid(
     if ray is None:
         failed = run(subject, wanted, results, progress=not as_json)
     else:
-        from vtprune.integrations import ray as cluster
+        from vtprune.evals.tasks import cluster
 
         failed = cluster.run(setup, subject, wanted, results, ray, progress=not as_json)
     summary = summarise(results)
