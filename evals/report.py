@@ -163,6 +163,8 @@ def _versions(names: Sequence[str]) -> dict[str, str | None]:
     return found
 
 
-def share(keep: float | int) -> str:
-    """0.25 -> '25 %', 64 -> '64'."""
+def share(keep: float | int | None) -> str:
+    """0.25 -> '25 %', 64 -> '64'; a dash for a recipe, which carries its own budgets."""
+    if keep is None:
+        return "–"
     return f"{100 * keep:.3g} %" if isinstance(keep, float) else str(keep)

@@ -13,6 +13,7 @@ import torch
 
 import vtprune
 from vtprune.places import Box
+from vtprune.recipe import Recipe
 from vtprune.types import Method, Span
 from vtprune.units import arange_of
 
@@ -58,11 +59,13 @@ class Kept:
     into: torch.Tensor | None = None
 
 
-def record(model: Any, inputs: Any, method: Method, keep: float | int) -> list[Kept]:
+def record(model: Any, inputs: Any, method: Method | Recipe, keep: float | int | None) -> list[Kept]:
     """Run one forward pass with `method`; what stayed of every unit after all stages. The model stays as it was."""
-    if "prefill" not in method.phases:
+    rules = [stage.method for stage in method.stages] if isinstance(method, Recipe) else [method]
+    late = next((rule for rule in rules if "prefill" not in rule.phases), None)
+    if late is not None:
         raise ValueError(
-            f"{method.name} chooses at every decode step and drops nothing of the prompt, so there is nothing to draw; "
+            f"{late.name} chooses at every decode step and drops nothing of the prompt, so there is nothing to draw; "
             "Handle.last.recalled says what the last step saw"
         )
     with vtprune.patch(model, method, keep=keep) as handle, torch.inference_mode():

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -106,6 +107,7 @@ def bench(
     methods: Iterable[str] = METHODS,
     keeps: Sequence[float | int] = KEEPS,
     *,
+    recipes: Sequence[str | Path] = (),
     prefill: Sequence[str] = ("eager",),
     bucket: int = 64,
     repeats: int = 7,
@@ -113,15 +115,16 @@ def bench(
     skip: bool = False,
     progress: bool = True,
 ) -> BenchReport:
-    """Time dense and every method at every keep, interleaved; medians over `repeats` after one warm-up round.
+    """Time dense, every method at every keep and every recipe, interleaved; medians over `repeats` after one warm-up.
 
+    recipes: files that `Recipe.load` reads.
     prefill: ways to run the text model's prefill, of "eager", "graph" (CUDA graphs) and "compile"; the latter two at
     lengths rounded up to `bucket`. A way that a method does not allow is left out and noted.
     skip: leave out and note methods that this model cannot take, instead of raising.
 
     Raises ValueError for an unknown way, UnsupportedModel or UnsupportedCall as `vtprune.patch` does.
     """
-    variants = list(_variants(methods, keeps, prefill))
+    variants = list(_variants(methods, keeps, recipes, prefill))
     runners = {mode: Bucketed(what.model, mode, bucket) for mode in prefill if mode != "eager"}
     samples: dict[Variant, Samples] = {}
     left_out: list[str] = []
@@ -167,7 +170,10 @@ class Floors:
             times += [took] * keep
 
 
-def _variants(methods: Iterable[str], keeps: Sequence[float | int], prefill: Sequence[str]) -> Iterator[Variant]:
+def _variants(
+    methods: Iterable[str], keeps: Sequence[float | int], recipes: Sequence[str | Path], prefill: Sequence[str]
+) -> Iterator[Variant]:
+    read = [(Path(path).stem, vtprune.Recipe.load(path)) for path in recipes]
     named = [(text, *parse_method(text)) for text in methods]
     rules = [(text, vtprune.create(name, **options)) for text, name, options in named]
     for mode in prefill:
@@ -176,6 +182,7 @@ def _variants(methods: Iterable[str], keeps: Sequence[float | int], prefill: Seq
         yield Variant("dense", prefill=mode)
         for text, rule in rules:
             yield from (Variant(text, rule, keep, mode) for keep in keeps)
+        yield from (Variant(name, recipe, None, mode) for name, recipe in read)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from statistics import median
 
 from vtprune.evals.report import Row
 from vtprune.evals.speed.flops import Card, TextCost, ideal_llm
+from vtprune.recipe import Recipe
 from vtprune.types import Method
 
 SELECTION_SHARE = 0.02  # of the dense prefill: what a selection may cost
@@ -15,10 +16,10 @@ SELECTION_SHARE = 0.02  # of the dense prefill: what a selection may cost
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run the model: dense (no method) or a method at a keep, and how the text model prefills."""
+    """One way to run the model: dense (no method), a method at a keep or a recipe, and how the text model prefills."""
 
     label: str
-    method: Method | None = None
+    method: Method | Recipe | None = None
     keep: float | int | None = None
     prefill: str = "eager"
 
@@ -95,7 +96,7 @@ def row_of(variant: Variant, s: Samples, dense: Samples, limits: Limits, text_to
     return {
         "method": variant.label,
         "prefill": variant.prefill,
-        "keep": variant.keep if variant.keep is not None else 1.0,
+        "keep": 1.0 if variant.method is None else variant.keep,
         "kept_by_layer": [n - text_tokens for n in s.lengths],
         "ttft_ms": 1e3 * median(s.ttft),
         "ttft_ms_all": [1e3 * t for t in s.ttft],

@@ -108,6 +108,11 @@ def row_of(search: Tuning, trial: Trial, alpha: float) -> Row:
     """Drop with the interval of level 1 - alpha, times and tokens on the samples that were held back."""
     drops = resampled_drops(*search.parts_held_back(trial))
     low, high = np.quantile(drops[1:], [alpha / 2, 1 - alpha / 2])
+    # A bootstrap of samples among which nothing changed knows no doubt; what was not seen in n samples may still
+    # happen to this share of all others.
+    n = sum(task["n"] - task["n"] // 2 for task in search.subject.tasks)
+    unseen = 1 - (alpha / 2) ** (1 / n) if trial is not search.dense else 0.0
+    low, high = min(float(low), drops[0] - unseen), max(float(high), drops[0] + unseen)
     tokens = [line["visual_tokens"] for lines in trial.lines.values() for line in lines]
     return {
         **_named(trial),

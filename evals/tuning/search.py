@@ -7,7 +7,7 @@
    hold for all finalists at once (Bonferroni), so choosing one of them does not flatter it.
 
 A way of pruning is promising if it can meet the targets within its noise, and then by its speed. Times are measured in
-the same run, on the same samples as dense; times less than 5 % apart count as equal, and then the smaller drop wins.
+the same run, on the same samples as dense, and compared in steps of 5 %; in one step the smaller drop wins.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from vtprune.evals.tasks.setup import Subject
 
 KEEPS = (0.5, 0.25, 0.11, 0.05)
 FIRST, THIRD, FINALISTS = 12, 3, 6  # samples of the first round, which share goes on, how many are judged
-EQUAL = 1.05  # times closer than this ratio count as equal
+EQUAL = 1.05  # the ratio of one step of time to the next
 RESAMPLES = 2000
 Array = NDArray[np.float64]
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from vtprune.cli.common import needs, sentence, show_report
-from vtprune.cli.options import Batch, Device, Dtype, Json, Keep, Methods, Model, Out, parse_keeps
+from vtprune.cli.options import Batch, Device, Dtype, Json, Keep, Methods, Model, Out, Recipes, parse_keeps
 from vtprune.evals import models
 from vtprune.evals.models import device_of, dtype_of
 
@@ -25,6 +25,7 @@ def bench(
     method: Methods = None,
     all_methods: Annotated[bool, typer.Option("--all", help="Every registered method the model can take.")] = False,
     keep: Keep = None,
+    recipe: Recipes = None,
     prefill: Annotated[
         str, typer.Option(help="Ways to run the LLM's prefill, of eager, graph (CUDA graphs) and compile; commas.")
     ] = "eager",
@@ -61,7 +62,8 @@ def bench(
     if geometry is not None and model is not None:
         raise ValueError("--geometry and --model exclude each other: the first has random weights, the second its own")
     keeps = parse_keeps(keep, benchmark.KEEPS)
-    names = [cls.name for cls in vtprune.methods()] if all_methods else list(method or benchmark.METHODS)
+    named = method or ([] if recipe else benchmark.METHODS)
+    names = [cls.name for cls in vtprune.methods()] if all_methods else list(named)
     models.quiet()
     where, progress = device_of(device), not as_json
     report: speed.BenchReport
@@ -81,7 +83,7 @@ def bench(
             report = measure_hooks(what, names[0], keeps[0], progress=progress)
         else:
             report = benchmark.bench(
-                what, names, keeps, prefill=prefill.split(","), bucket=bucket, repeats=repeats,
+                what, names, keeps, recipes=recipe or (), prefill=prefill.split(","), bucket=bucket, repeats=repeats,
                 new_tokens=new_tokens, skip=all_methods, progress=progress,
             )  # fmt: skip
     report.environment["commit"] = report.environment["commit"] or commit or None

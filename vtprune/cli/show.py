@@ -21,6 +21,7 @@ def show(
     frames: Annotated[int, typer.Option(min=1, help="Frames to take from it.")] = 16,
     method: Annotated[str, typer.Option(help="A name, or name:option=value,option=value.")] = "divprune",
     keep: Annotated[str, typer.Option(help="0.25 or 25% (share), 64 (tokens).")] = "0.25",
+    recipe: Annotated[Path | None, typer.Option(help="A recipe.json in place of both, as vtprune tune writes.")] = None,
     model: Model = None,
     question: Annotated[
         str | None, typer.Option(help="What is asked (how many shapes); methods that read the text depend on it.")
@@ -37,6 +38,8 @@ def show(
     if vit is not None:
         if image is None or video is not None:
             raise ValueError("--vit draws one picture: name it")
+        if recipe is not None:
+            raise ValueError("--recipe is for vision-language models: name a --method with --vit")
         needs("onnx")
         _show_vit(image, method, keep, vit, device_of(device), out, as_json)
         return
@@ -48,14 +51,17 @@ def show(
     from vtprune.evals.accuracy import parse_method, prepare, process
     from vtprune.places import boxes
 
-    name, options = parse_method(method)
-    rule, budget = vtprune.create(name, **options), parse_keep(keep)
+    rule: Any
+    if recipe is not None:
+        rule, budget, title = vtprune.Recipe.load(recipe), None, recipe.stem
+    else:
+        name, options = parse_method(method)
+        rule, budget, title = vtprune.create(name, **options), parse_keep(keep), f"{method} at {keep}"
     writable(out)
     subject, notes = _read(image, video, frames)
     loaded, processor = models.load(model, device, dtype, video is not None)
     asked = [question or f"how many shapes {'are there' if video is None else 'appear'} ?"]
     units = drawing.record(loaded, prepare(loaded, processor, asked, [subject]), rule, budget)
-    title = f"{method} at {keep}"
     if video is None:
         units = [drawing.joined(units)]
         places = boxes(lambda picture: process(processor, asked, [picture]), subject.size, drawing.rasters(units[0]))
@@ -67,7 +73,8 @@ def show(
     tokens = [start + i for start, unit in zip(starts, units) for i in unit.idx.tolist()]
     total = sum(unit.n for unit in units)
     told = {"file": str(out), "visual_tokens": total, "kept": tokens, "notes": notes}
-    _tell(told, f"{method} kept {len(tokens)} of {total} visual tokens; wrote {out}", image, as_json)
+    name = recipe.stem if recipe else method
+    _tell(told, f"{name} kept {len(tokens)} of {total} visual tokens; wrote {out}", image, as_json)
 
 
 def _read(image: Path | None, video: Path | None, frames: int) -> tuple[Any, list[str]]:
