@@ -23,8 +23,8 @@ class Call:
     """One prefill of one prompt.
 
     prompt_tokens, visual_tokens: (as fed, as the LLM ran on them: the mean over its layers). seconds: "ttft" from the
-    call of the model to its logits; its parts "encode" (tower, projector, embeddings), "cut" (the patch at the text
-    model's door) and "prefill" (the text model); and "select", what methods took wherever they stand.
+    vision tower's first step to the logits; its parts "encode" (tower, projector, embeddings), "cut" (the patch at the
+    text model's door) and "prefill" (the text model); and "select", what methods took wherever they stand.
     """
 
     prompt_tokens: tuple[int, float]
@@ -53,10 +53,14 @@ class Recorder:
         self._adapter = Adapter(model)
         self._phases = Phases(model.get_decoder(), model.device)
         self._counts: tuple[int, int] | None = None
+        self._begun: float | None = None
 
     def __enter__(self) -> Recorder:
         self._phases.__enter__()
+        text = self.model.get_decoder()
+        parts = [part for part in self.model.base_model.children() if part is not text]
         self._undo = [
+            *(part.register_forward_pre_hook(self._begin, prepend=True) for part in parts),
             self.model.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
             self.model.register_forward_hook(self._after),
         ]
@@ -67,25 +71,32 @@ class Recorder:
             hook.remove()
         self._phases.__exit__()
 
+    def _begin(self, *_: Any) -> None:
+        """Start the clock at the first part that runs: `generate` encodes the pictures before it calls the model."""
+        if self._begun is None:
+            self._begun = now(self.model.device)
+            self._phases.restart()
+
     def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = self._adapter.bind(model, args, kwargs)
         ids = call.get("input_ids")
         kinds = self._adapter.token_kinds(call)
         self._counts = None
         if ids is None or kinds is None or ids.shape[-1] < 2:
+            self._begun = None
             return  # a decode step, or a prompt without pictures
         if len(ids) > 1:
             raise ValueError(f"{len(ids)} prompts in one call: tokens and times are recorded of one prompt at a time")
         mask = call.get("attention_mask")  # some processors pad a single prompt too, and padding is nothing pruned
         fed = int(mask.sum()) if mask is not None and mask.shape == ids.shape else ids.shape[-1]
         self._counts = fed, int((kinds > 1).sum())
-        self._start = now(model.device)
-        self._phases.restart()
+        self._begin()
 
     def _after(self, model: Any, *_: Any) -> None:
-        if self._counts is None:
+        if self._counts is None or self._begun is None:
             return
-        seconds = {"ttft": now(model.device) - self._start}
+        seconds = {"ttft": now(model.device) - self._begun}
+        self._begun = None
         seconds.update(zip(("encode", "cut", "prefill"), self._phases.seconds))
         last = self.handle.last if self.handle is not None else None
         seconds["select"] = last.seconds if last is not None else 0.0

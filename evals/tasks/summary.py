@@ -23,6 +23,7 @@ NOTES = (
 )
 TIMES = (
     "Medians over samples, the first of every cell left out as a warm-up; mean: means over tasks of the medians.",
+    "TTFT: from the vision tower's first step to the first logits, in `generate` as it answered.",
     "The speed-up is dense TTFT / TTFT, the share of the selection its time / dense prefill.",
 )
 

@@ -17,7 +17,7 @@ from vtprune.evals.tuning.search import Target, Trial, Tuning, resampled_drops
 NOTES = (
     "drop: the share of the dense score that is lost, the mean over tasks, on samples that were held back from the "
     "search; without labels, the share of answers that change.",
-    "TTFT: from the call of the model to its first logits, the median, beside dense in the same run.",
+    "TTFT: from the vision tower's first step to the first logits, the median, beside dense in the same run.",
 )
 
 

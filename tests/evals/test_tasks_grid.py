@@ -19,9 +19,11 @@ from typer.testing import CliRunner
 import vtprune
 from vtprune.cli import app
 from vtprune.evals.accuracy.exam import words_of
+from vtprune.evals.speed.meter import seconds
 from vtprune.evals.tasks import grid
 from vtprune.evals.tasks.cells import DENSE, Cell, cells
 from vtprune.evals.tasks.folder import ResultFolder
+from vtprune.evals.tasks.recorder import Recorder
 from vtprune.evals.tasks.setup import Setup
 from vtprune.evals.tasks.summary import summarise
 from vtprune.evals.toys import image as toy
@@ -90,6 +92,25 @@ def test_decode_methods_count_the_tokens_of_the_prompt_whole(questions: Path, tm
     command("eval", "--data", questions, "--method", "dycoke_kv", "--keep", 0.5, "--seeds", 1, "--out", tmp_path)
     rows = json.loads((tmp_path / "eval.json").read_text())["rows"]
     assert next(row for row in rows if row["method"] == "dycoke_kv")["visual_tokens"] == [256, 256]
+
+
+def test_the_clock_starts_with_the_tower_which_generate_runs_before_it_calls_the_model() -> None:
+    model, processor = toy.load()
+    q = toy.questions(per_capability=1)[0]
+    inputs = processor(text=[q.prompt], images=[q.image], return_tensors="pt", add_special_tokens=False)
+
+    def encode() -> None:
+        model.get_image_features(pixel_values=inputs["pixel_values"])
+
+    with torch.inference_mode(), Recorder(model) as recorder:
+        for _ in range(4):
+            model.generate(**inputs, max_new_tokens=2)
+    with torch.inference_mode():
+        towers = [seconds(encode, model.device) for _ in range(4)]
+    calls = [call.seconds for call in recorder.taken]
+    assert len(calls) == 4, "one prefill a call, decode steps are none"
+    assert min(call["encode"] for call in calls) > 0.4 * min(towers)
+    assert all(call["encode"] + call["cut"] + call["prefill"] <= call["ttft"] for call in calls)
 
 
 def start(data: Path, out: Path) -> subprocess.Popen[bytes]:
