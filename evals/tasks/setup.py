@@ -92,7 +92,7 @@ class Setup:
         from vtprune.evals.tasks.data import read
 
         if self.data is None:
-            samples = toy_samples(self.limit or 100, self.video)
+            samples = toy_samples(self.limit or 40, self.video)
         else:
             samples = read(Path(self.data), metric=self.metric, frames=self.frames, limit=self.limit)
         if self.seed is not None:
