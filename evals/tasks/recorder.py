@@ -93,17 +93,17 @@ class Recorder:
         self._begin()
 
     def _after(self, model: Any, *_: Any) -> None:
-        if self._counts is None or self._begun is None:
+        counts, begun = self._counts, self._begun
+        self._counts = self._begun = None  # parts that run in a decode step start no clock
+        if counts is None or begun is None:
             return
-        seconds = {"ttft": now(model.device) - self._begun}
-        self._begun = None
+        seconds = {"ttft": now(model.device) - begun}
         seconds.update(zip(("encode", "cut", "prefill"), self._phases.seconds))
         last = self.handle.last if self.handle is not None else None
         seconds["select"] = last.seconds if last is not None else 0.0
-        fed, visual = self._counts
+        fed, visual = counts
         ran = fmean(last.lengths) if last is not None else float(fed)
         self.taken.append(Call((fed, ran), (visual, visual - (fed - ran)), seconds))
-        self._counts = None
 
 
 def peak_mib(model: Any, call: Callable[[], Any]) -> float:
