@@ -208,7 +208,9 @@ def resampled_drops(parts: Sequence[Array], metrics: Sequence[str | None]) -> Ar
         means = np.concatenate([values.mean(1)[None], np.einsum("rn,wnk->rwk", weights, values)])
         dense, pruned = np.moveaxis(np.asarray(total(means)), -1, 0)
         if dense[0] > 0:
-            by_task.append(np.where(dense > 0, 1 - pruned / np.where(dense > 0, dense, 1), 0))
+            lost = np.where(dense > 0, 1 - pruned / np.where(dense > 0, dense, 1), 0)
+            # Resamples of n samples vary less than n new ones would: by (n - 1) / n.
+            by_task.append(lost[0] + (lost - lost[0]) * math.sqrt(n / max(1, n - 1)))
     if not by_task:
         raise ValueError("the dense model answers none of these questions right, so no drop can be measured")
     return np.mean(by_task, axis=0)
