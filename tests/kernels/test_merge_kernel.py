@@ -184,9 +184,10 @@ def test_an_assignment_merges_with_it(dtype: torch.dtype) -> None:
 
 @pytest.mark.no_cover
 def test_merging_an_image_is_much_faster_than_a_loop_over_its_tokens() -> None:
+    """15 to 24 times on an AMD EPYC, 11 to 13 on an Intel Xeon; what is asserted leaves room for both."""
     for _ in range(5):  # neighbours on the same cores disturb single runs
         row = bench_kernels.merge_against_loop()
-        if row["speedup"] >= 20:
+        if row["speedup"] >= 8:
             break
     assert row["same"]
-    assert row["speedup"] >= 20, row
+    assert row["speedup"] >= 8, row
