@@ -12,6 +12,8 @@ import numpy as np
 
 from vtprune.evals.report import Report, Row, share
 from vtprune.evals.tasks.folder import ResultFolder, write
+from vtprune.evals.tasks.gather import title
+from vtprune.evals.tasks.wording import verdict
 from vtprune.evals.tuning.search import Target, Trial, Tuning, resampled_drops
 
 NOTES = (
@@ -38,7 +40,8 @@ class TuneReport(Report):
         """The recommendation, or that nothing meets the targets and what comes nearest."""
         best = self.rows[0]
         told = (
-            f"{name_of(best)}: a drop of {percent(best['drop'])} (95 % interval {percent(best['low'])} to "
+            f"{title(best['method'], best['keep'])}: a drop of {percent(best['drop'])} "
+            f"(95 % interval {percent(best['low'])} to "
             f"{percent(best['high'])}), TTFT {best['ttft_ms']:.3g} ms against {self.rows[-1]['ttft_ms']:.3g} ms dense, "
             f"{best['speedup']:.2f}x"
         )
@@ -99,9 +102,8 @@ def judged(
     if n < 100:
         notes.append(f"Only {n} samples were held back to judge by: the intervals are wide; bring more samples.")
     tried = [{**_named(trial), "drop": trial.drop, "ttft_ms": 1e3 * trial.ttft} for trial in search.tried]
-    title = f"Recipes for {model}"
     every = [*rows, beside, row_of(search, search.dense, 0.05)]
-    return TuneReport(title, every, environment, tuple(notes), target, best, tried, list(left_out))
+    return TuneReport(f"Recipes for {model}", every, environment, tuple(notes), target, best, tried, list(left_out))
 
 
 def row_of(search: Tuning, trial: Trial, alpha: float) -> Row:
@@ -126,11 +128,6 @@ def row_of(search: Tuning, trial: Trial, alpha: float) -> Row:
     }
 
 
-def name_of(row: Row) -> str:
-    """'divprune at 25 %'."""
-    return row["method"] if row["keep"] is None else f"{row['method']} at {share(row['keep'])}"
-
-
 def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
@@ -140,14 +137,13 @@ def _named(trial: Trial) -> Row:
 
 
 def _line(row: Row) -> list[str]:
-    meets = "–" if row["meets"] is None else "yes" if row["meets"] else "no"
     return [
         row["method"],
-        "–" if row["keep"] is None else share(row["keep"]),
+        share(row["keep"]),
         percent(row["drop"]),
         f"{percent(row['low'])} to {percent(row['high'])}",
         f"{row['ttft_ms']:.1f}",
         f"{row['speedup']:.2f}x",
         f"{row['visual_tokens'][1]:.0f}",
-        meets,
+        verdict(row["meets"]),
     ]

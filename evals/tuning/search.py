@@ -28,12 +28,12 @@ from vtprune.evals.tasks.cells import DENSE, Cell
 from vtprune.evals.tasks.folder import Line, ResultFolder
 from vtprune.evals.tasks.gather import same_words
 from vtprune.evals.tasks.metrics import METRICS
+from vtprune.evals.tasks.resampling import RESAMPLES, resampled
 from vtprune.evals.tasks.setup import Subject
 
 KEEPS = (0.5, 0.25, 0.11, 0.05)
 FIRST, THIRD, FINALISTS = 12, 3, 6  # samples of the first round, which share goes on, how many are judged
 EQUAL = 1.05  # the ratio of one step of time to the next
-RESAMPLES = 2000
 Array = NDArray[np.float64]
 
 
@@ -204,8 +204,7 @@ def resampled_drops(parts: Sequence[Array], metrics: Sequence[str | None]) -> Ar
     for values, metric in zip(parts, metrics):
         n = values.shape[1]
         total = METRICS[metric].total if metric is not None else lambda means: means[..., 0]
-        weights = rng.multinomial(n, [1 / n] * n, size=RESAMPLES) / n
-        means = np.concatenate([values.mean(1)[None], np.einsum("rn,wnk->rwk", weights, values)])
+        means = np.concatenate([values.mean(1)[None], resampled(values, rng, RESAMPLES)])
         dense, pruned = np.moveaxis(np.asarray(total(means)), -1, 0)
         if dense[0] > 0:
             lost = np.where(dense > 0, 1 - pruned / np.where(dense > 0, dense, 1), 0)
