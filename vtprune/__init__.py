@@ -9,7 +9,7 @@ from .handle import Handle, patch, unpatch
 from .hf.vit_last import VitLast
 from .recipe import Recipe
 from .registry import create, methods, register
-from .selection import select
+from .selection import count, select
 from .types import (
     Assignment,
     Method,
@@ -40,6 +40,7 @@ __all__ = [
     "Visual",
     "VitLast",
     "VtpruneError",
+    "count",
     "create",
     "methods",
     "patch",

@@ -1,21 +1,24 @@
-"""`select`: prune features that you encoded yourself, without a model of Hugging Face."""
+"""`select`: prune features that you encoded yourself; `count`: how many tokens stay, before anything is encoded."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from .core.method import Method, Newlines, Per, Positions, Stage
-from .core.select import Selected, rows_of, run_stages
+from .core.select import Selected, count_stages, rows_of, run_stages
 from .core.signal import Signal
+from .core.units import Unit
 from .core.visual import Span
 from .recipe import Recipe, given_stages, method_of
 from .signals import kinds
 
 T = TypeVar("T")
 Grid = tuple[int, int, int]
+SPANS = "a tuple of vtprune.Span"
 
 
 def select(
@@ -66,22 +69,89 @@ def select(
     >>> vtprune.select([a, b], "visionzip", keep=64, signals=signals)
     """
     images = _images(features)
-    count = len(images)
-    sizes = [len(x) for x in images]
-    seats = _rows(rows, count)
-    grids = _each(grid, count, _is_grid, "grid", "(t, h, w)")
-    parts = _spans(spans, grids, sizes, count)
+    policy = {"keep_total": keep_total, "per": per, "newlines": newlines, "positions": positions, "clips": clips}
+    stages = _stages(method, keep, policy, options)
+    units = _units([len(x) for x in images], grid, spans, video, _signals(signals, images), rows)
+    return run_stages(images, units, stages, _text(text, images[0], units[-1].row + 1))
+
+
+def count(
+    method: str | Method | Stage | Sequence[Stage] | Recipe,
+    grid: Grid | Sequence[Grid | None] | None = None,
+    keep: float | int | None = None,
+    *,
+    keep_total: float | int | None = None,
+    sizes: int | Sequence[int] | None = None,
+    spans: Sequence[Span] | Sequence[Sequence[Span]] | None = None,
+    video: bool | Sequence[bool] | None = None,
+    rows: Sequence[int] | None = None,
+    per: Per | None = None,
+    newlines: Newlines | None = None,
+    positions: Positions | None = None,
+    clips: Sequence[int] | None = None,
+    **options: Any,
+) -> int | list[int]:
+    """How many visual tokens `select`, or `patch` before the LLM, leaves of an image; known before it is encoded.
+
+    grid: (t, h, w) of one image or video, in tokens as the LLM gets them, or a list of one each.
+    sizes: N, the tokens of an image, or a list of one each; needed where no grid is known, and where tokens stand
+        behind the last of the spans. None: as many as the grid has, or up to the end of the last span.
+    All else is as for `select`.
+
+    Returns an int for one image; a list of ints where grid, spans or sizes is a list of one for each image.
+    Raises ValueError and TypeError as `select` does, and ValueError where only features can tell: a method that
+    decides how many tokens stay, or may keep fewer than its budget; images that compete for one budget (the error
+    says how many they keep together); and stages behind such a competition.
+
+    >>> vtprune.count("divprune", (1, 24, 24), 0.25)
+    144
+    >>> vtprune.count("visionzip", [(1, 24, 24), (1, 12, 20)], keep=64)
+    [64, 64]
+    """
+    listed = [g for g, one in ((grid, _is_grid), (spans, _are_spans), (sizes, _is_size)) if _is_list(g, one)]
+    images = len(listed[0]) if listed else 1  # type: ignore[arg-type]
+    policy = {"keep_total": keep_total, "per": per, "newlines": newlines, "positions": positions, "clips": clips}
+    stages = _stages(method, keep, policy, options)
+    units = _units(_sizes(sizes, grid, spans, images), grid, spans, video, [{}] * images, rows)
+    found = count_stages(units, stages)
+    return found if listed else found[0]
+
+
+def _is_list(value: Any, is_one: Any) -> bool:
+    """True for one value each of several images; a value for a single image may be a sequence as well."""
+    return isinstance(value, Sequence) and not isinstance(value, str) and not is_one(value)
+
+
+def _sizes(sizes: Any, grid: Any, spans: Any, images: int) -> list[int]:
+    """The tokens of each image: as given, or as many as its raster or its spans hold."""
+    if not images:
+        raise ValueError("grid, spans or sizes is an empty list: pass what there is of at least one image")
+    given = _each(sizes, images, _is_size, "sizes", "an int >= 1")
+    grids = _each(grid, images, _is_grid, "grid", "(t, h, w)")
+    found = []
+    for i, (n, size, own) in enumerate(zip(given, grids, _each(spans, images, _are_spans, "spans", SPANS))):
+        if n is None and size is None and not own:
+            raise ValueError(
+                f"image {i} has neither a grid nor spans nor a size: pass grid=(t, h, w), "
+                "or sizes=N where the raster is unknown"
+            )
+        ends = [span.start + len(span) for span in own or ()]
+        found.append(n or (max(ends) if ends else math.prod(size)))
+    return found
+
+
+def _units(sizes: list[int], grid: Any, spans: Any, video: Any, signals: list[Any], rows: Any) -> list[Unit]:
+    """The images of a call, checked, side by side in their rows."""
+    images = len(sizes)
+    parts = _spans(spans, _each(grid, images, _is_grid, "grid", "(t, h, w)"), sizes, images)
     moving = [any(s.grid[0] > 1 for s in own) for own in parts]
     if video is not None:
-        moving = [bool(v) for v in _each(video, count, lambda v: isinstance(v, bool), "video", "True or False")]
-    given = _signals(signals, images)
-    given_options = {"keep_total": keep_total, "per": per, "newlines": newlines, "positions": positions, "clips": clips}
-    stages = _stages(method, keep, {k: v for k, v in given_options.items() if v is not None}, options)
-    units = rows_of(sizes, parts, moving, given, seats)
-    return run_stages(images, units, stages, _text(text, images[0], max(seats) + 1))
+        moving = [bool(v) for v in _each(video, images, lambda v: isinstance(v, bool), "video", "True or False")]
+    return rows_of(sizes, parts, moving, signals, _rows(rows, images))
 
 
-def _stages(method: Any, keep: Any, where: dict[str, Any], options: dict[str, Any]) -> list[Stage]:
+def _stages(method: Any, keep: Any, policy: dict[str, Any], options: dict[str, Any]) -> list[Stage]:
+    where = {name: value for name, value in policy.items() if value is not None}
     stages = given_stages(method, keep, {**where, **options})
     if stages is not None:
         return stages
@@ -126,19 +196,23 @@ def _is_grid(value: Any) -> bool:
     return isinstance(value, Sequence) and len(value) == 3 and all(type(n) is int and n > 0 for n in value)
 
 
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
 def _spans(spans: Any, grids: list[Any], sizes: list[int], count: int) -> list[tuple[Span, ...]]:
     """The rasters of each image, checked against its size."""
     if spans is None:
         for i, (size, n) in enumerate(zip(grids, sizes)):
-            if size is not None and size[0] * size[1] * size[2] != n:
+            if size is not None and math.prod(size) != n:
                 raise ValueError(
-                    f"grid={tuple(size)} of image {i} has {size[0] * size[1] * size[2]} tokens, but its features have "
-                    f"{n}: say where rasters and newlines stand with spans=(Span(start, (t, h, w), newline=...), ...)"
+                    f"grid={tuple(size)} of image {i} has {math.prod(size)} tokens, but the image has {n}: say where "
+                    "rasters and newlines stand with spans=(Span(start, (t, h, w), newline=...), ...)"
                 )
         return [() if size is None else (Span(0, tuple(size)),) for size in grids]
     if any(size is not None for size in grids):
         raise TypeError("grid and spans: give one of them")
-    found = [tuple(own or ()) for own in _each(spans, count, _are_spans, "spans", "a tuple of vtprune.Span")]
+    found = [tuple(own or ()) for own in _each(spans, count, _are_spans, "spans", SPANS)]
     for i, (own, n) in enumerate(zip(found, sizes)):
         end = 0
         for span in sorted(own, key=lambda s: s.start):

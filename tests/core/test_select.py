@@ -102,6 +102,17 @@ def compare(name: str, rows: Sequence[int], method: str, options: dict[str, Any]
         assert image.idx.tolist() == want.idx
         assert torch.equal(image.features, want.features)
     assert any(len(image.idx) < image.n for image in found)
+    if stage.get("per") != "sample" or len(owners) == len(rows):
+        counted = vtprune.count(
+            method,
+            spans=[v.spans for v in seen],
+            sizes=[v.n for v in seen],
+            video=[v.video for v in seen],
+            rows=owners,
+            **options,
+            **stage,
+        )
+        assert counted == [len(want.idx) for want in expected]
     return found, last
 
 
@@ -162,6 +173,20 @@ def test_every_method_before_the_llm(method: str, name: str) -> None:
             assert torch.equal(image.features, want.features)
 
 
+@pytest.mark.parametrize("newlines", ["compete", "keep", "drop"])
+@pytest.mark.parametrize("per", ["image", "crop", "frame"])
+@pytest.mark.parametrize(
+    "name",
+    ["llava_next", "llava_onevision", "llava_onevision-video", "llava_next_video", "video_llava-video", "internvl"],
+)
+def test_crops_and_newlines_of_every_layout(name: str, per: str, newlines: str) -> None:
+    """Mosaics with newlines, tiles side by side, frames with a newline behind them or separators between."""
+    policy = {"per": per, "newlines": newlines}
+    compare(name, (1, 2), "divprune", {}, {"keep": 0.25, **policy})
+    compare(name, (2, 1), "divprune", {}, {"keep_total": 0.4, **policy})
+    compare(name, (1, 2), "visionzip", {}, {"keep": 0.5, **policy})
+
+
 VIDEOS = [name for name in families.FAMILIES if "video" in name]
 
 
@@ -208,6 +233,30 @@ def test_everything_stays() -> None:
     assert (image.order, image.scores, image.n) == (None, None, 9)
 
 
+@pytest.mark.parametrize("method", [name for name in BEFORE if name != "random"])
+def test_many_images_at_once_are_each_as_if_alone(method: str) -> None:
+    """Merged rows too; `random` draws for one image after the other."""
+    g = torch.Generator().manual_seed(0)
+    grids = [(1, 1, 1), (1, 5, 6), (1, 4, 4), (3, 4, 5), (1, 9, 2), (2, 3, 3), (1, 4, 4)]
+    features = [torch.randn(t * h * w, 8, generator=g) for t, h, w in grids]
+    wide = {"keys": 8, "mean_keys": 8}
+    signals = [
+        {n.kind: torch.rand((len(x), wide[n.kind]) if n.kind in wide else (len(x),), generator=g) for n in needs}
+        for x in features
+        for needs in [vtprune.create(method).needs]
+    ]
+    text = torch.randn(5, 8, generator=g)
+    many = vtprune.select(features, method, keep=0.5, grid=grids, signals=signals, text=text)
+    rows = list(range(len(grids)))
+    apart = vtprune.select(features, method, keep=0.5, grid=grids, signals=signals, text=[text] * len(rows), rows=rows)
+    for i, x in enumerate(features):
+        (alone,) = vtprune.select(x, method, keep=0.5, grid=grids[i], signals=signals[i], text=text)
+        assert len(alone.idx) == max(1, len(x) // 2)
+        for other in (many[i], apart[i]):
+            assert torch.equal(other.idx, alone.idx)
+            assert torch.allclose(other.features, alone.features, atol=1e-6)
+
+
 def test_clips_divide_a_row_of_frames() -> None:
     x = list(torch.randn(4, 9, 8, generator=torch.Generator().manual_seed(0)))
     found = vtprune.select(x, "evs", keep=0.5, grid=(1, 3, 3), per="sample", clips=(1, 3))
@@ -242,7 +291,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"features": [X, torch.zeros(9, 5)]}, ValueError, r"image 1 are \[9, 5\].*image 0 \[9, 4\]"),
     ({"features": []}, TypeError, "a tensor \\[N, D\\] of one image, or a list"),
     ({"features": X.long()}, ValueError, "int64.*floating"),
-    ({"grid": (1, 2, 4)}, ValueError, r"grid=\(1, 2, 4\) of image 0 has 8 tokens, but its features have 9"),
+    ({"grid": (1, 2, 4)}, ValueError, r"grid=\(1, 2, 4\) of image 0 has 8 tokens, but the image has 9"),
     ({"grid": [(1, 3, 3)] * 2}, ValueError, "grid holds 2 entries for 1 images"),
     ({"grid": "square"}, TypeError, "grid='square': pass"),
     ({"grid": (1, 3, 3), "spans": (Span(0, (1, 3, 3)),)}, TypeError, "grid and spans: give one"),

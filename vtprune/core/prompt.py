@@ -27,6 +27,8 @@ from .visual import Assignment, Visual
 Members = list[TokenGroup]
 # (stage, members of a unit, their slots, the order that makes their positions ascend or None) -> what `Visual` carries
 ReadSignals = Callable[[Stage, Members, Tensor, "Tensor | None"], dict[Signal, Tensor]]
+# (state, stage, what its method sees of each unit) -> its answers
+Ask = Callable[["PromptState", Stage, Sequence[Visual]], list[Assignment]]
 # A merge in a row: the slots of a unit's tokens when a stage saw them, and the answer.
 Merge = tuple[int, Tensor, Assignment]
 
@@ -107,23 +109,40 @@ class PromptState:
             self.checks.pop(0).raise_if_failed()
 
 
+def ask_method(state: PromptState, stage: Stage, views: Sequence[Visual]) -> list[Assignment]:
+    """What the method answers, checked: at once, or for a trusted method on a GPU when the LLM is under way."""
+    device = views[0].x.device
+    clock = Clock(device)
+    with deferring() as found, recording(state.kernels), full_precision(device):
+        answers = ask(stage, views)
+    captured = capturing(device)  # a CUDA graph replays what its warm-up run has checked
+    state.clocks.append(clock.stop())
+    if not captured:
+        state.checks.append(DeferredChecks(found))
+    if device.type != "cuda" or not stage.trusted:
+        state.raise_if_failed()
+    return answers
+
+
 def run_stage(
     state: PromptState,
     number: int,
     stage: Stage,
     clips: Sequence[int] | None,
     signals: ReadSignals,
+    ask_all: Ask = ask_method,
 ) -> list[tuple[Members, UnitResult]]:
     """Ask the method of the stage about every unit of which something goes: those units, and what became of them.
 
     number: that of the stage among its method's stages, for `Visual.state`. clips: the clip of every image, or None.
+    ask_all: what answers for the units; another than the method's own answers where tokens are only counted.
     """
     state.groups, units = groups(state.groups, stage, clips)
     budgets = budgets_of(stage, units, len(state.counts))
     todo = [i for i, unit in enumerate(units) if _shrinks(unit, budgets[i])]
     layouts = [layout_of(units[i]) for i in todo]
     views = [_visual(state, number, stage, units[i], at, budgets[i], signals) for i, at in zip(todo, layouts)]
-    answers = ask_method(state, stage, views) if views else []
+    answers = ask_all(state, stage, views) if views else []
     first, asked = len(state.results), []
     for i, at, view, answer in zip(todo, layouts, views, answers):
         asked.append((units[i], _take(state, stage, units[i], at, view, answer)))
@@ -154,21 +173,6 @@ def budgets_of(stage: Stage, units: Sequence[Members], rows: int) -> list[int | 
 def _shrinks(unit: Members, budget: int | None) -> bool:
     """True if a method has something to choose: it decides itself, or has fewer places than there are tokens."""
     return budget is None or budget < sum(g.positions.shape[0] for g in unit)
-
-
-def ask_method(state: PromptState, stage: Stage, views: Sequence[Visual]) -> list[Assignment]:
-    """What the method answers, checked: at once, or for a trusted method on a GPU when the LLM is under way."""
-    device = views[0].x.device
-    clock = Clock(device)
-    with deferring() as found, recording(state.kernels), full_precision(device):
-        answers = ask(stage, views)
-    captured = capturing(device)  # a CUDA graph replays what its warm-up run has checked
-    state.clocks.append(clock.stop())
-    if not captured:
-        state.checks.append(DeferredChecks(found))
-    if device.type != "cuda" or not stage.trusted:
-        state.raise_if_failed()
-    return answers
 
 
 def _visual(

@@ -17,7 +17,7 @@ from .prompt import PromptState, encoded_signals, run_stage, side_by_side
 from .result import UnitResult
 from .signal import Signal
 from .units import TokenGroup, Unit, begin
-from .visual import Span
+from .visual import Assignment, Span, Visual
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,7 @@ def run_stages(
     text: [M, D] embeddings of the text of each row, or None.
     Raises ValueError for a stage at another place, and what the methods raise; VtpruneError for a wrong answer.
     """
-    for stage in stages:
-        _check(stage)
-    hidden = side_by_side(features, units, len(text))
-    groups = [begin(unit, i, hidden[unit.row].device) for i, unit in enumerate(units)]
-    keep = [torch.ones(len(x), dtype=torch.bool, device=x.device) for x in hidden]
-    state = PromptState(list(units), groups, hidden, keep, [len(x) for x in hidden], text)
+    state = _begin(features, units, stages, text)
     orders: dict[int, list[Tensor | None]] = {}
     scores: dict[int, Tensor] = {}
     for number, stage in enumerate(stages):
@@ -61,9 +56,77 @@ def run_stages(
         asked = run_stage(state, number, stage, clips, encoded_signals)
         orders |= {group.image: [] for unit, _ in asked for group in unit}
         for unit, result in asked:
-            _note(unit, result, orders, scores, len(hidden[result.row]))
+            _note(unit, result, orders, scores, len(state.hidden[result.row]))
     state.raise_if_failed()
     return [_selected(state, i, orders.get(i, []), scores) for i in range(len(units))]
+
+
+def count_stages(units: Sequence[Unit], stages: Sequence[Stage]) -> list[int]:
+    """How many tokens `run_stages` leaves of each image, before there are features.
+
+    Units and budgets are those of `run_stages`; in the place of a method's choice, the first tokens of a unit stay.
+    Raises ValueError for a stage at another place, and where the count depends on what a method answers.
+    """
+    with torch.device("cpu"):  # whatever device a model is being built on meanwhile
+        state, shared = _walk(units, stages)
+    left = [sum(group.left for group in state.groups if group.image == i) for i in range(len(units))]
+    for unit in shared:
+        images = sorted({group.image for group in unit})
+        if len(images) > 1:
+            raise ValueError(
+                f"{_name(stages[-1])} (per={stages[-1].per!r}) lets images {', '.join(map(str, images))} of row "
+                f"{unit[0].row} compete for one budget: they keep {sum(left[i] for i in images)} of "
+                f"{sum(units[i].n for i in images)} tokens together, but how many each keeps is known only once it has "
+                "seen their features; use per='image'"
+            )
+    return left
+
+
+def _walk(units: Sequence[Unit], stages: Sequence[Stage]) -> tuple[PromptState, list[Sequence[TokenGroup]]]:
+    """What is left where the first tokens stay; and the units of which a method decides what each member keeps."""
+    rows = units[-1].row + 1
+    state = _begin([torch.empty(unit.n, 0) for unit in units], units, stages, [None] * rows)
+    shared: list[Sequence[TokenGroup]] = []
+    for number, stage in enumerate(stages):
+        if shared:
+            raise ValueError(
+                f"{_name(stage)} comes behind a stage that lets parts of an image, or several images, compete for one "
+                "budget: what it finds of each is known only once they have competed; count up to that stage"
+            )
+        clips = _clips(stage, stages, units, rows)
+        asked = run_stage(state, number, stage, clips, encoded_signals, _first)
+        shared = [unit for unit, _ in asked if len(unit) > 1]
+    return state, shared
+
+
+def _first(state: PromptState, stage: Stage, views: Sequence[Visual]) -> list[Assignment]:
+    """Answers that hold as many tokens as those of the method; ValueError where only the method can tell."""
+    if not stage.exact:
+        raise ValueError(
+            f"{_name(stage)} may keep fewer tokens than its budget, so how many it keeps is known only once it has "
+            "seen the features"
+        )
+    kept = []
+    for view in views:
+        if view.budget is None:
+            raise ValueError(
+                f"{_name(stage)} without a budget decides how many tokens stay once it has seen the features: pass "
+                "keep=... or keep_total=..., a share in (0, 1] or a count >= 1"
+            )
+        kept.append(Assignment(torch.arange(view.budget, device=view.x.device)))
+    return kept
+
+
+def _begin(
+    features: Sequence[Tensor], units: Sequence[Unit], stages: Sequence[Stage], text: Sequence[Tensor | None]
+) -> PromptState:
+    """All images before anything was cut; ValueError for a stage that does not act before the LLM."""
+    for stage in stages:
+        _check(stage)
+    hidden = side_by_side(features, units, len(text))
+    groups = [begin(unit, i, hidden[unit.row].device) for i, unit in enumerate(units)]
+    keep = [torch.ones(len(x), dtype=torch.bool, device=x.device) for x in hidden]
+    return PromptState(list(units), groups, hidden, keep, [len(x) for x in hidden], text)
 
 
 def _note(
@@ -96,7 +159,7 @@ def _clips(stage: Stage, stages: Sequence[Stage], units: Sequence[Unit], rows: i
 
 
 def _check(stage: Stage) -> None:
-    name = stage.method.name or type(stage.method).__name__
+    name = _name(stage)
     if stage.where != "llm":
         raise ValueError(
             f"{name} at {stage.where!r} acts inside a model, and features alone stand before the LLM: leave that stage "
@@ -107,6 +170,10 @@ def _check(stage: Stage) -> None:
             f"{name} chooses among {stage.method.of} at {' and '.join(stage.method.phases)}, not among tokens before "
             "the LLM: choose a method of seam 'pre_llm', see vtprune.methods()"
         )
+
+
+def _name(stage: Stage) -> str:
+    return stage.method.name or type(stage.method).__name__
 
 
 def rows_of(
