@@ -1,4 +1,4 @@
-"""`vtprune eval --tasks` and `tune --tasks` on lmms-eval, and the grid on Ray: run by `make test-lmms`."""
+"""`vtprune eval --tasks` and `tune --tasks` on lmms-eval: run by `make test-lmms`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 from typer.testing import CliRunner
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: make test-lmms makes an environment with it")
-pytest.importorskip("ray", reason="Ray is not installed: make test-lmms makes an environment with it")
 
 import checkpoints
 import lmms_tasks
@@ -68,18 +67,3 @@ def test_a_recipe_is_found_on_tasks_of_lmms_eval(toy: Path, tasks: Path, tmp_pat
     some = ["tune", "--tasks", "vt_shapes", "--include", tasks, "--model", toy, "--method", "divprune"]
     command(*some, "--keep", "0.5,0.25", "--max-drop", "90%", "--dtype", "float32", "--out", tmp_path)
     assert json.loads((tmp_path / "tune.json").read_text())["recommended"]["method"] in ("divprune", "uniform")
-
-
-@pytest.mark.slow
-def test_cells_on_ray_are_those_of_one_process(tmp_path: Path) -> None:
-    command("template", tmp_path / "mine")
-    some = ["eval", "--data", tmp_path / "mine" / "data.jsonl", "--method", "divprune", "--keep", 0.25, "--seeds", 1]
-    command(*some, "--out", tmp_path / "here")
-    command(*some, "--out", tmp_path / "there", "--ray", "local")
-    assert (tmp_path / "there" / "eval.json").read_bytes() == (tmp_path / "here" / "eval.json").read_bytes()
-
-
-def test_a_cluster_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
-    command("template", tmp_path / "mine")
-    some = ["eval", "--data", tmp_path / "mine" / "data.jsonl", "--out", tmp_path / "out"]
-    assert "--ray 127.0.0.1:1: no cluster answers there" in command(*some, "--ray", "127.0.0.1:1", status=2)

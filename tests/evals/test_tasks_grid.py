@@ -316,6 +316,7 @@ def test_another_evaluation_in_the_folder_is_refused(questions: Path, tmp_path: 
         (["--tasks", "gqa"], "--data and --tasks exclude each other"),
         (["--method", "nothing"], "unknown method 'nothing'"),
         (["--preset", "nothing"], "nothing"),
+        (["--actors", "2"], "--actors belongs to --ray"),
         (["--ray", "local", "--method", "divprune"], "pip install 'vtprune[ray]'"),
     ],
 )

@@ -44,6 +44,9 @@ def evaluate(
     ray: Annotated[
         str | None, typer.Option(help="Address of a Ray cluster that runs the cells; local starts one.")
     ] = None,
+    actors: Annotated[
+        int | None, typer.Option(min=1, help="With --ray: models loaded at once; as many as there is room for.")
+    ] = None,
     capability: Annotated[
         list[str] | None, typer.Option(help="Only this kind of question; repeat for several.")
     ] = None,
@@ -71,9 +74,9 @@ def evaluate(
             model, data, tasks, preset, include=include, metric=metric, frames=frames, limit=limit,
             new_tokens=new_tokens, device=device, dtype=dtype,
         )  # fmt: skip
-        run_grid(setup, todo, out, part, ray, as_json, preset)
+        run_grid(setup, todo, out, part, ray, as_json, preset, actors)
         return
-    _refuse_grid_options(include=include, metric=metric, recipe=recipe, shard=shard, ray=ray)
+    _refuse_grid_options(include=include, metric=metric, recipe=recipe, shard=shard, ray=ray, actors=actors)
     limit, new_tokens = limit or 310, new_tokens or 4
     needs("scipy", *(["matplotlib"] if out else []), *(["torchvision"] if video else []))
     import vtprune

@@ -51,8 +51,11 @@ def run_grid(
     ray: str | None,
     as_json: bool,
     preset: str | None = None,
+    actors: int | None = None,
 ) -> None:
     """Run the grid into a folder, print its tables, and leave with status 1 if a cell failed."""
+    if actors is not None and ray is None:
+        raise ValueError("--actors belongs to --ray: name a cluster, or start one with --ray local")
     needs("scipy", "jinja2", *(["rapidfuzz"] if setup.data else []))
     from vtprune.evals.tasks.folder import ResultFolder
     from vtprune.evals.tasks.grid import jobs, run
@@ -72,7 +75,7 @@ def run_grid(
     else:
         from vtprune.evals.tasks import cluster
 
-        failed = cluster.run(setup, subject, wanted, results, ray, progress=not as_json)
+        failed = cluster.run(setup, subject, wanted, results, ray, actors=actors, progress=not as_json)
     summary = summarise(results)
     summary.write(results)
     show_report(summary, as_json)
