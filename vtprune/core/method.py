@@ -40,6 +40,8 @@ class Method(ABC):
     newlines: ClassVar[Newlines] = "compete"
     positions: ClassVar[Positions] = "keep"
     video: ClassVar[bool] = False
+    # It reads `Visual.text`, so what it keeps of an image depends on the question: nothing to store between questions.
+    reads_text: ClassVar[bool] = False
     # When a stage inside the LLM asks: while the prompt is read, at every step of decoding, or both. At decode a unit
     # is a row, `x` is empty, the signal is the new token's "last_row" of the layer before, and `state` stays with the
     # cache from step to step (tensors of one row). A method asked at both times lets dropped tokens come back.

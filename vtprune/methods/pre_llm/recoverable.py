@@ -58,6 +58,7 @@ class Recoverable(Method):
     fallback: as for `cls_attention`.
     """
 
+    reads_text: ClassVar[bool] = True
     newlines: ClassVar[Newlines] = "drop"  # they have neither scores nor keys
 
     faithful: bool = False
