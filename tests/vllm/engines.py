@@ -20,7 +20,9 @@ from safetensors.torch import load_file, save_file
 import vtprune
 
 HEAD = 32  # the least size of a head that vLLM's attention on a CPU takes
+SHRINKS = "anyres_max_9"  # when mosaics of LLaVA-OneVision shrink; vLLM knows no other
 NEW = 10  # tokens to generate
+BEGIN, STOP = "<|vision_start|>", "<|vision_end|>"
 QUESTION = "what is in the picture? say it in one word."
 
 
@@ -38,19 +40,20 @@ def _llava_onevision() -> tuple[Any, str]:
     words = tokenizer({"image_token": "<image>", "video_token": "<video>"}, {IMAGE: "<image>", VIDEO: "<video>"})
     made = transformers.LlavaOnevisionProcessor(
         pictures, words, films, num_image_tokens=16, vision_feature_select_strategy="full", patch_size=4,
-        vision_aspect_ratio=families.FAMILIES["llava_onevision"].config().vision_aspect_ratio,
+        vision_aspect_ratio=SHRINKS,
     )
     return made, "<image>"
 
 
 def _qwen(processor: str, films: str) -> tuple[Any, str]:
-    names = {"image_token": "<image>", "video_token": "<video>"}
-    names |= {"vision_start_token": "<start>", "vision_end_token": "<end>"}
-    words = tokenizer(names, {IMAGE: "<image>", VIDEO: "<video>", START: "<start>", END: "<end>"})
+    names = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+    names |= {"vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>"}
+    words = tokenizer(names, dict(zip((IMAGE, VIDEO, START, END), names.values())))
     shared = {"patch_size": 4, "merge_size": 2, "size": {"shortest_edge": 256, "longest_edge": 1024}}
+    shared |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # vLLM normalises films as it does pictures
     pictures = transformers.Qwen2VLImageProcessor(**shared)
-    video = getattr(transformers, films)(**shared | {"size": {"shortest_edge": 256, "longest_edge": 16384}})
-    return getattr(transformers, processor)(pictures, words, video), "<start><image><end>"
+    video = getattr(transformers, films)(**shared | {"size": {"shortest_edge": 256, "longest_edge": 65536}})
+    return getattr(transformers, processor)(pictures, words, video), f"{BEGIN}<|image_pad|>{STOP}"
 
 
 PROCESSORS = {
@@ -67,13 +70,16 @@ def save(name: str, folder: Path) -> Path:
     """A tiny random model of a family, whose answers depend on its images, and its processor."""
     family = families.FAMILIES[name]
     config = family.config()
+    if name == "llava_onevision":
+        config.vision_aspect_ratio = SHRINKS
     text = config.get_text_config()
-    text.head_dim = HEAD
+    text.num_attention_heads, text.head_dim = 1, HEAD  # as wide as the states: not all classes of vLLM ask head_dim
     text.max_position_embeddings = 1024
     rope = text.rope_parameters
     if "mrope_section" in rope:
         scale = HEAD // 2 / sum(rope["mrope_section"])
         rope["mrope_section"] = [int(part * scale) for part in rope["mrope_section"]]
+        rope["mrope_interleaved"] = name == "qwen3_vl"  # in transformers the class says so
     torch.manual_seed(0)
     model = getattr(transformers, family.model_class)(config).eval()
     for weight in model.parameters():
@@ -129,16 +135,19 @@ def noise(seed: int, width: int = 60, height: int = 44) -> Image.Image:
 
 
 def film(seed: int, frames: int = 6) -> tuple[np.ndarray, dict[str, Any]]:
-    """A film as vLLM takes it: frames [T, H, W, 3], and what is known of them."""
-    pixels = (np.random.RandomState(seed).rand(frames, 24, 32, 3) * 255).astype("uint8")
-    told = {"total_num_frames": frames, "fps": 2.0, "duration": frames / 2, "frames_indices": list(range(frames))}
+    """A film as vLLM takes it: frames [T, H, W, 3], and what is known of them.
+
+    It is wider than long: words behind a longer one stand elsewhere in vLLM than in transformers 5.19 (Qwen2.5-VL).
+    """
+    pixels = (np.random.RandomState(seed).rand(frames, 48, 64, 3) * 255).astype("uint8")
+    told = {"total_num_frames": frames, "fps": 4.0, "duration": frames / 4, "frames_indices": list(range(frames))}
     return pixels, told | {"video_backend": "opencv", "do_sample_frames": False}
 
 
 def ask(llm: Any, prompts: list[dict[str, Any]]) -> list[Any]:
     from vllm import SamplingParams
 
-    return llm.generate(prompts, SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True), use_tqdm=False)
+    return llm.generate(prompts, SamplingParams(temperature=0, min_tokens=NEW, max_tokens=NEW), use_tqdm=False)
 
 
 def prompt(text: str, images: Any = (), films: Any = (), **kwargs: Any) -> dict[str, Any]:

@@ -8,15 +8,15 @@ from typing import Any
 
 import engines
 import pytest
-from engines import QUESTION, Reference, ask, as_on_the_hub, engine, film, noise, prompt
+from engines import BEGIN, QUESTION, STOP, Reference, ask, as_on_the_hub, engine, film, noise, prompt
 
 import vtprune
 
 pytest.importorskip("vllm", reason="vLLM is in the environment of `make test-vllm`")
 pytestmark = pytest.mark.vllm
 
-PICTURE = {name: "<start><image><end>" if "qwen" in name else "<image>" for name in engines.PROCESSORS}
-FILM = "<start><video><end>"
+PICTURE = {name: f"{BEGIN}<|image_pad|>{STOP}" if "qwen" in name else "<image>" for name in engines.PROCESSORS}
+FILM = f"{BEGIN}<|video_pad|>{STOP}"
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_a_wrong_budget_is_the_request_s_own_error(served: Any, given: dict[str,
 def test_an_image_without_words_around_it_is_refused(served: Any) -> None:
     llm, _, _ = served
     with pytest.raises(ValueError, match="no word before or behind"):
-        ask(llm, [prompt("<image><image>?", [noise(1), noise(2)])])
+        ask(llm, [prompt("<|image_pad|><|image_pad|>?", [noise(1), noise(2)])])
 
 
 def test_images_side_by_side_where_a_token_has_one_position(made: Any) -> None:

@@ -34,6 +34,7 @@ PRUNED = {
 }
 WORKER = f"{__package__}.cpu_worker.PrunedCPUWorker"
 CPU_WORKERS = ("auto", "vllm.v1.worker.cpu_worker.CPUWorker")
+ASPECT_RATIO = "anyres_max_9"  # of LLaVA-OneVision, as vLLM has it
 ROOM = 4  # as many positions as the model has, times this, get a row in the tables of rotary embeddings
 
 
@@ -94,6 +95,9 @@ def activate(model_config: Any) -> None:
         )
     if getattr(model_config.hf_config.vision_config, "model_type", None) == "pixtral":
         raise UnsupportedModel("LLaVA with a Pixtral tower is not pruned in vLLM: its images have tokens between rows")
+    ratio = getattr(model_config.hf_config, "vision_aspect_ratio", ASPECT_RATIO)
+    if ratio != ASPECT_RATIO:
+        raise UnsupportedModel(f"vision_aspect_ratio={ratio!r}: vLLM lays out mosaics by {ASPECT_RATIO!r} alone")
     if multimodal.video_pruning_rate:
         raise ValueError(
             f"video_pruning_rate={multimodal.video_pruning_rate}: vLLM's own pruning and a recipe exclude each other; "
