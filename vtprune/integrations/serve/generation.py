@@ -1,0 +1,88 @@
+"""One request's `generate` on the thread that all requests share, with its own stages in force."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria
+
+from vtprune.handle import Handle
+from vtprune.integrations.serve.body import Asked
+from vtprune.integrations.serve.call import Call
+from vtprune.integrations.serve.model import ServedModel
+from vtprune.integrations.serve.parts import BaseGenerateManager, DirectStreamer
+
+
+class Watch(StoppingCriteria):
+    """Looks after a generation at every token: notes what the prefill kept, and ends it when the call is to end."""
+
+    def __init__(self, call: Call, handle: Handle, length: int) -> None:
+        self.call, self.handle, self.length = call, handle, length
+        self.before = handle.last  # of an earlier request: a prompt without pictures leaves it there
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> torch.Tensor:
+        """[B] bool: whether each row is to end."""
+        if self.call.first is None:
+            last = self.handle.last
+            self.call.prefilled(self.length, None if last is self.before else last)
+        self.call.generated = input_ids.shape[1] - self.length
+        stop = self.call.stopped is not None
+        return torch.full((len(input_ids),), stop, device=input_ids.device, dtype=torch.bool)
+
+
+class Generation(BaseGenerateManager):
+    """Generates for one call. done: the future of its run, None until it was handed to the thread."""
+
+    def __init__(self, served: ServedModel, call: Call, asked: Asked) -> None:
+        self.served, self.call, self.asked = served, call, asked
+        self.done: asyncio.Future[Any] | None = None
+
+    def generate_streaming(
+        self,
+        model: Any,
+        processor: Any,
+        inputs: Any,
+        gen_config: Any,
+        request_id: str,
+        response_parser: Any = None,
+    ) -> tuple[asyncio.Queue[Any], DirectStreamer]:
+        """Begin; the queue gets pieces of the answer and None at its end, `done` the errors."""
+        queue: asyncio.Queue[Any] = asyncio.Queue()
+        tokenizer = self.served.processor.tokenizer._tokenizer
+        streamer = DirectStreamer(tokenizer, asyncio.get_running_loop(), queue, response_parser=response_parser)
+        self._submit(inputs, gen_config, streamer=streamer)
+        return queue, streamer
+
+    async def generate_non_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
+    ) -> tuple[str, int, Any]:
+        """(text, tokens of the prompt that were prefilled, ids [T] of the answer)."""
+        sequences = await self._submit(inputs, gen_config)
+        ids = sequences[0, inputs["input_ids"].shape[1] :]
+        assert self.call.counts is not None, "`Watch` saw the first token"
+        return self.served.processor.decode(ids, skip_special_tokens=True), self.call.counts.prompt, ids
+
+    def stop(self) -> None:
+        """Nothing to free: the thread goes on with other requests."""
+
+    def _submit(self, inputs: Any, gen_config: Any, **more: Any) -> asyncio.Future[Any]:
+        # A tokenizer knows the vocabulary that stop strings are looked up in; a processor does not.
+        options = {**inputs, **more, "generation_config": gen_config, "tokenizer": self.served.processor.tokenizer}
+        self.done = self.served.thread.async_submit(self._run, options)
+        return self.done
+
+    def _run(self, options: dict[str, Any]) -> Any:
+        """On the thread of the model: nothing of another request runs meanwhile."""
+        model, call = self.served.model, self.call
+        call.begin()
+        with self.served.pruned_by(self.asked.recipe) as handle:
+            if self.asked.seed is not None:
+                torch.manual_seed(self.asked.seed)
+            placed = {k: v.to(model.device, model.dtype if v.is_floating_point() else None) if torch.is_tensor(v) else v
+                      for k, v in options.items()}  # fmt: skip
+            watch = Watch(call, handle, placed["input_ids"].shape[1])
+            made = model.generate(**placed, stopping_criteria=[watch])
+        call.check()
+        return made
