@@ -56,9 +56,14 @@ class Call:
     first: float | None = None
     counts: Counts | None = None
     units: list[Kept] = field(default_factory=list)
-    generated: int = 0
+    ids: Any = None  # int64 [T], the tokens of the answer so far
     _stopped: Stopped | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def generated(self) -> int:
+        """Tokens of the answer so far."""
+        return 0 if self.ids is None else len(self.ids)
 
     @property
     def left(self) -> float:

@@ -27,7 +27,7 @@ class Watch(StoppingCriteria):
         if self.call.first is None:
             last = self.handle.last
             self.call.prefilled(self.length, None if last is self.before else last)
-        self.call.generated = input_ids.shape[1] - self.length
+        self.call.ids = input_ids[0, self.length :]
         stop = self.call.stopped is not None
         return torch.full((len(input_ids),), stop, device=input_ids.device, dtype=torch.bool)
 

@@ -39,7 +39,6 @@ class ChatHandler(ChatCompletionHandler):
         super().__init__(model_manager=served, generation_state=GenerationState())
         self.served, self.limits, self.call, self.asked, self._prepare = served, limits, call, asked, prepare
         self.generation = Generation(served, call, asked)
-        self.kept: list[dict[str, Any]] | None = None
 
     async def answer(self) -> Response:
         """JSON, or a stream whose first piece is there. Raises RequestError."""
@@ -107,7 +106,9 @@ class ChatHandler(ChatCompletionHandler):
         }
 
     async def _shown(self, prompt: Prompt) -> dict[str, Any]:
-        return {"images": await self._prepare(lambda: drawn(self.served, prompt, self.call.units))}
+        """Which tokens stayed and where they stand, and the ids of the answer."""
+        images = await self._prepare(lambda: drawn(self.served, prompt, self.call.units))
+        return {"images": images, "completion_token_ids": self.call.ids.tolist()}
 
     # -- streams ------------------------------------------------------------------------------------------------------
 

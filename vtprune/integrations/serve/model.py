@@ -40,7 +40,8 @@ class ServedModel(ModelManager):
         self.model, self.processor = models.load(path, device, dtype)
         self._check_chat(path)
         self.handle: Handle = vtprune.patch(self.model, method, keep=keep)
-        self.recipe = self._in_force = self.handle.recipe
+        self.recipe = self.handle.recipe
+        self._in_force = self.recipe.to_json()
         self._lock = threading.Lock()
         self.thread = InferenceThread()
         # Tokenizers lend themselves to one thread at a time: this copy makes prompts while the other decodes answers.
@@ -83,17 +84,21 @@ class ServedModel(ModelManager):
         Stages stay until a request brings others: to patch anew takes milliseconds.
         """
         with self._lock:
-            if recipe != self._in_force:
+            wanted = recipe.to_json()  # as text, where 1 (one token) and 1.0 (all of them) are not equal
+            if wanted != self._in_force:
                 self._repatch(recipe)
             yield self.handle
 
     def _repatch(self, recipe: Recipe) -> None:
         self.handle.remove()
         try:
-            self.handle, self._in_force = vtprune.patch(self.model, recipe), recipe
+            self.handle = vtprune.patch(self.model, recipe)
         except BaseException:
-            self.handle, self._in_force = vtprune.patch(self.model, self.recipe), self.recipe
+            recipe = self.recipe
+            self.handle = vtprune.patch(self.model, recipe)
             raise
+        finally:
+            self._in_force = recipe.to_json()
 
     def shutdown(self) -> None:
         """Wait for the generation under way, take the patch off and let go of the model; safe to call twice."""
