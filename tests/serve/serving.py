@@ -108,6 +108,9 @@ def serving(served: ServedModel, limits: Limits | None = None, api_key: str | No
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]})
     thread.start()
+    while not server.started:
+        thread.join(0.01)
+        assert thread.is_alive()
     try:
         yield Running(url_of(opened), served.name, served, app.state.server)
     finally:

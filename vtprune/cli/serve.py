@@ -65,8 +65,8 @@ def serve(
         models.quiet()
         served = ServedModel(model, rule, keep=budget, name=name, device=device, dtype=dtype)
         app = create_app(served, limits=limits, api_key=key)
-        typer.echo(f"vtprune serves {served.name}, pruned by {_told(served.recipe)}, at {url_of(opened)}")
-        run(app, opened, grace, log_level)
+        told = f"vtprune serves {served.name}, pruned by {_told(served.recipe)}, at {url_of(opened)}"
+        run(app, opened, lambda: typer.echo(told), grace, log_level)
 
 
 def _stages(recipe: Path | None, method: str | None, keep: str | None) -> tuple[Recipe | Method, float | int | None]:

@@ -62,7 +62,7 @@ class _Key:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         # Compared in a time that does not depend on where they differ.
-        same = hmac.compare_digest(given.strip().encode(), self.key.encode())
+        same = hmac.compare_digest(given.strip().encode("latin-1"), self.key.encode())
         if scheme.lower() != "bearer" or not same:
             message = "this server wants an API key: send the header Authorization: Bearer KEY"
             raise RequestError(message, 401, code="invalid_api_key")

@@ -66,6 +66,9 @@ class ChatHandler(ChatCompletionHandler):
     def _config(self, body: dict[str, Any], length: int) -> Any:
         """The generation config of the request, whose answer fits the limits and the context of the model."""
         config = self._build_generation_config(body, self.served.model.generation_config)
+        if config.sequence_bias is not None:  # where transformers takes no integers
+            config.sequence_bias = {ids: float(bias) for ids, bias in config.sequence_bias.items()}
+            self._check_ids(config.sequence_bias)
         room = self.limits.new_tokens if self.served.context is None else self.served.context - length
         if room < (self.asked.new_tokens or 1):
             raise RequestError(
@@ -81,6 +84,12 @@ class ChatHandler(ChatCompletionHandler):
         elif body.get("temperature") is not None:  # 0 is greedy, and no temperature to divide by
             config.do_sample, config.temperature, config.top_p, config.top_k = False, None, None, None
         return config
+
+    def _check_ids(self, biases: dict[tuple[int, ...], float]) -> None:
+        size = self.served.model.get_output_embeddings().weight.shape[0]
+        outside = [ids[0] for ids in biases if ids[0] >= size]
+        if outside:
+            raise RequestError(f"logit_bias: {outside[0]} is no token: use 0..{size - 1}", param="logit_bias")
 
     # -- whole answers ------------------------------------------------------------------------------------------------
 

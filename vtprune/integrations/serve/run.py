@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import signal
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import uvicorn
@@ -52,8 +53,24 @@ def url_of(opened: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def run(app: FastAPI, opened: socket.socket, grace: float, log_level: str = "info") -> None:
-    """Serve until SIGINT or SIGTERM; requests that run then have `grace` seconds to end. Returns when all is closed."""
+class _Server(uvicorn.Server):
+    """Tells when it listens."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._ready()
+
+
+def run(app: FastAPI, opened: socket.socket, ready: Callable[[], None], grace: float, log_level: str = "info") -> None:
+    """Serve until SIGINT or SIGTERM; requests that run then have `grace` seconds to end. Returns when all is closed.
+
+    ready: called once clients can connect.
+    """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger("vtprune.serve").setLevel(log_level.upper())
     config = uvicorn.Config(
@@ -64,7 +81,7 @@ def run(app: FastAPI, opened: socket.socket, grace: float, log_level: str = "inf
     handled = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, lambda *_: None) for number in handled}
     try:
-        uvicorn.Server(config).run(sockets=[opened])
+        _Server(config, ready).run(sockets=[opened])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
