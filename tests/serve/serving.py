@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -119,22 +120,43 @@ def serving(served: ServedModel, limits: Limits | None = None, api_key: str | No
         assert not thread.is_alive(), "the server did not end"
 
 
+@dataclass
+class Process:
+    """`vtprune serve` under way, and what it has said."""
+
+    running: Running
+    popen: subprocess.Popen[str]
+    lines: list[str]
+    reader: threading.Thread
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
+        """(exit status, all that it said) once a signal has ended it."""
+        self.popen.send_signal(number)
+        status = self.popen.wait(60)
+        self.reader.join(60)
+        return status, "".join(self.lines)
+
+
 @contextmanager
-def command(*arguments: str, model: str = "vtprune-toy") -> Iterator[tuple[Running, subprocess.Popen[str]]]:
+def command(*arguments: str, model: str = "vtprune-toy") -> Iterator[Process]:
     """`vtprune serve` as users start it, at a free port, once it says where it is."""
     line = [sys.executable, "-m", "vtprune.cli", "serve", "--port", "0", *arguments]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
+    popen = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert popen.stdout is not None
+    lines: list[str] = []
     try:
-        said = ""
-        while "serves" not in said:
-            said = process.stdout.readline()
-            assert said, f"it ended with {process.wait(10)}"
-        yield Running(said.split()[-1], model), process
+        while not (lines and "serves" in lines[-1]):
+            lines.append(popen.stdout.readline())
+            assert lines[-1], "".join(lines)
+        url = lines[-1].split()[-1]
+        # A pipe that nobody reads would stop it in the end.
+        reader = threading.Thread(target=lines.extend, args=(popen.stdout,), daemon=True)
+        reader.start()
+        yield Process(Running(url, model), popen, lines, reader)
     finally:
-        if process.poll() is None:
-            process.terminate()
-        process.communicate(timeout=60)
+        if popen.poll() is None:
+            popen.kill()
+        popen.wait(60)
 
 
 @dataclass

@@ -33,11 +33,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_cleanly(number: signal.Signals) -> None:
-    with serving.command() as (running, process):
-        assert running.ask("how many shapes are there ?", [picture(0, 64, 64)]).choices[0].message.content
-        process.send_signal(number)
-        said, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
+    with serving.command() as process:
+        assert process.running.ask("how many shapes are there ?", [picture(0, 64, 64)]).choices[0].message.content
+        status, said = process.end(number)
+    assert status == 0
     assert "Traceback" not in said
 
 
@@ -49,7 +48,8 @@ def test_a_signal_ends_a_generation_that_takes_longer_than_the_grace(tmp_path: P
     config["text_config"]["max_position_embeddings"] = 1 << 20
     (folder / "config.json").write_text(json.dumps(config))
     options = ("--model", str(folder), *TINY, "--grace", "1", "--max-new-tokens", "1000000")
-    with serving.command(*options, model="tiny") as (running, process):
+    with serving.command(*options, model="tiny") as process:
+        running = process.running
         asked: Any = {"model": "tiny", "messages": [message("what?", [picture(0)])], "max_tokens": 900_000, **ENDLESS}
         with running.client() as client, ThreadPoolExecutor(1) as pool:
             stream = iter(client.chat.completions.create(stream=True, **asked))
@@ -58,13 +58,12 @@ def test_a_signal_ends_a_generation_that_takes_longer_than_the_grace(tmp_path: P
             while running.status()["requests"]["in_flight"] < 2:
                 pass
             began = time.perf_counter()
-            process.send_signal(signal.SIGTERM)
-            with pytest.raises(openai.APIError):
+            status, said = process.end()
+            with pytest.raises(openai.APIError, match="shutting down"):
                 list(stream)
-            with pytest.raises(openai.APIError):
+            with pytest.raises(openai.InternalServerError, match="shutting down"):
                 waiting.result(60)
-            said, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, said
+    assert status == 0, said
     assert time.perf_counter() - began < 30
     assert "Traceback" not in said, said
 
@@ -74,15 +73,15 @@ def test_a_recipe_and_a_key_from_files(folder: Path, tmp_path: Path) -> None:
     vtprune.Recipe.of(stage).save(tmp_path / "recipe.json")
     (tmp_path / "key").write_text("secret\n")
     options = ("--model", str(folder), *TINY, "--recipe", str(tmp_path / "recipe.json"))
-    with serving.command(*options, "--api-key-file", str(tmp_path / "key"), model="tiny") as (running, process):
+    with serving.command(*options, "--api-key-file", str(tmp_path / "key"), model="tiny") as process:
+        running = process.running
         messages: Any = [message("what?", [picture(0)])]
         with running.client(api_key="secret") as client:
             answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=3)
             assert answer.usage.vtprune["visual_tokens_kept"] == 5
         with running.client() as client, pytest.raises(openai.AuthenticationError):
             client.chat.completions.create(model="tiny", messages=messages)
-        process.terminate()
-        said, _ = process.communicate(timeout=60)
+        _, said = process.end()
     assert "secret" not in said
     assert "what?" not in said, "prompts are not logged"
     assert "'visual_tokens_kept': 5" in said
@@ -138,7 +137,8 @@ def memory(pid: int) -> int:
 
 def test_two_hundred_requests_lose_none_and_hold_no_memory(folder: Path) -> None:
     """Eight in flight, of five budgets and seven pictures; each answered as when it comes alone."""
-    with serving.command("--model", str(folder), *TINY, model="tiny") as (running, process):
+    with serving.command("--model", str(folder), *TINY, model="tiny") as process:
+        running = process.running
 
         def fields(i: int) -> dict[str, Any]:
             budget = {"keep_tokens": 1 + i % 5} if i % 6 else {}
@@ -163,11 +163,11 @@ def test_two_hundred_requests_lose_none_and_hold_no_memory(folder: Path) -> None
                 return await asyncio.gather(*(one(client, i) for i in numbers))
 
         answers = asyncio.run(all_of_them(range(50)))
-        before = memory(process.pid)
+        before = memory(process.popen.pid)
         began = time.perf_counter()
         answers += asyncio.run(all_of_them(range(50, 200)))
         seconds = time.perf_counter() - began
-        after = memory(process.pid)
+        after = memory(process.popen.pid)
         print(f"{150 / seconds:.1f} requests/s, {before / 2**20:.1f} -> {after / 2**20:.1f} MiB")
         assert len(answers) == 200
         for i, answer in enumerate(answers):

@@ -165,7 +165,7 @@ def test_a_fault_of_the_server_tells_nothing_of_it_and_the_next_is_answered(runn
     assert status == 500
     assert answer["error"]["code"] == streamed["error"]["code"] == "internal_error"
     assert "secret" not in json.dumps(answer)
-    assert running.until("error", 2)["requests"]["errors"] == 2
+    assert running.until("internal_error", 2)["requests"]["errors"] == 2
     assert running.ask("which?", [picture(1)]).vtprune == before.vtprune
 
 

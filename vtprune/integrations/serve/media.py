@@ -57,7 +57,9 @@ def film(url: str, name: str, limits: Limits) -> Video:
         from vtprune.evals.video import read
     except ImportError as error:
         raise RequestError(
-            f"{name}: this server reads no films, as it lacks {error.name}: run pip install 'vtprune[video]' there", 501
+            f"{name}: this server reads no films, as it lacks {error.name}: run pip install 'vtprune[video]' there",
+            501,
+            code="no_video",
         ) from error
     try:
         with av.open(io.BytesIO(data)) as container:

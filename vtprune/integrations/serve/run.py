@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
+import math
 import signal
 import socket
 from collections.abc import Callable
@@ -11,6 +13,8 @@ from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
+
+LAST_TOKEN = 10  # seconds in which a request that was stopped comes to its next token, and its answer to the client
 
 
 def key_of(key: str | None, file: Path | None) -> str | None:
@@ -54,16 +58,21 @@ def url_of(opened: socket.socket) -> str:
 
 
 class _Server(uvicorn.Server):
-    """Tells when it listens."""
+    """Tells when it listens, and lets requests that take longer than the grace end with an error of their own."""
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None], late: Callable[[], None], grace: float) -> None:
         super().__init__(config)
-        self._ready = ready
+        self._ready, self._late, self._grace = ready, late, grace
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        timer = asyncio.get_running_loop().call_later(self._grace, self._late)
+        await super().shutdown(sockets)
+        timer.cancel()
 
 
 def run(app: FastAPI, opened: socket.socket, ready: Callable[[], None], grace: float, log_level: str = "info") -> None:
@@ -75,13 +84,13 @@ def run(app: FastAPI, opened: socket.socket, ready: Callable[[], None], grace: f
     logging.getLogger("vtprune.serve").setLevel(log_level.upper())
     config = uvicorn.Config(
         app, log_config=None, log_level="warning", access_log=False, server_header=False,
-        timeout_graceful_shutdown=max(1, round(grace)),
+        timeout_graceful_shutdown=math.ceil(grace) + LAST_TOKEN,
     )  # fmt: skip
     # uvicorn repeats the signal when it has ended, for handlers that stood there before: it has done its work by then.
     handled = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, lambda *_: None) for number in handled}
     try:
-        _Server(config, ready).run(sockets=[opened])
+        _Server(config, ready, app.state.server.stop, grace).run(sockets=[opened])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

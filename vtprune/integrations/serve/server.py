@@ -23,8 +23,6 @@ from vtprune.integrations.serve.model import ServedModel
 from vtprune.integrations.serve.status import Status
 
 log = logging.getLogger("vtprune.serve")
-# How a refusal is counted; every other one is the request's own fault.
-OUTCOMES = {499: "cancelled", 500: "error", 503: "busy", 504: "timeout"}
 
 
 class Server:
@@ -38,11 +36,6 @@ class Server:
         self._running: set[asyncio.Future[Any]] = set()
         # One thread, as a tokenizer lends itself to one at a time.
         self._maker = ThreadPoolExecutor(1, thread_name_prefix="vtprune-prompts")
-
-    @property
-    def alive(self) -> bool:
-        """True while requests are accepted."""
-        return self.open
 
     def prepare(self, work: Callable[[], Any]) -> asyncio.Future[Any]:
         """Run a function on the thread that makes prompts."""
@@ -81,11 +74,15 @@ class Server:
             log.exception("request %s failed", call.id)
             raise internal(call) from error
 
-    async def close(self) -> None:
-        """Accept nothing more, end what runs, and take the patch off the model."""
+    def stop(self) -> None:
+        """Accept nothing more, and let what runs end at its next token."""
         self.open = False
         for call in self.calls.values():
             call.stop(closing())
+
+    async def close(self) -> None:
+        """Stop, wait until nothing runs, and take the patch off the model."""
+        self.stop()
         while self._running:
             await asyncio.wait(self._running)
         await asyncio.to_thread(self.served.shutdown)
@@ -127,12 +124,18 @@ class Server:
 
     def _end(self, call: Call, error: BaseException | None) -> None:
         del self.calls[call.id]
-        outcome = "ok"
-        if error is not None:
-            status = error.status if isinstance(error, RequestError) else 500
-            outcome = OUTCOMES.get(status, "bad_request")
+        outcome = _outcome(error)
         self.status.ended(call, outcome)
         log.info("%s %s", outcome, call.line())
+
+
+def _outcome(error: BaseException | None) -> str:
+    """How a request is counted."""
+    if error is None:
+        return "ok"
+    if not isinstance(error, RequestError):
+        return "internal_error"
+    return "bad_request" if error.status < 499 else error.code or "internal_error"
 
 
 def _error(future: asyncio.Future[Any]) -> BaseException | None:
