@@ -167,7 +167,9 @@ class Alone:
     method: str = "divprune"
     _loaded: Any = field(default=None, repr=False)
 
-    def ids(self, text: str, images: Sequence[Any] = (), films: Sequence[Any] = (), *, keep: Any, new: int = 8) -> list[int]:
+    def ids(
+        self, text: str, images: Sequence[Any] = (), films: Sequence[Any] = (), *, keep: Any, new: int = 8
+    ) -> list[int]:
         """Greedy tokens of the answer under a budget."""
         if self._loaded is None:
             self._loaded = models.load(str(self.folder), "cpu", "float32")

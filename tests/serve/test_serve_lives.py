@@ -53,10 +53,10 @@ def test_a_request_ends_with_its_time(running: Running, stream: bool) -> None:
     with running.client() as client:
         asked: Any = {"model": "tiny", "messages": [message("what?", [picture(0)])], "temperature": 0, **LONG}
         if stream:
-            chunks = []
+            chunks: list[Any] = []
+            events = client.chat.completions.create(stream=True, **asked)
             with pytest.raises(openai.APIError, match=r"took longer than 0\.25 s") as error:
-                for chunk in client.chat.completions.create(stream=True, **asked):
-                    chunks.append(chunk)
+                chunks.extend(events)
             assert chunks, "the time was over in the middle of the stream"
         else:
             with pytest.raises(openai.APIStatusError, match=r"took longer than 0\.25 s") as error:
@@ -117,7 +117,8 @@ def test_a_client_that_hangs_up(running: Running, moment: str) -> None:
     """In the middle of what it sends, or while it waits for a whole answer."""
     before = running.ask("which?", [picture(1)])
     data = json.dumps({"messages": [message("what?", [picture(0)])], **LONG}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+    lines = ["POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
+    head = "\r\n".join([*lines, f"Content-Length: {len(data)}"])
     host, port = running.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as line:
         if moment == "headers":
@@ -209,7 +210,11 @@ def test_counters_as_json_and_for_prometheus(running: Running) -> None:
     seconds = status["last"]["seconds"]
     assert 0 < seconds["queued"] < seconds["ttft"] < seconds["total"]
     assert status["latency_seconds"]["ttft"]["count"] == 3
-    texts = [running.get("/metrics"), running.get("/vtprune?format=prometheus"), running.get("/vtprune", Accept="text/plain")]
+    texts = [
+        running.get("/metrics"),
+        running.get("/vtprune?format=prometheus"),
+        running.get("/vtprune", Accept="text/plain"),
+    ]
     assert len({text for _, text in texts}) == 1
     lines = dict(line.rsplit(" ", 1) for line in texts[0][1].splitlines() if not line.startswith("#"))
     assert float(lines['vtprune_requests_total{outcome="ok"}']) == 3

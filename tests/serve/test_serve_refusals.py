@@ -201,7 +201,8 @@ def test_long_bodies(running: Running, announced: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "told"), [(b"{", "no JSON"), (b"[1]", "a JSON list"), (b"\xff\xfe", "no JSON"), (b"[" * 100_000, "no JSON")]
+    ("data", "told"),
+    [(b"{", "no JSON"), (b"[1]", "a JSON list"), (b"\xff\xfe", "no JSON"), (b"[" * 100_000, "no JSON")],
 )
 def test_bodies_that_are_no_object(running: Running, data: bytes, told: str) -> None:
     status, answer = running.post(data)

@@ -20,7 +20,9 @@ def serve(
     model: Model = None,
     recipe: Annotated[Path | None, typer.Option(help="A recipe.json, as vtprune tune writes.")] = None,
     method: Annotated[str | None, typer.Option(help="In its place a name, or name:option=value (divprune).")] = None,
-    keep: Annotated[str | None, typer.Option(help="0.25 or 25% (share), 64 (tokens); requests may say another.")] = None,
+    keep: Annotated[
+        str | None, typer.Option(help="0.25 or 25% (share), 64 (tokens); requests may say another.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="What requests call the model; its path unless said.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,

@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-__all__ = ["CAPABILITIES", "CHAT_TEMPLATE", "CHECKPOINT", "EASY_LIMIT", "FOLDER", "Question", "Visible", "blind", "load", "questions"]
+__all__ = [
+    "CAPABILITIES", "CHAT_TEMPLATE", "CHECKPOINT", "EASY_LIMIT", "FOLDER", "Question", "Visible", "blind", "load",
+    "questions",
+]  # fmt: skip
 
 FOLDER = Path(__file__).parent
 CHECKPOINT = FOLDER / "checkpoint"

@@ -67,7 +67,9 @@ def read(body: dict[str, Any], name: str, recipe: Recipe, limits: Limits) -> Ask
         if field in given and given[field] not in same:
             allowed = f" but {' or '.join(map(repr, same))}" if same else ""
             raise RequestError(
-                f"{field}={given[field]!r:.80}: nothing{allowed} is served: leave it out", param=field, code="unsupported"
+                f"{field}={given[field]!r:.80}: nothing{allowed} is served: leave it out",
+                param=field,
+                code="unsupported",
             )
     if "model" in given and given["model"] != name:
         raise RequestError(

@@ -50,8 +50,8 @@ class Generation(BaseGenerateManager):
     ) -> tuple[asyncio.Queue[Any], DirectStreamer]:
         """Begin; the queue gets pieces of the answer and None at its end, `done` the errors."""
         queue: asyncio.Queue[Any] = asyncio.Queue()
-        tokenizer = self.served.processor.tokenizer._tokenizer
-        streamer = DirectStreamer(tokenizer, asyncio.get_running_loop(), queue, response_parser=response_parser)
+        fast = self.served.tokenizer._tokenizer
+        streamer = DirectStreamer(fast, asyncio.get_running_loop(), queue, response_parser=response_parser)
         self._submit(inputs, gen_config, streamer=streamer)
         return queue, streamer
 
@@ -62,14 +62,13 @@ class Generation(BaseGenerateManager):
         sequences = await self._submit(inputs, gen_config)
         ids = sequences[0, inputs["input_ids"].shape[1] :]
         assert self.call.counts is not None, "`Watch` saw the first token"
-        return self.served.processor.decode(ids, skip_special_tokens=True), self.call.counts.prompt, ids
+        return self.served.tokenizer.decode(ids, skip_special_tokens=True), self.call.counts.prompt, ids
 
     def stop(self) -> None:
         """Nothing to free: the thread goes on with other requests."""
 
     def _submit(self, inputs: Any, gen_config: Any, **more: Any) -> asyncio.Future[Any]:
-        # A tokenizer knows the vocabulary that stop strings are looked up in; a processor does not.
-        options = {**inputs, **more, "generation_config": gen_config, "tokenizer": self.served.processor.tokenizer}
+        options = {**inputs, **more, "generation_config": gen_config, "tokenizer": self.served.tokenizer}
         self.done = self.served.thread.async_submit(self._run, options)
         return self.done
 

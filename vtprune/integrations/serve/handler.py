@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from openai.types.chat.chat_completion_chunk import ChoiceDeltaToolCall
 
 from vtprune.core.errors import VtpruneError
@@ -40,20 +40,17 @@ class ChatHandler(ChatCompletionHandler):
         self.served, self.limits, self.call, self.asked, self._prepare = served, limits, call, asked, prepare
         self.generation = Generation(served, call, asked)
 
-    async def answer(self) -> Response:
+    async def answer(self) -> JSONResponse | StreamingResponse:
         """JSON, or a stream whose first piece is there. Raises RequestError."""
         return await self.handle_request(self.asked.fields, self.call.id)
 
-    async def handle_request(self, body: dict[str, Any], request_id: str) -> Response:
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> JSONResponse | StreamingResponse:
         """Make the prompt on a thread of its own, then generate."""
         prompt, inputs = await self._prepare(lambda: self._prompt(body))
         config = self._config(body, inputs["input_ids"].shape[1])
-        arguments = (request_id, self.served.model, self.served.processor.tokenizer, self.served.name, inputs, config)
-        more = accepted(super()._non_streaming, tools=body.get("tools"))
+        begin = self._begin_stream if self.asked.stream else self._whole
         try:
-            if self.asked.stream:
-                return await self._begin_stream(prompt, *arguments, **more)
-            return await self._whole(prompt, *arguments, **more)
+            return await begin(prompt, inputs, config, body.get("tools"))
         except VtpruneError as error:  # this call cannot be pruned exactly, and says what can
             raise RequestError(str(error)) from error
 
@@ -93,8 +90,12 @@ class ChatHandler(ChatCompletionHandler):
 
     # -- whole answers ------------------------------------------------------------------------------------------------
 
-    async def _whole(self, prompt: Prompt, *arguments: Any, **more: Any) -> Response:
-        answer: JSONResponse = await self._non_streaming(*arguments, gen_manager=self.generation, **more)
+    async def _whole(self, prompt: Prompt, inputs: Any, config: Any, tools: Any) -> JSONResponse:
+        more = accepted(self._non_streaming, tools=tools)
+        answer = await self._non_streaming(
+            self.call.id, self.served.model, self.served.tokenizer, self.served.name, inputs, config, self.generation,
+            **more,
+        )  # fmt: skip
         if not self.asked.show:
             return answer
         return JSONResponse(json.loads(bytes(answer.body)) | {"vtprune": await self._shown(prompt)})
@@ -121,21 +122,12 @@ class ChatHandler(ChatCompletionHandler):
 
     # -- streams ------------------------------------------------------------------------------------------------------
 
-    async def _begin_stream(
-        self,
-        prompt: Prompt,
-        request_id: str,
-        model: Any,
-        tokenizer: Any,
-        name: str,
-        inputs: Any,
-        config: Any,
-        tools: Any = None,
-    ) -> Response:
+    async def _begin_stream(self, prompt: Prompt, inputs: Any, config: Any, tools: Any) -> StreamingResponse:
         """Wait for the first piece, so that what goes wrong before it has a status of its own."""
-        options = accepted(build_response_parser, tools=tools)
-        parser = build_response_parser(tokenizer, model, inputs["input_ids"], **options)
-        queue, _ = self.generation.generate_streaming(model, tokenizer, inputs, config, request_id, parser)
+        model, tokenizer = self.served.model, self.served.tokenizer
+        more = accepted(build_response_parser, tools=tools)
+        parser = build_response_parser(tokenizer, model, inputs["input_ids"], **more)
+        queue, _ = self.generation.generate_streaming(model, tokenizer, inputs, config, self.call.id, parser)
         assert self.generation.done is not None
         first = asyncio.ensure_future(queue.get())
         await asyncio.wait({first, self.generation.done}, return_when=asyncio.FIRST_COMPLETED)
@@ -145,9 +137,7 @@ class ChatHandler(ChatCompletionHandler):
         events = self._events(prompt, await first, queue, config.max_new_tokens)
         return Stream(events, self.call)
 
-    async def _events(
-        self, prompt: Prompt, first: Any, queue: asyncio.Queue[Any], most: int
-    ) -> AsyncIterator[str]:
+    async def _events(self, prompt: Prompt, first: Any, queue: asyncio.Queue[Any], most: int) -> AsyncIterator[str]:
         """Server-sent events: the role, the pieces, the reason of the end, usage, [DONE]; or an error as the last."""
         tools, item = 0, first
         yield self._chunk(role="assistant")

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # What people send. Pillow reads dozens more, some by starting other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "MPO", "TIFF")
+# Files that hold their film themselves. FFmpeg also knows lists of other files and addresses, which it would open.
+CONTAINERS = ("mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "ogg", "flv", "asf")
 SHOWN = 60  # characters of a refused address in a message
 
 
@@ -62,10 +64,11 @@ def film(url: str, name: str, limits: Limits) -> Video:
             code="no_video",
         ) from error
     try:
-        with av.open(io.BytesIO(data)) as container:
+        with av.open(io.BytesIO(data), options={"format_whitelist": ",".join(CONTAINERS)}) as container:
             sizes = [(s.codec_context.width, s.codec_context.height) for s in container.streams.video]
     except (OSError, ValueError) as error:  # PyAV's own errors are OSErrors and ValueErrors
-        raise RequestError(f"{name} cannot be read as a video: {str(error) or type(error).__name__:.200}") from error
+        kinds = ", ".join(CONTAINERS)
+        raise RequestError(f"{name} cannot be read as a video: it is none of {kinds}, or damaged") from error
     for width, height in sizes:
         if width * height > limits.image_pixels:
             raise _too_many_pixels(name, f"frames of {width} x {height} pixels", limits)
@@ -91,7 +94,8 @@ def content(url: Any, name: str, limits: Limits) -> bytes:
             code="remote_url",
         )
     raise RequestError(
-        f"{name}: {url[:SHOWN]!r} is no data URL, and files of the server are never read: send data:image/png;base64,..."
+        f"{name}: {url[:SHOWN]!r} is no data URL, and files of the server are never read: send "
+        "data:image/png;base64,..."
     )
 
 
@@ -129,5 +133,6 @@ def _fetched(url: str, name: str, limits: Limits) -> bytes:
 
 
 def _too_many_pixels(name: str, size: str, limits: Limits) -> RequestError:
-    message = f"{name} has {size}; at most {limits.image_pixels} are accepted: scale it down, or raise --max-image-pixels"
+    most = limits.image_pixels
+    message = f"{name} has {size}; at most {most} are accepted: scale it down, or raise --max-image-pixels"
     return RequestError(message, code="too_many_pixels")

@@ -21,9 +21,11 @@ TOY = "vtprune-toy"
 class ServedModel(ModelManager):
     """One model on one machine, which generates for one request at a time.
 
-    path: a folder or an id of the Hub; None is the embedded toy. method, keep: as for `vtprune.patch`. name: what requests
-    call it, the path by default. device, dtype: as the other commands take them. Raises ValueError for a model that cannot be loaded or talked to,
-    UnsupportedModel for one that the recipe cannot prune exactly.
+    path: a folder or an id of the Hub; None is the embedded toy. method, keep: as for `vtprune.patch`. name: what
+    requests call it, the path by default. device, dtype: as the other commands take them.
+
+    Raises ValueError for a model that cannot be loaded or that has no chat template, UnsupportedModel for one that
+    cannot be pruned so.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class ServedModel(ModelManager):
         # Tokenizers lend themselves to one thread at a time: this copy makes prompts while the other decodes answers.
         self.reader = copy.deepcopy(self.processor)
         if self.model.generation_config.pad_token_id is None:  # else `generate` warns of it at every request
-            self.model.generation_config.pad_token_id = self.processor.tokenizer.pad_token_id
+            self.model.generation_config.pad_token_id = self.tokenizer.pad_token_id
         super().__init__(force_model=self.name)
 
     def _load_model(self, *_: Any, **__: Any) -> Any:
@@ -63,9 +65,14 @@ class ServedModel(ModelManager):
             self.processor.chat_template = CHAT_TEMPLATE
         if not getattr(self.processor, "chat_template", None):
             raise ValueError(
-                f"--model {path}: its processor has no chat template, so messages cannot be made a prompt: save one with "
-                "processor.chat_template = ...; processor.save_pretrained(folder)"
+                f"--model {path}: its processor has no chat template, so messages cannot be made a prompt: save "
+                "one with processor.chat_template = ...; processor.save_pretrained(folder)"
             )
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer that answers are decoded with, and in whose vocabulary stop texts are looked up."""
+        return self.processor.tokenizer
 
     @property
     def context(self) -> int | None:

@@ -57,7 +57,7 @@ def missing() -> list[str]:
             names = [symbol] if part is None else []
             for member in members if part is not None else ():
                 if (symbol, member) in OF_INSTANCES:
-                    there = f"self.{member}" in inspect.getsource(part.__init__)
+                    there = f"self.{member}" in inspect.getsource(getattr(part, "__init__"))  # noqa: B009
                 else:
                     there = hasattr(part, member)
                 names += [] if there else [f"{symbol}.{member}"]

@@ -58,12 +58,10 @@ class Prompt:
     def inputs(self, served: ServedModel, fields: dict[str, Any]) -> Any:
         """The tensors [1, ...] of the prompt on the host. Raises RequestError."""
         options = fields.get("chat_template_kwargs", {})
-        reserved = inspect.signature(served.reader.apply_chat_template).parameters
-        if options.keys() & reserved.keys():
-            raise RequestError(
-                f"chat_template_kwargs: {', '.join(sorted(options.keys() & reserved.keys()))} cannot be set by a request",
-                param="chat_template_kwargs",
-            )
+        reserved = sorted(options.keys() & inspect.signature(served.reader.apply_chat_template).parameters.keys())
+        if reserved:
+            message = f"chat_template_kwargs: {', '.join(reserved)} cannot be set by a request"
+            raise RequestError(message, param="chat_template_kwargs")
         try:
             text = served.reader.apply_chat_template(
                 self.messages, add_generation_prompt=True, tokenize=False, tools=fields.get("tools"), **options
@@ -92,8 +90,8 @@ def _check_text(text: str, processor: Any) -> None:
         token = getattr(processor, name, None)
         if token and token in text:
             raise RequestError(
-                f"a text holds {token!r}, which stands for a picture or a film in this model's prompts: leave it out and "
-                "send them as parts of the message",
+                f"a text holds {token!r}, which stands for a picture or a film in this model's prompts: leave it out, "
+                "and send them as parts of the message",
                 param="messages",
             )
 

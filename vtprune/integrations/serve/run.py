@@ -47,7 +47,7 @@ def bound(host: str, port: int, has_key: bool, anyone: bool) -> socket.socket:
         opened.bind(address)
     except OSError as error:
         opened.close()
-        raise ValueError(f"--port {port}: {host} cannot be bound there ({error.strerror}): choose another one") from error
+        raise ValueError(f"--port {port}: {host} cannot listen there ({error.strerror}): choose another one") from error
     return opened
 
 
@@ -60,7 +60,9 @@ def url_of(opened: socket.socket) -> str:
 class _Server(uvicorn.Server):
     """Tells when it listens, and lets requests that take longer than the grace end with an error of their own."""
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None], late: Callable[[], None], grace: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, ready: Callable[[], None], late: Callable[[], None], grace: float
+    ) -> None:
         super().__init__(config)
         self._ready, self._late, self._grace = ready, late, grace
 
