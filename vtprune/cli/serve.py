@@ -56,6 +56,7 @@ def serve(
     from vtprune.evals import models
     from vtprune.integrations.serve import Limits, ServedModel, create_app
     from vtprune.integrations.serve.run import bound, key_of, run, url_of
+    from vtprune.integrations.serve.status import in_words
 
     limits = Limits(
         body_bytes=max_body_bytes, images=max_images, image_pixels=max_image_pixels, videos=max_videos,
@@ -67,7 +68,7 @@ def serve(
         models.quiet()
         served = ServedModel(model, rule, keep=budget, name=name, device=device, dtype=dtype)
         app = create_app(served, limits=limits, api_key=key)
-        told = f"vtprune serves {served.name}, pruned by {_told(served.recipe)}, at {url_of(opened)}"
+        told = f"vtprune serves {served.name}, pruned by {in_words(served.recipe)}, at {url_of(opened)}"
         run(app, opened, lambda: typer.echo(told), grace, log_level)
 
 
@@ -83,12 +84,3 @@ def _stages(recipe: Path | None, method: str | None, keep: str | None) -> tuple[
     name, options = parse_method(method or "divprune")
     rule = vtprune.create(name, **options)
     return rule, None if keep is None and rule.adaptive else parse_keep(keep or "25%")
-
-
-def _told(recipe: Recipe) -> str:
-    """Its methods and budgets in a few words."""
-    found = []
-    for stage in recipe.stages:
-        budget = stage.keep if stage.keep_total is None else stage.keep_total
-        found.append(stage.method.name + ("" if budget is None else f" at {budget:g}"))
-    return ", ".join(found)

@@ -86,6 +86,7 @@ class Status:
         return {
             "model": self.name,
             "uptime_seconds": round(time.time() - self.began, 1),
+            "pruned_by": in_words(self.recipe),
             "recipe": json.loads(self.recipe.to_json()),
             "requests": {
                 "total": total,
@@ -101,6 +102,16 @@ class Status:
     def prometheus(self) -> bytes:
         """In Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+def in_words(recipe: Recipe) -> str:
+    """Its methods and budgets: "divprune at 25 %"."""
+    found = []
+    for stage in recipe.stages:
+        budget = stage.keep if stage.keep_total is None else stage.keep_total
+        share = f" at {100 * budget:g} %" if isinstance(budget, float) else f" at {budget} tokens"
+        found.append(stage.method.name + ("" if budget is None else share))
+    return ", ".join(found)
 
 
 def _summary(values: Sequence[float]) -> dict[str, float | int]:
