@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import inspect
 import json
 import signal
 import socket
@@ -20,7 +22,8 @@ from serving import ENDLESS, message, picture
 from typer.testing import CliRunner
 
 import vtprune
-from vtprune.cli import app
+from vtprune.cli import app, serve
+from vtprune.integrations.serve import Limits
 
 TINY = ("--device", "cpu", "--dtype", "float32", "--name", "tiny")
 
@@ -124,6 +127,16 @@ def test_a_processor_without_a_chat_template_is_refused(folder: Path, tmp_path: 
     done = CliRunner().invoke(app, ["serve", "--port", "0", "--model", str(bare)])
     assert done.exit_code == 2
     assert "has no chat template" in " ".join(done.output.split())
+
+
+def test_the_defaults_of_the_options_are_those_of_the_limits() -> None:
+    options = inspect.signature(serve.serve).parameters
+    names = {
+        "max_body_bytes": "body_bytes", "max_images": "images", "max_image_pixels": "image_pixels",
+        "max_videos": "videos", "frames": "video_frames", "max_new_tokens": "new_tokens", "timeout": "seconds",
+        "max_waiting": "waiting", "allow_remote_urls": "remote_urls",
+    }  # fmt: skip
+    assert {names[name]: options[name].default for name in names} == dataclasses.asdict(Limits())
 
 
 def memory(pid: int) -> int:

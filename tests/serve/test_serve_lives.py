@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ import serving
 import torch
 from serving import ENDLESS, Running, data_url, message, picture
 
+import vtprune
+from vtprune import UnsupportedCall
 from vtprune.integrations.serve import Limits, ServedModel, create_app
 
 
@@ -146,23 +149,49 @@ def test_a_body_that_never_ends(running: Running) -> None:
     assert (answer.status, json.loads(answer.read())["error"]["code"]) == (504, "timeout")
 
 
-def test_a_call_that_cannot_be_pruned_is_the_requests_own_fault(folder: Path) -> None:
-    """What the hooks refuse in a call reaches the client in their own words; here a method that wants a text."""
-    model = ServedModel(str(folder), "recoverable", keep=0.5, name="tiny", device="cpu", dtype="float32")
-    with serving.serving(model) as running:
-        assert running.ask("what?", [picture(0)]).usage.vtprune["visual_tokens_kept"] < 25
+def test_a_budget_that_a_method_cannot_reach_is_the_requests_fault(folder: Path) -> None:
+    pool = vtprune.create("average_pool", stride=2)
+    with serving.serving(ServedModel(str(folder), pool, name="tiny", device="cpu", dtype="float32")) as running:
+        before = running.ask("what?", [picture(0)])
+        for stream in (False, True):
+            with pytest.raises(openai.BadRequestError, match="stride=2 gives 4 tokens, not 3"):
+                running.ask(
+                    "what?", [picture(0)], extra_body={"mm_processor_kwargs": {"keep_tokens": 3}}, stream=stream
+                )
+        assert running.ask("what?", [picture(0)]).vtprune == before.vtprune
+        assert running.status()["requests"]["by_outcome"] == {"ok": 2, "bad_request": 2}
+
+
+@contextmanager
+def failing(running: Running, error: Exception) -> Iterator[None]:
+    """The text model raises."""
+    assert running.served is not None
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    hook = running.served.model.get_decoder().register_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_the_hooks_refuse_is_told_in_their_own_words(running: Running, stream: bool) -> None:
+    before = running.ask("which?", [picture(1)])
+    refusal = UnsupportedCall("this call cannot be pruned")
+    with failing(running, refusal), pytest.raises(openai.BadRequestError, match=str(refusal)):
+        running.ask("what?", [picture(0)], stream=stream)
+    assert running.until("bad_request")
+    assert running.ask("which?", [picture(1)]).vtprune == before.vtprune
 
 
 def test_a_fault_of_the_server_tells_nothing_of_it_and_the_next_is_answered(running: Running) -> None:
     before = running.ask("which?", [picture(1)])
-    assert running.served is not None
-    text = running.served.model.get_decoder()
-    hook = text.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("secret")))
-    try:
+    with failing(running, RuntimeError("secret")):
         status, answer = running.post({"messages": [message("what?")]})
         _, streamed = running.post({"messages": [message("what?")], "stream": True})
-    finally:
-        hook.remove()
     assert status == 500
     assert answer["error"]["code"] == streamed["error"]["code"] == "internal_error"
     assert "secret" not in json.dumps(answer)

@@ -11,6 +11,7 @@ from transformers import StoppingCriteria
 from vtprune.handle import Handle
 from vtprune.integrations.serve.body import Asked
 from vtprune.integrations.serve.call import Call
+from vtprune.integrations.serve.errors import RequestError
 from vtprune.integrations.serve.model import ServedModel
 from vtprune.integrations.serve.parts import BaseGenerateManager, DirectStreamer
 
@@ -74,14 +75,30 @@ class Generation(BaseGenerateManager):
 
     def _run(self, options: dict[str, Any]) -> Any:
         """On the thread of the model: nothing of another request runs meanwhile."""
-        model, call = self.served.model, self.call
-        call.begin()
+        self.call.begin()
+        try:
+            made = self._generate(options)
+        except ValueError as error:
+            if self.asked.recipe is self.served.recipe:
+                raise
+            # A method may refuse a budget that it cannot reach, as pooling does.
+            raise RequestError(f"mm_processor_kwargs: {error}", param="mm_processor_kwargs") from error
+        self.call.check()
+        return made
+
+    def _generate(self, options: dict[str, Any]) -> Any:
+        """Ids [1, L + T] of prompt and answer."""
+        model = self.served.model
         with self.served.pruned_by(self.asked.recipe) as handle:
             if self.asked.seed is not None:
                 torch.manual_seed(self.asked.seed)
-            placed = {k: v.to(model.device, model.dtype if v.is_floating_point() else None) if torch.is_tensor(v) else v
-                      for k, v in options.items()}  # fmt: skip
-            watch = Watch(call, handle, placed["input_ids"].shape[1])
-            made = model.generate(**placed, stopping_criteria=[watch])
-        call.check()
-        return made
+            placed = {name: _placed(value, model) for name, value in options.items()}
+            watch = Watch(self.call, handle, placed["input_ids"].shape[1])
+            return model.generate(**placed, stopping_criteria=[watch])
+
+
+def _placed(value: Any, model: Any) -> Any:
+    """A tensor on the model's device, pixels in its dtype; anything else as it is."""
+    if not torch.is_tensor(value):
+        return value
+    return value.to(model.device, model.dtype if value.is_floating_point() else None)

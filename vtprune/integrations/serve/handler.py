@@ -156,9 +156,9 @@ class ChatHandler(ChatCompletionHandler):
         except RequestError as error:
             yield self.chunk_to_sse(json.dumps(error.document()))
             return
-        except Exception:
+        except Exception:  # which is logged where the call ends
             yield self.chunk_to_sse(json.dumps(internal(self.call).document()))
-            raise
+            return
         reason = "tool_calls" if tools else "length" if self.call.generated >= most else "stop"
         yield self._chunk(finish_reason=reason)
         if self.asked.include_usage or self.asked.show:

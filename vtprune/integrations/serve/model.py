@@ -41,6 +41,7 @@ class ServedModel(ModelManager):
         self.name = name or path or TOY
         self.model, self.processor = models.load(path, device, dtype)
         self._check_chat(path)
+        self.modality = self.get_model_modality(self.model, processor=self.processor)
         self.handle: Handle = vtprune.patch(self.model, method, keep=keep)
         self.recipe = self.handle.recipe
         self._in_force = self.recipe.to_json()

@@ -33,9 +33,8 @@ class Prompt:
     @classmethod
     def of(cls, served: ServedModel, fields: dict[str, Any], limits: Limits) -> Prompt:
         """Decode the media of a request. Raises RequestError that names the part at fault."""
-        modality = served.get_model_modality(served.model, processor=served.processor)
         try:
-            made = ChatCompletionHandler.get_processor_inputs_from_messages(fields["messages"], modality)
+            made = ChatCompletionHandler.get_processor_inputs_from_messages(fields["messages"], served.modality)
         except UNFIT as error:  # calls of tools that are not as OpenAI has them
             raise RequestError(f"messages: {type(error).__name__}: {error!s:.200}", param="messages") from error
         prompt = cls(made)
@@ -99,7 +98,7 @@ def _check_text(text: str, processor: Any) -> None:
 def drawn(served: ServedModel, prompt: Prompt, units: Sequence[panels.Kept]) -> list[dict[str, Any]]:
     """Where the kept tokens of each picture stand on it: its panels; none for a film or where no place is known."""
     if len(prompt.images) == 1 and not prompt.films:  # its crops may be units of their own
-        return [_told(panels.joined(units), _panels(served, prompt.images[0], panels.joined(units)))]
+        units = [panels.joined(units)]
     if len(units) != len(prompt.images) or prompt.films:
         return [_told(unit, []) for unit in units]
     return [_told(unit, _panels(served, image, unit)) for image, unit in zip(prompt.images, units)]

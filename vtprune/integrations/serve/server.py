@@ -67,12 +67,13 @@ class Server:
             call.stop(gone() if client.done() else timed_out(call.seconds))
             call.check()
         try:
-            return task.result()
+            answer = task.result()
         except RequestError:
             raise
         except Exception as error:
-            log.exception("request %s failed", call.id)
             raise internal(call) from error
+        answer.headers["X-Request-Id"] = call.id
+        return answer
 
     def stop(self) -> None:
         """Accept nothing more, and let what runs end at its next token."""
@@ -127,6 +128,8 @@ class Server:
         outcome = _outcome(error)
         self.status.ended(call, outcome)
         log.info("%s %s", outcome, call.line())
+        if outcome == "internal_error":
+            log.error("the request %s failed", call.id, exc_info=error)
 
 
 def _outcome(error: BaseException | None) -> str:
