@@ -44,10 +44,11 @@ test-whole: .venv/.dev
 	$(BIN)/pytest -n 2 --matrix rest tests/hf/test_conformance.py 2>&1 | tee out/pytest-whole.txt
 
 # The seam on the oldest supported transformers, by one method of each kind; torch and the test tools are those of .venv.
-SEAM := test_contract or test_seam_calls or oracle_reproduces or divprune or visionzip or fastv or sparsevlm or lazyllm or flowcut
+SEAM := test_contract or test_seam_calls or oracle_reproduces or divprune or visionzip or fastv or sparsevlm or lazyllm or flowcut or test_serve
 test-oldest: .venv-oldest/.ready
 	@mkdir -p out
-	$(OLDEST)/python -m pytest -n 2 tests/hf/test_contract.py tests/hf/test_conformance.py tests/hf/test_seam_calls.py -k "$(SEAM)" \
+	$(OLDEST)/python -m pytest -n 2 tests/hf/test_contract.py tests/hf/test_conformance.py tests/hf/test_seam_calls.py \
+		tests/serve/test_serve_contract.py tests/serve/test_serve_answers.py -k "$(SEAM)" \
 		2>&1 | tee out/pytest-oldest.txt
 
 # What stands on lmms-eval and Ray, with their 1.4 GB of packages; without a network, as tasks of the hub are to fail.

@@ -84,9 +84,17 @@ RULES: dict[str, tuple[str, str]] = {
     "vtprune.recipe": (r"vtprune\.core(\..*)?|vtprune\.registry", r""),
     "vtprune.selection": (r"vtprune\.(core|signals)(\..*)?|vtprune\.recipe", r"torch"),
     "vtprune.model_adapters": (r"vtprune\.(core|model_adapters)(\..*)?|vtprune\.registry", r"torch|transformers|timm"),
-    "vtprune.integrations": (
+    "vtprune.integrations.budget": (r"vtprune\.recipe", r""),
+    "vtprune.integrations.lmms_eval": (r"vtprune\.integrations\.lmms_.*", r"lmms_eval"),
+    "vtprune.integrations.lmms_counts": (r"vtprune\.core(\..*)?", r"lmms_eval"),
+    "vtprune.integrations.lmms_wrapper": (
         r"vtprune\.(core|integrations)(\..*)?|vtprune\.(handle|parsing|recipe)",
         r"lmms_eval|PIL",
+    ),
+    # Loads models and draws what they keep as the command line does, so it stands as high.
+    "vtprune.integrations.serve": (
+        r"vtprune(\.(core|evals|integrations\.(serve|budget))(\..*)?|\.(handle|panels|pictures|places|recipe|types))?",
+        r"torch|transformers|PIL|jinja2|av|fastapi|starlette|uvicorn|openai|prometheus_client",
     ),
     "vtprune.hf": (
         r"vtprune\.(kernels|core|signals|model_adapters|hf)(\..*)?|vtprune\.registry",
