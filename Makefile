@@ -54,7 +54,7 @@ test-oldest: .venv-oldest/.ready
 # What stands on lmms-eval and Ray, with their 1.4 GB of packages; without a network, as tasks of the hub are to fail.
 test-lmms: .venv-lmms/.ready
 	@mkdir -p out
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LMMS)/python -m pytest -n 2 --dist loadfile -m lmms tests/evals \
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LMMS)/python -m pytest -n 2 --dist loadfile -m lmms tests/evals tests/serve \
 		2>&1 | tee out/pytest-lmms.txt
 
 # A GPU machine brings its own torch: nothing is installed there, the checkout is put on the path as it is.

@@ -94,7 +94,7 @@ RULES: dict[str, tuple[str, str]] = {
     # Loads models and draws what they keep as the command line does, so it stands as high.
     "vtprune.integrations.serve": (
         r"vtprune(\.(core|evals|integrations\.(serve|budget))(\..*)?|\.(handle|panels|pictures|places|recipe|types))?",
-        r"torch|transformers|PIL|jinja2|av|fastapi|starlette|uvicorn|openai|prometheus_client",
+        r"torch|transformers|PIL|jinja2|av|fastapi|starlette|uvicorn|openai|prometheus_client|ray",
     ),
     "vtprune.hf": (
         r"vtprune\.(kernels|core|signals|model_adapters|hf)(\..*)?|vtprune\.registry",

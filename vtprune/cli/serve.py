@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +11,9 @@ from vtprune.cli.common import needs, sentence
 from vtprune.cli.options import Device, Dtype, Model, parse_keep
 
 if TYPE_CHECKING:
+    from socket import socket
+
+    from vtprune.integrations.serve import Limits
     from vtprune.recipe import Recipe
     from vtprune.types import Method
 
@@ -44,6 +47,10 @@ def serve(
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     device: Device = None,
     dtype: Dtype = None,
+    ray: Annotated[
+        str | None, typer.Option(help="Address of a Ray cluster that runs the replicas; local starts one.")
+    ] = None,
+    replicas: Annotated[int, typer.Option(min=1, help="With --ray: models that answer side by side.")] = 1,
 ) -> None:
     """Serve a model, pruned: /v1/chat/completions with pictures and films, /vtprune, /metrics, and a page at /.
 
@@ -64,12 +71,31 @@ def serve(
         remote_urls=allow_remote_urls,
     )  # fmt: skip
     key = key_of(api_key, api_key_file)
+    loaded = {"path": model, "method": rule, "keep": budget, "name": name, "device": device, "dtype": dtype}
     with bound(host, port, key is not None, allow_anyone) as opened:
+        if ray is not None:
+            _serve_on_ray(opened, ray, replicas, loaded, limits, key, grace)
+            return
         models.quiet()
-        served = ServedModel(model, rule, keep=budget, name=name, device=device, dtype=dtype)
+        served = ServedModel(**loaded)
         app = create_app(served, limits=limits, api_key=key)
         told = f"vtprune serves {served.name}, pruned by {in_words(served.recipe)}, at {url_of(opened)}"
         run(app, opened, lambda: typer.echo(told), grace, log_level)
+
+
+def _serve_on_ray(
+    opened: socket, address: str, replicas: int, loaded: dict[str, Any], limits: Limits, key: str | None, grace: float
+) -> None:
+    """The same application in replicas, which listen where `opened` has found a free place."""
+    from vtprune.integrations.serve import on_ray
+    from vtprune.integrations.serve.model import TOY
+    from vtprune.integrations.serve.run import url_of
+
+    name = loaded["name"] or loaded["path"] or TOY
+    told = f"vtprune serves {name} from {replicas} replica{'s' * (replicas > 1)} at {url_of(opened)}"
+    host, port = opened.getsockname()[:2]
+    opened.close()
+    on_ray.run(loaded, limits, key, host, port, address, replicas=replicas, grace=grace, ready=lambda: typer.echo(told))
 
 
 def _stages(recipe: Path | None, method: str | None, keep: str | None) -> tuple[Recipe | Method, float | int | None]:
