@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -76,6 +78,22 @@ def test_a_replica_that_is_killed_under_load_changes_no_other_answer(
     assert lost <= 6, "no more than were in flight"
     assert {seed: answer(process.running, seed) for seed in expected} == expected
     assert victim not in replicas(process)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--replicas", "2"], "--replicas belongs to --ray"),
+        (["--ray", "127.0.0.1:1"], "--ray 127.0.0.1:1: no cluster answers there"),
+        (["--ray", "local", "--model", "/nowhere/model"], "the replicas did not start: ValueError: --model /nowhere"),
+    ],
+)
+def test_what_cannot_start_is_one_sentence(options: list[str], told: str) -> None:
+    line = [sys.executable, "-m", "vtprune.cli", "serve", "--port", "0", *options]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_signal_ends_it_cleanly(process: serving.Process) -> None:

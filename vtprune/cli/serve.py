@@ -71,7 +71,14 @@ def serve(
         remote_urls=allow_remote_urls,
     )  # fmt: skip
     key = key_of(api_key, api_key_file)
-    loaded = {"path": model, "method": rule, "keep": budget, "name": name, "device": device, "dtype": dtype}
+    loaded: dict[str, Any] = {
+        "path": model,
+        "method": rule,
+        "keep": budget,
+        "name": name,
+        "device": device,
+        "dtype": dtype,
+    }
     with bound(host, port, key is not None, allow_anyone) as opened:
         if ray is not None:
             _serve_on_ray(opened, ray, replicas, loaded, limits, key, grace)

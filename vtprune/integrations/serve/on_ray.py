@@ -49,7 +49,8 @@ def run(
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(http_options={"host": host, "port": port})
-        replica = serve.deployment(serve.ingress(built)()).options(
+        replica: Any = serve.deployment(serve.ingress(built)())
+        replica = replica.options(
             name="replica",
             num_replicas=replicas,
             max_ongoing_requests=1 + limits.waiting + BESIDE,
@@ -62,9 +63,15 @@ def run(
                 ready()
                 ended.wait()
         except RuntimeError as error:
-            raise ValueError(f"--ray {address}: the replicas did not start ({' '.join(str(error).split())})") from error
+            raise ValueError(f"--ray {address}: the replicas did not start: {_why(serve)}") from error
         finally:
             serve.delete(NAME)  # other applications of the cluster go on
+
+
+def _why(serve: Any) -> str:
+    """What the replicas raised: the last line of a traceback."""
+    told = serve.status().applications[NAME].deployments["replica"].message
+    return (told.strip() or "Ray's logs say why").splitlines()[-1]
 
 
 @contextmanager
