@@ -59,6 +59,8 @@ def serve(
     needs("fastapi", "uvicorn", "openai", "prometheus_client")
     if log_level not in ("debug", "info", "warning", "error"):
         raise ValueError(f"--log-level {log_level}: use debug, info, warning or error")
+    if ray is None and replicas > 1:
+        raise ValueError("--replicas belongs to --ray: name a cluster, or start one with --ray local")
     rule, budget = _stages(recipe, method, keep)
     from vtprune.evals import models
     from vtprune.integrations.serve import Limits, ServedModel, create_app
