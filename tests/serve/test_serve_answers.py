@@ -47,8 +47,11 @@ def test_pictures_are_answered_as_by_generate(pair: tuple[Running, Alone], image
         seen = [picture(seed + i) for i in range(images)]
         answer = running.ask("what is it?", seen)
         assert ids_of(answer) == alone.ids("what is it?", seen, keep=KEEP)
+        assert answer.choices[0].message.content == running.served.tokenizer.decode(
+            ids_of(answer), skip_special_tokens=True
+        ), "without the prompt, and without special tokens"
         counts = answer.usage.vtprune
-        assert counts["visual_tokens"] == images * counts["visual_tokens"] // images > 0
+        assert counts["visual_tokens"] == images * (25 if "llava" in str(alone.folder) else 16)
         assert counts["visual_tokens_kept"] + counts["visual_tokens_dropped"] == counts["visual_tokens"]
         assert answer.usage.prompt_tokens == counts["prompt_tokens_unpruned"] - counts["visual_tokens_dropped"]
         assert answer.usage.completion_tokens == len(ids_of(answer))

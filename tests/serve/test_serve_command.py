@@ -8,6 +8,8 @@ import inspect
 import json
 import signal
 import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +34,15 @@ TINY = ("--device", "cpu", "--dtype", "float32", "--name", "tiny")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     return checkpoints.save("llava", tmp_path_factory.mktemp("model") / "llava")
+
+
+def test_the_example_of_a_client() -> None:
+    client = Path(__file__).parents[2] / "examples" / "serving" / "client.py"
+    with serving.command() as process:
+        line = [sys.executable, str(client), process.running.url]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [f"kept {n} of 256" in line for n, line in zip((64, 128, 8), done.stdout.splitlines())] == [True] * 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

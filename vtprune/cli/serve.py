@@ -53,6 +53,8 @@ def serve(
     if log_level not in ("debug", "info", "warning", "error"):
         raise ValueError(f"--log-level {log_level}: use debug, info, warning or error")
     rule, budget = _stages(recipe, method, keep)
+    from transformers.utils import logging
+
     from vtprune.evals import models
     from vtprune.integrations.serve import Limits, ServedModel, create_app
     from vtprune.integrations.serve.run import bound, key_of, run, url_of
@@ -66,6 +68,7 @@ def serve(
     key = key_of(api_key, api_key_file)
     with bound(host, port, key is not None, allow_anyone) as opened:
         models.quiet()
+        logging.set_verbosity_error()
         served = ServedModel(model, rule, keep=budget, name=name, device=device, dtype=dtype)
         app = create_app(served, limits=limits, api_key=key)
         told = f"vtprune serves {served.name}, pruned by {in_words(served.recipe)}, at {url_of(opened)}"

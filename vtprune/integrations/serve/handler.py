@@ -93,8 +93,8 @@ class ChatHandler(ChatCompletionHandler):
     async def _whole(self, prompt: Prompt, inputs: Any, config: Any, tools: Any) -> JSONResponse:
         more = accepted(self._non_streaming, tools=tools)
         answer = await self._non_streaming(
-            self.call.id, self.served.model, self.served.tokenizer, self.served.name, inputs, config, self.generation,
-            **more,
+            self.call.id, self.served.answerer, self.served.tokenizer, self.served.name, inputs, config,
+            self.generation, **more,
         )  # fmt: skip
         if not self.asked.show:
             return answer
@@ -124,7 +124,7 @@ class ChatHandler(ChatCompletionHandler):
 
     async def _begin_stream(self, prompt: Prompt, inputs: Any, config: Any, tools: Any) -> StreamingResponse:
         """Wait for the first piece, so that what goes wrong before it has a status of its own."""
-        model, tokenizer = self.served.model, self.served.tokenizer
+        model, tokenizer = self.served.answerer, self.served.tokenizer
         more = accepted(build_response_parser, tools=tools)
         parser = build_response_parser(tokenizer, model, inputs["input_ids"], **more)
         queue, _ = self.generation.generate_streaming(model, tokenizer, inputs, config, self.call.id, parser)

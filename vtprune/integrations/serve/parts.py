@@ -37,6 +37,7 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
         "ReasoningText": (),
         "ToolCall": (),
         "build_response_parser": (),
+        "get_response_template": (),
     },
 }
 # Set in __init__, so the class itself does not show them.
@@ -103,9 +104,11 @@ from transformers.cli.serving.utils import (  # noqa: E402
     ReasoningText,
     ToolCall,
     build_response_parser,
+    get_response_template,
 )
 
 __all__ = [
     "BaseGenerateManager", "ChatCompletionHandler", "DirectStreamer", "GenerationState", "InferenceThread", "Modality",
-    "ModelManager", "ReasoningText", "ToolCall", "accepted", "build_response_parser", "check", "missing",
+    "ModelManager", "ReasoningText", "ToolCall", "accepted", "build_response_parser", "check",
+    "get_response_template", "missing",
 ]  # fmt: skip
