@@ -143,7 +143,7 @@ def test_a_processor_without_a_chat_template_is_refused(folder: Path, tmp_path: 
 def test_the_defaults_of_the_options_are_those_of_the_limits() -> None:
     options = inspect.signature(serve.serve).parameters
     names = {
-        "max_body_bytes": "body_bytes", "max_images": "images", "max_image_pixels": "image_pixels",
+        "max_body_bytes": "body_bytes", "max_images": "images", "max_pixels": "pixels",
         "max_videos": "videos", "frames": "video_frames", "max_new_tokens": "new_tokens", "timeout": "seconds",
         "max_waiting": "waiting", "allow_remote_urls": "remote_urls",
     }  # fmt: skip

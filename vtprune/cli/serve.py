@@ -34,7 +34,7 @@ def serve(
     ] = False,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 32 << 20,
     max_images: Annotated[int, typer.Option(min=0, help="Pictures of a request.")] = 16,
-    max_image_pixels: Annotated[int, typer.Option(min=1, help="Pixels of a picture or a frame.")] = 32_000_000,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of its pictures and frames together.")] = 128_000_000,
     max_videos: Annotated[int, typer.Option(min=0, help="Films of a request.")] = 4,
     frames: Annotated[int, typer.Option(min=1, help="Frames taken of a film.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 2048,
@@ -61,7 +61,7 @@ def serve(
     from vtprune.integrations.serve.status import in_words
 
     limits = Limits(
-        body_bytes=max_body_bytes, images=max_images, image_pixels=max_image_pixels, videos=max_videos,
+        body_bytes=max_body_bytes, images=max_images, pixels=max_pixels, videos=max_videos,
         video_frames=frames, new_tokens=max_new_tokens, seconds=timeout, waiting=max_waiting,
         remote_urls=allow_remote_urls,
     )  # fmt: skip

@@ -67,14 +67,7 @@ def missing() -> list[str]:
 
 
 def check() -> None:
-    """Raise ImportError where packages of the extra `serve` or parts of transformers are missing."""
-    for package in ("fastapi", "uvicorn", "openai", "prometheus_client"):
-        try:
-            import_module(package)
-        except ImportError as error:
-            raise ImportError(
-                f"vtprune serve needs {package}, which is not installed: run pip install 'vtprune[serve]'", name=package
-            ) from error
+    """Raise ImportError where parts of the installed transformers are missing."""
     lacking = missing()
     if lacking:
         import transformers
