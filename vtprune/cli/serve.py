@@ -57,7 +57,7 @@ def serve(
 
     from vtprune.evals import models
     from vtprune.integrations.serve import Limits, ServedModel, create_app
-    from vtprune.integrations.serve.run import bound, key_of, run, url_of
+    from vtprune.integrations.serve.run import bound, key_of, own_names, run, url_of
     from vtprune.integrations.serve.status import in_words
 
     limits = Limits(
@@ -70,7 +70,7 @@ def serve(
         models.quiet()
         logging.set_verbosity_error()
         served = ServedModel(model, rule, keep=budget, name=name, device=device, dtype=dtype)
-        app = create_app(served, limits=limits, api_key=key)
+        app = create_app(served, limits=limits, api_key=key, hosts=None if key else own_names(opened))
         told = f"vtprune serves {served.name}, pruned by {in_words(served.recipe)}, at {url_of(opened)}"
         run(app, opened, lambda: typer.echo(told), grace, log_level)
 
