@@ -164,7 +164,7 @@ class Alone:
     """The same checkpoint without a server: its processor as transformers calls it, and `generate`."""
 
     folder: Path
-    method: str = "divprune"
+    method: Any = "divprune"
     _loaded: Any = field(default=None, repr=False)
 
     def ids(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import checkpoints
@@ -12,6 +13,7 @@ import serving
 import torch
 from serving import Alone, Running, message, picture
 
+import vtprune
 from vtprune.integrations.serve import Limits, ServedModel
 
 FAMILIES = ["llava", "qwen2_5_vl"]
@@ -47,8 +49,11 @@ def test_pictures_are_answered_as_by_generate(pair: tuple[Running, Alone], image
         seen = [picture(seed + i) for i in range(images)]
         answer = running.ask("what is it?", seen)
         assert ids_of(answer) == alone.ids("what is it?", seen, keep=KEEP)
+        assert answer.choices[0].message.content == running.served.tokenizer.decode(
+            ids_of(answer), skip_special_tokens=True
+        ), "without the prompt, and without special tokens"
         counts = answer.usage.vtprune
-        assert counts["visual_tokens"] == images * counts["visual_tokens"] // images > 0
+        assert counts["visual_tokens"] == images * (25 if "llava" in str(alone.folder) else 16)
         assert counts["visual_tokens_kept"] + counts["visual_tokens_dropped"] == counts["visual_tokens"]
         assert answer.usage.prompt_tokens == counts["prompt_tokens_unpruned"] - counts["visual_tokens_dropped"]
         assert answer.usage.completion_tokens == len(ids_of(answer))
@@ -155,3 +160,46 @@ def test_the_models_are_told(pair: tuple[Running, Alone]) -> None:
         assert client.models.retrieve("tiny").id == "tiny"
     assert running.get("/v1/models/other")[0] == 404
     assert running.get("/health") == (200, '{"status":"ok"}')
+
+
+@pytest.mark.parametrize("family", sorted(checkpoints.PROCESSORS.keys() - set(FAMILIES)))
+def test_other_families_are_answered_as_by_generate(family: str, tmp_path: Path) -> None:
+    """Those whose pictures are cut into crops, too; all of their panels hold all of their tokens."""
+    folder, seen = checkpoints.save(family, tmp_path / family), picture(2, 60, 40)
+    served = ServedModel(str(folder), "divprune", keep=KEEP, device="cpu", dtype="float32")
+    with serving.serving(served) as running:
+        answer = running.ask("what?", [seen])
+    assert ids_of(answer) == Alone(folder).ids("what?", [seen], keep=KEEP)
+    (shown,) = answer.vtprune["images"]
+    assert shown["tokens"] == answer.usage.vtprune["visual_tokens"]
+    cells = sum(len(panel["kept"]) for panel in shown["panels"])
+    assert 0 < cells <= shown["tokens"], "separators are no cells"
+    assert 0 < sum(sum(panel["kept"]) for panel in shown["panels"]) <= len(shown["kept"])
+
+
+@pytest.mark.parametrize("method", ["fastv", "lazyllm", "visionzip", "tome"])
+def test_methods_at_other_places(method: str, tmp_path: Path) -> None:
+    """Usage counts what the first decoder layer ran on, and what is left behind all stages."""
+    folder = checkpoints.save("llava", tmp_path / "llava")
+    stages: Any = method
+    if method == "tome":  # which is for plain vision transformers where it is named alone
+        stages = vtprune.Stage(("vit", 1), vtprune.create("tome"), keep=KEEP)
+    served = ServedModel(
+        str(folder), stages, keep=None if method == "tome" else KEEP, name="tiny", device="cpu", dtype="float32"
+    )
+    with serving.serving(served) as running:
+        answer = running.ask("what?", [picture(2)])
+        alone = Alone(folder, stages)
+        assert ids_of(answer) == alone.ids("what?", [picture(2)], keep=None if method == "tome" else KEEP)
+        counts = answer.usage.vtprune
+        inside = method in ("fastv", "lazyllm")
+        assert answer.usage.prompt_tokens == counts["prompt_tokens_unpruned"] - (
+            0 if inside else counts["visual_tokens_dropped"]
+        )
+        assert 0 < counts["visual_tokens_kept"] < counts["visual_tokens"]
+        several = len(served.recipe.stages) > 1
+        status, told = running.post(
+            {"messages": [message("what?", [picture(2)])], "mm_processor_kwargs": {"keep_tokens": 4}, "max_tokens": 2}
+        )
+        assert status == (400 if several else 200)
+        assert not several or "stages, each with a budget of its own" in told["error"]["message"]

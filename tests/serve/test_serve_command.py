@@ -8,10 +8,13 @@ import inspect
 import json
 import signal
 import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import checkpoints
 import openai
@@ -24,6 +27,7 @@ from typer.testing import CliRunner
 import vtprune
 from vtprune.cli import app, serve
 from vtprune.integrations.serve import Limits
+from vtprune.integrations.serve.run import bound, own_names, url_of
 
 TINY = ("--device", "cpu", "--dtype", "float32", "--name", "tiny")
 
@@ -34,10 +38,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.save("llava", tmp_path_factory.mktemp("model") / "llava")
 
 
+def test_the_example_of_a_client() -> None:
+    client = Path(__file__).parents[2] / "examples" / "serving" / "client.py"
+    with serving.command() as process:
+        line = [sys.executable, str(client), process.running.url]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [f"kept {n} of 256" in line for n, line in zip((64, 128, 8), done.stdout.splitlines())] == [True] * 3
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_cleanly(number: signal.Signals) -> None:
     with serving.command() as process:
         assert process.running.ask("how many shapes are there ?", [picture(0, 64, 64)]).choices[0].message.content
+        assert process.running.get("/health", Host="elsewhere.example")[0] == 400, "a page of another site"
+        assert process.running.get("/health", Host="localhost:1")[0] == 200
         status, said = process.end(number)
     assert status == 0
     assert "Traceback" not in said
@@ -82,6 +97,7 @@ def test_a_recipe_and_a_key_from_files(folder: Path, tmp_path: Path) -> None:
         with running.client(api_key="secret") as client:
             answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=3)
             assert answer.usage.vtprune["visual_tokens_kept"] == 5
+        assert running.get("/health", Host="elsewhere.example")[0] == 200, "the key guards it"
         with running.client() as client, pytest.raises(openai.AuthenticationError):
             client.chat.completions.create(model="tiny", messages=messages)
         _, said = process.end()
@@ -132,11 +148,27 @@ def test_a_processor_without_a_chat_template_is_refused(folder: Path, tmp_path: 
 def test_the_defaults_of_the_options_are_those_of_the_limits() -> None:
     options = inspect.signature(serve.serve).parameters
     names = {
-        "max_body_bytes": "body_bytes", "max_images": "images", "max_image_pixels": "image_pixels",
+        "max_body_bytes": "body_bytes", "max_images": "images", "max_pixels": "pixels",
         "max_videos": "videos", "frames": "video_frames", "max_new_tokens": "new_tokens", "timeout": "seconds",
         "max_waiting": "waiting", "allow_remote_urls": "remote_urls",
     }  # fmt: skip
     assert {names[name]: options[name].default for name in names} == dataclasses.asdict(Limits())
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+def test_addresses_of_this_machine_need_no_key(host: str) -> None:
+    try:
+        opened = bound(host, 0, False, False)
+    except ValueError:
+        assert host == "::1"
+        pytest.skip("no IPv6 here")
+    with opened:
+        names = own_names(opened)
+        assert names is not None
+        assert urlsplit(url_of(opened)).hostname in names
+    for has_key, anyone in ((True, False), (False, True)):
+        with bound("0.0.0.0", 0, has_key, anyone) as opened:
+            assert own_names(opened) is None
 
 
 def memory(pid: int) -> int:

@@ -40,7 +40,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, Al
     torch.manual_seed(0)
     folder = checkpoints.save("qwen2_5_vl", tmp_path_factory.mktemp("model") / "qwen2_5_vl")
     served = ServedModel(str(folder), "divprune", keep=0.5, name="tiny", device="cpu", dtype="float32")
-    with serving.serving(served, Limits(video_frames=6, videos=2, image_pixels=10_000)) as running:
+    with serving.serving(served, Limits(video_frames=6, videos=2, pixels=20_000)) as running:
         yield running, Alone(folder)
 
 
@@ -73,7 +73,7 @@ WHOLE = film(0)
         (b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", "video 2"),
         (b"ffconcat version 1.0\nfile a.mp4\n", "cannot be read as a video: it is none of"),
         (film(0, form="yuv4mpegpipe", codec="rawvideo"), "cannot be read as a video: it is none of"),
-        (film(0, side=128), "frames of 128 x 128 pixels"),
+        (film(0, side=128), "6 frames of 128 x 128 pixels"),
     ],
     ids=["text", "cut off", "a playlist", "a list of files", "another container", "large"],
 )

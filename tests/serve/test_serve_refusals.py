@@ -18,7 +18,7 @@ from serving import Running, data_url, message, picture
 from vtprune.integrations.serve import Limits, ServedModel
 from vtprune.integrations.serve.body import read
 
-LIMITS = Limits(images=3, image_pixels=250_000, body_bytes=300_000, new_tokens=64)
+LIMITS = Limits(images=3, pixels=250_000, body_bytes=300_000, new_tokens=64)
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +149,7 @@ PICTURES: dict[str, tuple[str, str]] = {
     "of two frames": (data_url(gif()), "holds 2 frames"),
     "too many pixels": (data_url(bomb(600)), "600 x 600 pixels"),
     "of a header that lies": (data_url(png(400, 400)), "cannot be read as a picture"),
+    "one too many": (data_url(bomb(499)), "499 x 499 pixels, and a request may have 250000 in all"),
     "a bomb": (data_url(png(30_000, 30_000)), "pixels"),
     "no base64": ("data:image/png;base64,????", "no valid base64"),
     "percent-encoded": ("data:image/png,%89PNG", "is not base64"),

@@ -13,7 +13,6 @@ from vtprune.cli.options import Device, Dtype, Model, parse_keep
 if TYPE_CHECKING:
     from socket import socket
 
-    from vtprune.integrations.serve import Limits
     from vtprune.recipe import Recipe
     from vtprune.types import Method
 
@@ -37,7 +36,7 @@ def serve(
     ] = False,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 32 << 20,
     max_images: Annotated[int, typer.Option(min=0, help="Pictures of a request.")] = 16,
-    max_image_pixels: Annotated[int, typer.Option(min=1, help="Pixels of a picture or a frame.")] = 32_000_000,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of its pictures and frames together.")] = 128_000_000,
     max_videos: Annotated[int, typer.Option(min=0, help="Films of a request.")] = 4,
     frames: Annotated[int, typer.Option(min=1, help="Frames taken of a film.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 2048,
@@ -62,38 +61,37 @@ def serve(
     if ray is None and replicas > 1:
         raise ValueError("--replicas belongs to --ray: name a cluster, or start one with --ray local")
     rule, budget = _stages(recipe, method, keep)
+    from transformers.utils import logging
+
     from vtprune.evals import models
     from vtprune.integrations.serve import Limits, ServedModel, create_app
-    from vtprune.integrations.serve.run import bound, key_of, run, url_of
+    from vtprune.integrations.serve.run import bound, key_of, own_names, run, url_of
     from vtprune.integrations.serve.status import in_words
 
     limits = Limits(
-        body_bytes=max_body_bytes, images=max_images, image_pixels=max_image_pixels, videos=max_videos,
+        body_bytes=max_body_bytes, images=max_images, pixels=max_pixels, videos=max_videos,
         video_frames=frames, new_tokens=max_new_tokens, seconds=timeout, waiting=max_waiting,
         remote_urls=allow_remote_urls,
     )  # fmt: skip
     key = key_of(api_key, api_key_file)
     loaded: dict[str, Any] = {
-        "path": model,
-        "method": rule,
-        "keep": budget,
-        "name": name,
-        "device": device,
-        "dtype": dtype,
-    }
+        "path": model, "method": rule, "keep": budget, "name": name, "device": device, "dtype": dtype
+    }  # fmt: skip
     with bound(host, port, key is not None, allow_anyone) as opened:
+        asked: dict[str, Any] = {"limits": limits, "api_key": key, "hosts": None if key else own_names(opened)}
         if ray is not None:
-            _serve_on_ray(opened, ray, replicas, loaded, limits, key, grace)
+            _serve_on_ray(opened, loaded, asked, ray, replicas, grace)
             return
         models.quiet()
+        logging.set_verbosity_error()
         served = ServedModel(**loaded)
-        app = create_app(served, limits=limits, api_key=key)
+        app = create_app(served, **asked)
         told = f"vtprune serves {served.name}, pruned by {in_words(served.recipe)}, at {url_of(opened)}"
         run(app, opened, lambda: typer.echo(told), grace, log_level)
 
 
 def _serve_on_ray(
-    opened: socket, address: str, replicas: int, loaded: dict[str, Any], limits: Limits, key: str | None, grace: float
+    opened: socket, loaded: dict[str, Any], asked: dict[str, Any], address: str, replicas: int, grace: float
 ) -> None:
     """The same application in replicas, which listen where `opened` has found a free place."""
     from vtprune.integrations.serve import on_ray
@@ -104,7 +102,7 @@ def _serve_on_ray(
     told = f"vtprune serves {name} from {replicas} replica{'s' * (replicas > 1)} at {url_of(opened)}"
     host, port = opened.getsockname()[:2]
     opened.close()
-    on_ray.run(loaded, limits, key, host, port, address, replicas=replicas, grace=grace, ready=lambda: typer.echo(told))
+    on_ray.run(loaded, asked, host, port, address, replicas=replicas, grace=grace, ready=lambda: typer.echo(told))
 
 
 def _stages(recipe: Path | None, method: str | None, keep: str | None) -> tuple[Recipe | Method, float | int | None]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import hmac
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from importlib.resources import files
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from vtprune.integrations.serve.errors import RequestError
 from vtprune.integrations.serve.limits import Limits
@@ -25,12 +26,17 @@ PAGE_POLICY = (
 )
 
 
-def create_app(served: ServedModel, *, limits: Limits | None = None, api_key: str | None = None) -> FastAPI:
+def create_app(
+    served: ServedModel, *, limits: Limits | None = None, api_key: str | None = None, hosts: Sequence[str] | None = None
+) -> FastAPI:
     """The application that serves a model, which is loaded and patched by then.
 
     limits: what one request may ask for, the defaults of `Limits` for None. api_key: what clients have to send as
-    `Authorization: Bearer KEY`, None for no key. All state belongs to the application, so a process can hold several.
-    When it is shut down, its requests end, and the patch is taken off the model.
+    `Authorization: Bearer KEY`, None for no key. hosts: the names that it may be called by, None for all; without a key
+    they keep out web pages whose own name leads to this machine (DNS rebinding).
+
+    All state belongs to the application, so a process can hold several. When it is shut down, its requests end, and the
+    patch is taken off the model. Raises ValueError for an empty key.
     """
     if api_key is not None and not api_key.strip():
         raise ValueError("the API key is empty: give one, or none at all")
@@ -44,6 +50,8 @@ def create_app(served: ServedModel, *, limits: Limits | None = None, api_key: st
     # Its own pages about the routes load scripts from elsewhere.
     app = FastAPI(title="vtprune", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.server = server
+    if hosts is not None:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
     app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(HTTPException, _unknown)
     app.include_router(_open_routes(server))

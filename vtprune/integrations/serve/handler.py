@@ -25,7 +25,7 @@ from vtprune.integrations.serve.parts import (
     accepted,
     build_response_parser,
 )
-from vtprune.integrations.serve.prompt import Prompt, drawn
+from vtprune.integrations.serve.prompt import Prompt, Size, drawn
 
 T = TypeVar("T")
 # Runs a function on the thread that makes prompts, while another request is generated.
@@ -39,6 +39,7 @@ class ChatHandler(ChatCompletionHandler):
         super().__init__(model_manager=served, generation_state=GenerationState())
         self.served, self.limits, self.call, self.asked, self._prepare = served, limits, call, asked, prepare
         self.generation = Generation(served, call, asked)
+        self._sizes: list[Size] = []
 
     async def answer(self) -> JSONResponse | StreamingResponse:
         """JSON, or a stream whose first piece is there. Raises RequestError."""
@@ -46,19 +47,20 @@ class ChatHandler(ChatCompletionHandler):
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> JSONResponse | StreamingResponse:
         """Make the prompt on a thread of its own, then generate."""
-        prompt, inputs = await self._prepare(lambda: self._prompt(body))
+        self._sizes, inputs = await self._prepare(lambda: self._prompt(body))
         config = self._config(body, inputs["input_ids"].shape[1])
         begin = self._begin_stream if self.asked.stream else self._whole
         try:
-            return await begin(prompt, inputs, config, body.get("tools"))
+            return await begin(inputs, config, body.get("tools"))
         except VtpruneError as error:  # this call cannot be pruned exactly, and says what can
             raise RequestError(str(error)) from error
 
-    def _prompt(self, body: dict[str, Any]) -> tuple[Prompt, Any]:
+    def _prompt(self, body: dict[str, Any]) -> tuple[list[Size], Any]:
+        """(sizes of the pictures, tensors of the prompt): all that is held of the messages while it waits."""
         self.call.check()
-        prompt = Prompt.of(self.served, body, self.limits)
+        prompt = Prompt.of(self.served, body.pop("messages"), self.limits)
         self.call.check()
-        return prompt, prompt.inputs(self.served, body)
+        return prompt.sizes, prompt.inputs(self.served, body)
 
     def _config(self, body: dict[str, Any], length: int) -> Any:
         """The generation config of the request, whose answer fits the limits and the context of the model."""
@@ -90,15 +92,15 @@ class ChatHandler(ChatCompletionHandler):
 
     # -- whole answers ------------------------------------------------------------------------------------------------
 
-    async def _whole(self, prompt: Prompt, inputs: Any, config: Any, tools: Any) -> JSONResponse:
+    async def _whole(self, inputs: Any, config: Any, tools: Any) -> JSONResponse:
         more = accepted(self._non_streaming, tools=tools)
         answer = await self._non_streaming(
-            self.call.id, self.served.model, self.served.tokenizer, self.served.name, inputs, config, self.generation,
-            **more,
+            self.call.id, self.served.answerer, self.served.tokenizer, self.served.name, inputs, config,
+            self.generation, **more,
         )  # fmt: skip
         if not self.asked.show:
             return answer
-        return JSONResponse(json.loads(bytes(answer.body)) | {"vtprune": await self._shown(prompt)})
+        return JSONResponse(json.loads(bytes(answer.body)) | {"vtprune": await self._shown()})
 
     def _build_completion(self, *args: Any, **options: Any) -> dict[str, Any]:
         """With the details of pruning in `usage`."""
@@ -115,16 +117,16 @@ class ChatHandler(ChatCompletionHandler):
             "vtprune": counts.details(),
         }
 
-    async def _shown(self, prompt: Prompt) -> dict[str, Any]:
+    async def _shown(self) -> dict[str, Any]:
         """Which tokens stayed and where they stand, and the ids of the answer."""
-        images = await self._prepare(lambda: drawn(self.served, prompt, self.call.units))
+        images = await self._prepare(lambda: drawn(self.served, self._sizes, self.call.units))
         return {"images": images, "completion_token_ids": self.call.ids.tolist()}
 
     # -- streams ------------------------------------------------------------------------------------------------------
 
-    async def _begin_stream(self, prompt: Prompt, inputs: Any, config: Any, tools: Any) -> StreamingResponse:
+    async def _begin_stream(self, inputs: Any, config: Any, tools: Any) -> StreamingResponse:
         """Wait for the first piece, so that what goes wrong before it has a status of its own."""
-        model, tokenizer = self.served.model, self.served.tokenizer
+        model, tokenizer = self.served.answerer, self.served.tokenizer
         more = accepted(build_response_parser, tools=tools)
         parser = build_response_parser(tokenizer, model, inputs["input_ids"], **more)
         queue, _ = self.generation.generate_streaming(model, tokenizer, inputs, config, self.call.id, parser)
@@ -134,10 +136,10 @@ class ChatHandler(ChatCompletionHandler):
         if self.generation.done.done() and self.generation.done.exception() is not None:
             first.cancel()
             self.generation.done.result()
-        events = self._events(prompt, await first, queue, config.max_new_tokens)
+        events = self._events(await first, queue, config.max_new_tokens)
         return Stream(events, self.call)
 
-    async def _events(self, prompt: Prompt, first: Any, queue: asyncio.Queue[Any], most: int) -> AsyncIterator[str]:
+    async def _events(self, first: Any, queue: asyncio.Queue[Any], most: int) -> AsyncIterator[str]:
         """Server-sent events: the role, the pieces, the reason of the end, usage, [DONE]; or an error as the last."""
         tools, item = 0, first
         yield self._chunk(role="assistant")
@@ -162,7 +164,7 @@ class ChatHandler(ChatCompletionHandler):
         reason = "tool_calls" if tools else "length" if self.call.generated >= most else "stop"
         yield self._chunk(finish_reason=reason)
         if self.asked.include_usage or self.asked.show:
-            yield await self._last_chunk(prompt)
+            yield await self._last_chunk()
         yield self.chunk_to_sse("[DONE]")
 
     async def _next(self, queue: asyncio.Queue[Any]) -> Any:
@@ -178,11 +180,11 @@ class ChatHandler(ChatCompletionHandler):
     def _chunk(self, **fields: Any) -> str:
         return self._build_chunk_sse(self.call.id, model=self.served.name, **fields)
 
-    async def _last_chunk(self, prompt: Prompt) -> str:
+    async def _last_chunk(self) -> str:
         """Without choices, as OpenAI's last chunk has none: usage, and where the kept tokens stand."""
         chunk = json.loads(self._chunk().removeprefix("data: ")) | {"choices": [], "usage": self.usage()}
         if self.asked.show:
-            chunk["vtprune"] = await self._shown(prompt)
+            chunk["vtprune"] = await self._shown()
         return self.chunk_to_sse(json.dumps(chunk))
 
 

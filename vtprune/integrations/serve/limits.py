@@ -15,15 +15,16 @@ class Limits:
     """What a request may bring and ask for; ValueError for a limit below 1.
 
     body_bytes: bytes of a request's body, pictures and films included. images, videos: of one request.
-    image_pixels: pixels of one picture or of one frame, read from the header before anything is decoded.
-    video_frames: frames taken of a film. new_tokens: tokens to generate. seconds: from arrival to the last token.
-    waiting: requests that wait while one is generated; further ones are refused with 503.
-    remote_urls: fetch pictures and films from http(s) addresses, any that this machine reaches; files are never read.
+    pixels: of all pictures and frames of a request together, read from their headers before anything is decoded; each
+    takes three bytes of memory. video_frames: frames taken of a film. new_tokens: tokens to generate.
+    seconds: from arrival to the last token. waiting: requests that wait while one is generated; further ones are
+    refused with 503. remote_urls: fetch pictures and films from http(s) addresses, any that this machine reaches; files
+    are never read.
     """
 
     body_bytes: int = 32 << 20
     images: int = 16
-    image_pixels: int = 32_000_000
+    pixels: int = 128_000_000
     videos: int = 4
     video_frames: int = 32
     new_tokens: int = 2048

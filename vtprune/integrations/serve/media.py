@@ -26,56 +26,70 @@ CONTAINERS = ("mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "ogg", 
 SHOWN = 60  # characters of a refused address in a message
 
 
-def picture(url: str, name: str, limits: Limits) -> Image.Image:
-    """The picture of an address, in RGB and upright. name: what messages call it.
+class MediaReader:
+    """Reads the pictures and films of one request, as long as its pixels are few enough."""
 
-    Raises RequestError, before anything is decoded where it has too many pixels.
-    """
-    data = content(url, name, limits)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is told instead
-            with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-                width, height = opened.size
-    except Image.DecompressionBombError as error:
-        raise _too_many_pixels(name, "more than Pillow reads safely", limits) from error
-    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others
-        kinds = ", ".join(FORMATS)
-        raise RequestError(f"{name} cannot be read as a picture: it is none of {kinds}, or damaged") from error
-    if width * height > limits.image_pixels:
-        raise _too_many_pixels(name, f"{width} x {height} pixels", limits)
-    try:
-        return pictures.read(data)[0]
-    except (ValueError, OSError) as error:
-        raise RequestError(f"{name}: {error}") from error
+    def __init__(self, limits: Limits) -> None:
+        self.limits, self._left = limits, limits.pixels
 
+    def picture(self, url: str, name: str) -> Image.Image:
+        """The picture of an address, in RGB and upright. name: what messages call it.
 
-def film(url: str, name: str, limits: Limits) -> Video:
-    """The film of an address: `limits.video_frames` frames at most, spread evenly. Raises RequestError."""
-    data = content(url, name, limits)
-    try:
-        import av
+        Raises RequestError, before anything is decoded where there are too many pixels.
+        """
+        data = content(url, name, self.limits)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is told instead
+                with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+                    width, height = opened.size
+        except Image.DecompressionBombError as error:
+            raise self._too_many(name, "more pixels than Pillow reads safely") from error
+        except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others
+            kinds = ", ".join(FORMATS)
+            raise RequestError(f"{name} cannot be read as a picture: it is none of {kinds}, or damaged") from error
+        self._take(width * height, name, f"{width} x {height} pixels")
+        try:
+            return pictures.read(data)[0]
+        except (ValueError, OSError) as error:
+            raise RequestError(f"{name}: {error}") from error
 
-        from vtprune.evals.video import read
-    except ImportError as error:
-        raise RequestError(
-            f"{name}: this server reads no films, as it lacks {error.name}: run pip install 'vtprune[video]' there",
-            501,
-            code="no_video",
-        ) from error
-    try:
-        with av.open(io.BytesIO(data), options={"format_whitelist": ",".join(CONTAINERS)}) as container:
-            sizes = [(s.codec_context.width, s.codec_context.height) for s in container.streams.video]
-    except (OSError, ValueError) as error:  # PyAV's own errors are OSErrors and ValueErrors
-        kinds = ", ".join(CONTAINERS)
-        raise RequestError(f"{name} cannot be read as a video: it is none of {kinds}, or damaged") from error
-    for width, height in sizes:
-        if width * height > limits.image_pixels:
-            raise _too_many_pixels(name, f"frames of {width} x {height} pixels", limits)
-    try:
-        return read(data, limits.video_frames)
-    except (ValueError, OSError) as error:
-        raise RequestError(f"{name}: {error}") from error
+    def film(self, url: str, name: str) -> Video:
+        """The film of an address: `limits.video_frames` frames at most, spread evenly. Raises as `picture`."""
+        data, frames = content(url, name, self.limits), self.limits.video_frames
+        try:
+            import av
+
+            from vtprune.evals.video import read
+        except ImportError as error:
+            raise RequestError(
+                f"{name}: this server reads no films, as it lacks {error.name}: run pip install 'vtprune[video]' there",
+                501,
+                code="no_video",
+            ) from error
+        try:
+            with av.open(io.BytesIO(data), options={"format_whitelist": ",".join(CONTAINERS)}) as container:
+                coded = [stream.codec_context for stream in container.streams.video if stream.codec_context]
+                width, height = max(((one.width, one.height) for one in coded), default=(0, 0))
+        except (OSError, ValueError) as error:  # PyAV's own errors are OSErrors and ValueErrors
+            kinds = ", ".join(CONTAINERS)
+            raise RequestError(f"{name} cannot be read as a video: it is none of {kinds}, or damaged") from error
+        # A header may be wrong about the number of its frames, so all that may be taken are counted.
+        self._take(width * height * frames, name, f"{frames} frames of {width} x {height} pixels")
+        try:
+            return read(data, frames)
+        except (ValueError, OSError) as error:
+            raise RequestError(f"{name}: {error}") from error
+
+    def _take(self, pixels: int, name: str, size: str) -> None:
+        if pixels > self._left:
+            raise self._too_many(name, size)
+        self._left -= pixels
+
+    def _too_many(self, name: str, size: str) -> RequestError:
+        most = self.limits.pixels
+        message = f"{name} has {size}, and a request may have {most} in all: scale it down, or raise --max-pixels"
+        return RequestError(message, code="too_many_pixels")
 
 
 def content(url: Any, name: str, limits: Limits) -> bytes:
@@ -130,9 +144,3 @@ def _fetched(url: str, name: str, limits: Limits) -> bytes:
     if len(found) > limits.body_bytes:
         raise RequestError(f"{name} is longer than {limits.body_bytes} bytes", 413, code="body_too_large")
     return found
-
-
-def _too_many_pixels(name: str, size: str, limits: Limits) -> RequestError:
-    most = limits.image_pixels
-    message = f"{name} has {size}; at most {most} are accepted: scale it down, or raise --max-image-pixels"
-    return RequestError(message, code="too_many_pixels")

@@ -6,12 +6,13 @@ import copy
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import vtprune
 from vtprune.evals import models
 from vtprune.handle import Handle
-from vtprune.integrations.serve.parts import InferenceThread, ModelManager
+from vtprune.integrations.serve.parts import InferenceThread, ModelManager, get_response_template
 from vtprune.recipe import Recipe
 from vtprune.types import Method
 
@@ -42,6 +43,7 @@ class ServedModel(ModelManager):
         self.model, self.processor = models.load(path, device, dtype)
         self._check_chat(path)
         self.modality = self.get_model_modality(self.model, processor=self.processor)
+        self.answerer = self._answerer()
         self.handle: Handle = vtprune.patch(self.model, method, keep=keep)
         self.recipe = self.handle.recipe
         self._in_force = self.recipe.to_json()
@@ -69,6 +71,19 @@ class ServedModel(ModelManager):
                 f"--model {path}: its processor has no chat template, so messages cannot be made a prompt: save "
                 "one with processor.chat_template = ...; processor.save_pretrained(folder)"
             )
+
+    def _answerer(self) -> Any:
+        """The model, whose type tells transformers how to part answers into text, reasoning and calls of tools.
+
+        It looks for a mark in the prompt, and where the chat template writes another one it takes the prompt for a part
+        of the answer: then something of no type stands for the model, and answers are text.
+        """
+        marks = (get_response_template(self.processor, self.model) or {}).get("start_anchor", [])
+        turns = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+        prompt = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        if not marks or any(mark in prompt for mark in ([marks] if isinstance(marks, str) else marks)):
+            return self.model
+        return SimpleNamespace(config=SimpleNamespace(model_type=None))
 
     @property
     def tokenizer(self) -> Any:

@@ -20,7 +20,6 @@ from fastapi import FastAPI
 from vtprune.evals.models import device_of, quiet
 from vtprune.evals.tasks.cluster import connected
 from vtprune.integrations.serve.app import create_app
-from vtprune.integrations.serve.limits import Limits
 from vtprune.integrations.serve.model import ServedModel
 
 NAME = "vtprune"
@@ -28,15 +27,15 @@ BESIDE = 8  # requests that a full replica still takes: it tells them so, or ans
 
 
 def run(
-    model: Mapping[str, Any], limits: Limits, api_key: str | None, host: str, port: int, address: str,
+    model: Mapping[str, Any], asked: Mapping[str, Any], host: str, port: int, address: str,
     *, replicas: int, grace: float, ready: Callable[[], None],
 ) -> None:  # fmt: skip
     """Serve until SIGINT or SIGTERM on the cluster at `address`, as `vtprune.evals.tasks.cluster.run` takes it.
 
     model: what `ServedModel` is made of, in every replica, which takes one CPU, and one GPU where its device is one.
-    limits, api_key: as for `create_app`; what waits, waits in a replica. host, port: where every machine with a replica
-    listens; where Ray Serve runs already on that cluster, it keeps its own. grace: seconds that requests have to end
-    once a replica is stopped. ready: called once clients can connect.
+    asked: the options of `create_app`, `limits` among them; what waits, waits in a replica. host, port: where every
+    machine with a replica listens; where Ray Serve runs already on that cluster, it keeps its own. grace: seconds that
+    requests have to end once a replica is stopped. ready: called once clients can connect.
 
     Raises ValueError where no cluster answers, or the replicas do not start, with the reason.
     """
@@ -45,7 +44,7 @@ def run(
 
         def built() -> FastAPI:
             quiet()
-            return create_app(ServedModel(**model), limits=limits, api_key=api_key)
+            return create_app(ServedModel(**model), **asked)
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(http_options={"host": host, "port": port})
@@ -53,7 +52,7 @@ def run(
         replica = replica.options(
             name="replica",
             num_replicas=replicas,
-            max_ongoing_requests=1 + limits.waiting + BESIDE,
+            max_ongoing_requests=1 + asked["limits"].waiting + BESIDE,
             graceful_shutdown_timeout_s=grace,
             ray_actor_options={"num_cpus": 1, "num_gpus": 1 if device_of(model["device"]) == "cuda" else 0},
         )

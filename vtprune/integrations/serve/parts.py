@@ -37,6 +37,7 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
         "ReasoningText": (),
         "ToolCall": (),
         "build_response_parser": (),
+        "get_response_template": (),
     },
 }
 # Set in __init__, so the class itself does not show them.
@@ -66,14 +67,7 @@ def missing() -> list[str]:
 
 
 def check() -> None:
-    """Raise ImportError where packages of the extra `serve` or parts of transformers are missing."""
-    for package in ("fastapi", "uvicorn", "openai", "prometheus_client"):
-        try:
-            import_module(package)
-        except ImportError as error:
-            raise ImportError(
-                f"vtprune serve needs {package}, which is not installed: run pip install 'vtprune[serve]'", name=package
-            ) from error
+    """Raise ImportError where parts of the installed transformers are missing."""
     lacking = missing()
     if lacking:
         import transformers
@@ -103,9 +97,11 @@ from transformers.cli.serving.utils import (  # noqa: E402
     ReasoningText,
     ToolCall,
     build_response_parser,
+    get_response_template,
 )
 
 __all__ = [
     "BaseGenerateManager", "ChatCompletionHandler", "DirectStreamer", "GenerationState", "InferenceThread", "Modality",
-    "ModelManager", "ReasoningText", "ToolCall", "accepted", "build_response_parser", "check", "missing",
+    "ModelManager", "ReasoningText", "ToolCall", "accepted", "build_response_parser", "check",
+    "get_response_template", "missing",
 ]  # fmt: skip

@@ -13,11 +13,12 @@ from vtprune import panels
 from vtprune.evals.accuracy.exam import turn
 from vtprune.integrations.serve.errors import RequestError
 from vtprune.integrations.serve.limits import Limits
-from vtprune.integrations.serve.media import film, picture
+from vtprune.integrations.serve.media import MediaReader
 from vtprune.integrations.serve.model import ServedModel
 from vtprune.integrations.serve.parts import ChatCompletionHandler
 from vtprune.places import boxes
 
+Size = tuple[int, int]
 # What a template or a processor raises where a message is not as the model's family wants it.
 UNFIT = (ValueError, TypeError, KeyError, IndexError, AttributeError, TemplateError)
 
@@ -31,28 +32,33 @@ class Prompt:
     films: list[Any] = field(default_factory=list)
 
     @classmethod
-    def of(cls, served: ServedModel, fields: dict[str, Any], limits: Limits) -> Prompt:
+    def of(cls, served: ServedModel, messages: list[dict[str, Any]], limits: Limits) -> Prompt:
         """Decode the media of a request. Raises RequestError that names the part at fault."""
         try:
-            made = ChatCompletionHandler.get_processor_inputs_from_messages(fields["messages"], served.modality)
+            made = ChatCompletionHandler.get_processor_inputs_from_messages(messages, served.modality)
         except UNFIT as error:  # calls of tools that are not as OpenAI has them
             raise RequestError(f"messages: {type(error).__name__}: {error!s:.200}", param="messages") from error
-        prompt = cls(made)
+        prompt, reader = cls(made), MediaReader(limits)
         for message in made:
             for part in message["content"]:
-                prompt._take(part, served, limits)
+                prompt._take(part, served, reader)
         return prompt
 
-    def _take(self, part: dict[str, Any], served: ServedModel, limits: Limits) -> None:
+    def _take(self, part: dict[str, Any], served: ServedModel, reader: MediaReader) -> None:
         if part["type"] == "text":
             _check_text(part["text"], served.processor)
         elif part["type"] == "image":
-            self.images.append(picture(part.pop("url"), f"image {len(self.images) + 1}", limits))
+            self.images.append(reader.picture(part.pop("url"), f"image {len(self.images) + 1}"))
         elif part["type"] == "video":
             name = f"video {len(self.films) + 1}"
             if not served.takes_films:
                 raise RequestError(f"{name}: the model {served.name!r} takes no videos: send pictures")
-            self.films.append(film(part.pop("url"), name, limits))
+            self.films.append(reader.film(part.pop("url"), name))
+
+    @property
+    def sizes(self) -> list[Size]:
+        """(width, height) of every picture, [] where there is a film, whose tokens nothing places on a picture."""
+        return [] if self.films else [image.size for image in self.images]
 
     def inputs(self, served: ServedModel, fields: dict[str, Any]) -> Any:
         """The tensors [1, ...] of the prompt on the host. Raises RequestError."""
@@ -95,20 +101,23 @@ def _check_text(text: str, processor: Any) -> None:
             )
 
 
-def drawn(served: ServedModel, prompt: Prompt, units: Sequence[panels.Kept]) -> list[dict[str, Any]]:
-    """Where the kept tokens of each picture stand on it: its panels; none for a film or where no place is known."""
-    if len(prompt.images) == 1 and not prompt.films:  # its crops may be units of their own
+def drawn(served: ServedModel, sizes: Sequence[Size], units: Sequence[panels.Kept]) -> list[dict[str, Any]]:
+    """Where the kept tokens of each picture stand on it: its panels; none where no place is known.
+
+    sizes: `Prompt.sizes`. units: what was kept of every picture and film.
+    """
+    if len(sizes) == 1:  # its crops may be units of their own
         units = [panels.joined(units)]
-    if len(units) != len(prompt.images) or prompt.films:
+    if len(units) != len(sizes):
         return [_told(unit, []) for unit in units]
-    return [_told(unit, _panels(served, image, unit)) for image, unit in zip(prompt.images, units)]
+    return [_told(unit, _panels(served, size, unit)) for size, unit in zip(sizes, units)]
 
 
-def _panels(served: ServedModel, image: Any, unit: panels.Kept) -> list[panels.Panel]:
+def _panels(served: ServedModel, size: Size, unit: panels.Kept) -> list[panels.Panel]:
     asked = turn(served.reader, "?")
     try:
-        places = boxes(lambda seen: tensors(served.reader, asked, [seen]), image.size, panels.rasters(unit))
-        return panels.panels(unit, image.width / image.height, places)
+        places = boxes(lambda seen: tensors(served.reader, asked, [seen]), size, panels.rasters(unit))
+        return panels.panels(unit, size[0] / size[1], places)
     except ValueError:  # a family whose tokens cannot be placed on a picture
         return []
 

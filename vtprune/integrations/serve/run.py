@@ -51,6 +51,14 @@ def bound(host: str, port: int, has_key: bool, anyone: bool) -> socket.socket:
     return opened
 
 
+def own_names(opened: socket.socket) -> list[str] | None:
+    """The names of a socket that only this machine reaches; None for one that others reach, under whatever name."""
+    address = opened.getsockname()[0]
+    if not ipaddress.ip_address(address).is_loopback:
+        return None
+    return ["localhost", address, f"[{address}]"]
+
+
 def url_of(opened: socket.socket) -> str:
     """Where a client finds it."""
     host, port = opened.getsockname()[:2]
