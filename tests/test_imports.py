@@ -84,9 +84,23 @@ RULES: dict[str, tuple[str, str]] = {
     "vtprune.recipe": (r"vtprune\.core(\..*)?|vtprune\.registry", r""),
     "vtprune.selection": (r"vtprune\.(core|signals)(\..*)?|vtprune\.recipe", r"torch"),
     "vtprune.model_adapters": (r"vtprune\.(core|model_adapters)(\..*)?|vtprune\.registry", r"torch|transformers|timm"),
-    "vtprune.integrations": (
+    "vtprune.integrations.budget": (r"vtprune\.recipe", r""),
+    "vtprune.integrations.lmms_eval": (r"vtprune\.integrations\.lmms_.*", r"lmms_eval"),
+    "vtprune.integrations.lmms_counts": (r"vtprune\.core(\..*)?", r"lmms_eval"),
+    "vtprune.integrations.lmms_wrapper": (
         r"vtprune\.(core|integrations)(\..*)?|vtprune\.(handle|parsing|recipe)",
         r"lmms_eval|PIL",
+    ),
+    # Stands where the Hugging Face engine stands, in another engine, and shares its way from patches to tokens.
+    "vtprune.integrations.vllm": (
+        r"vtprune\.(core|signals|model_adapters|integrations\.(vllm|budget))(\..*)?|"
+        r"vtprune\.(recipe|selection|hf\.tower_signals)",
+        r"torch|transformers|vllm",
+    ),
+    # Loads models and draws what they keep as the command line does, so it stands as high.
+    "vtprune.integrations.serve": (
+        r"vtprune(\.(core|evals|integrations\.(serve|budget))(\..*)?|\.(handle|panels|pictures|places|recipe|types))?",
+        r"torch|transformers|PIL|jinja2|av|fastapi|starlette|uvicorn|openai|prometheus_client|ray",
     ),
     "vtprune.hf": (
         r"vtprune\.(kernels|core|signals|model_adapters|hf)(\..*)?|vtprune\.registry",

@@ -38,6 +38,15 @@ def tokenizer(names: dict[str, str], specials: dict[int, str]) -> Any:
     return fast
 
 
+def _llava() -> tuple[Any, str]:
+    pictures = transformers.CLIPImageProcessor(size={"shortest_edge": 20}, crop_size={"height": 20, "width": 20})
+    words = tokenizer({"image_token": "<image>"}, {IMAGE: "<image>"})
+    processor = transformers.LlavaProcessor(
+        pictures, words, patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+    return processor, "<image>"
+
+
 def _llava_next() -> tuple[Any, str]:
     pictures = transformers.LlavaNextImageProcessor(
         size={"shortest_edge": 12}, crop_size={"height": 12, "width": 12}, image_grid_pinpoints=PINPOINTS
@@ -75,7 +84,9 @@ def _gemma3() -> tuple[Any, str]:
     return transformers.Gemma3Processor(pictures, words, image_seq_length=16), "<start>"
 
 
-PROCESSORS = {"llava_next": _llava_next, "qwen2_5_vl": _qwen2_5_vl, "internvl": _internvl, "gemma3": _gemma3}
+PROCESSORS = {
+    "llava": _llava, "llava_next": _llava_next, "qwen2_5_vl": _qwen2_5_vl, "internvl": _internvl, "gemma3": _gemma3,
+}  # fmt: skip
 
 
 def save(family: str, folder: Path) -> Path:

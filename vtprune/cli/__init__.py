@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from vtprune.cli import bench, demo, evaluate, methods, report, show, template, train, tune
+from vtprune.cli import bench, demo, evaluate, methods, report, serve, show, template, train, tune
 from vtprune.cli.options import parse_keep, parse_keeps
 
 __all__ = ["app", "parse_keep", "parse_keeps"]
@@ -23,6 +23,7 @@ app.command("tune")(tune.tune)
 app.command("report")(report.report)
 app.command("template")(template.template)
 app.command("bench")(bench.bench)
+app.command("serve")(serve.serve)
 app.command("show")(show.show)
 app.command("eval-vit")(evaluate.evaluate_vit)
 app.command("train-tiny")(train.train_tiny)

@@ -43,7 +43,10 @@ def _exit(message: str) -> typer.Exit:
 
 
 # Where the name of a package is not that of its module.
-_PACKAGES = {"easy_vqa": "easy-vqa", "open_clip": "open-clip-torch", "skvideo": "scikit-video", "PIL": "pillow"}
+_PACKAGES = {
+    "PIL": "pillow", "easy_vqa": "easy-vqa", "open_clip": "open-clip-torch", "prometheus_client": "prometheus-client",
+    "skvideo": "scikit-video",
+}  # fmt: skip
 
 
 def needs(*modules: str) -> None:

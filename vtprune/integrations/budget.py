@@ -52,5 +52,5 @@ def with_budget(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
             "one: leave keep_ratio and keep_tokens out, or serve a recipe of one stage"
         )
     (stage,) = recipe.stages
-    field = "keep" if stage.keep_total is None else "keep_total"
-    return Recipe((dataclasses.replace(stage, **{field: keep}),))
+    named: dict[str, Any] = {"keep" if stage.keep_total is None else "keep_total": keep}
+    return Recipe((dataclasses.replace(stage, **named),))

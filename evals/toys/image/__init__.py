@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-__all__ = ["CAPABILITIES", "CHECKPOINT", "EASY_LIMIT", "FOLDER", "Question", "Visible", "blind", "load", "questions"]
+__all__ = [
+    "CAPABILITIES", "CHAT_TEMPLATE", "CHECKPOINT", "EASY_LIMIT", "FOLDER", "Question", "Visible", "blind", "load",
+    "questions",
+]  # fmt: skip
 
 FOLDER = Path(__file__).parent
 CHECKPOINT = FOLDER / "checkpoint"
@@ -46,6 +49,10 @@ CAPABILITIES = (
     "easy-shape",
     "easy-yesno",
 )
+# Asks as the model was taught to be asked, in small letters and with every mark a word of its own.
+CHAT_TEMPLATE = """<s> {% for m in messages %}{% if m.content is string %}{{ m.content | lower | replace('?', ' ?') }} \
+{% else %}{% for c in m.content %}{% if c.type == 'image' %}<image> \
+{% else %}{{ c.text | lower | replace('?', ' ?') }} {% endif %}{% endfor %}{% endif %}{% endfor %}answer:"""
 EASY_LIMIT = 312  # shipped easy-VQA questions per easy-* capability
 _SHARES: dict[str, dict[str, int]] = {
     "color": {"color": 1},
