@@ -95,7 +95,9 @@ def _prompt(one_row: bool) -> tuple[torch.Tensor, list[tuple[int, int, int]], li
     between = 0 if one_row else 3
     own = [torch.arange(9).expand(3, -1), torch.arange(6).expand(3, -1)]
     if not one_row:
-        own = [torch.stack([torch.zeros(n).long(), torch.arange(n) // w, torch.arange(n) % w]) for n, w in ((9, 3), (6, 3))]
+        own = [
+            torch.stack([torch.zeros(n).long(), torch.arange(n) // w, torch.arange(n) % w]) for n, w in ((9, 3), (6, 3))
+        ]
     parts, first = [], 0
     for words, image in ((2, own[0]), (between, own[1]), (2, None)):
         parts.append(torch.arange(words).expand(3, -1) + first)

@@ -39,7 +39,12 @@ def _llava_onevision() -> tuple[Any, str]:
     films = transformers.LlavaOnevisionVideoProcessor(size=size)
     words = tokenizer({"image_token": "<image>", "video_token": "<video>"}, {IMAGE: "<image>", VIDEO: "<video>"})
     made = transformers.LlavaOnevisionProcessor(
-        pictures, words, films, num_image_tokens=16, vision_feature_select_strategy="full", patch_size=4,
+        pictures,
+        words,
+        films,
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        patch_size=4,
         vision_aspect_ratio=SHRINKS,
     )
     return made, "<image>"

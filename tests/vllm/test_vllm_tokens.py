@@ -78,7 +78,8 @@ def test_images(made: Any, family: str, method: str, options: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize(
-    ("family", "method"), [("qwen2_5_vl", "evs"), ("qwen2_5_vl", "divprune"), ("qwen3_vl", "evs"), ("qwen3_vl", "divprune")]
+    ("family", "method"),
+    [("qwen2_5_vl", "evs"), ("qwen2_5_vl", "divprune"), ("qwen3_vl", "evs"), ("qwen3_vl", "divprune")],
 )
 @pytest.mark.parametrize("step", [512, 32])  # in one step, and in chunks that cut through films
 def test_videos_and_images(made: Any, family: str, method: str, step: int) -> None:

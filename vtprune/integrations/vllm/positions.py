@@ -52,9 +52,7 @@ def begin(whole: Tensor, lengths: Sequence[tuple[int, int, int]], length: int, o
     return positions, end - length
 
 
-def arrive(
-    positions: Tensor, is_visual: Tensor, places: Tensor, computed: int, one_row: bool
-) -> tuple[Tensor, int]:
+def arrive(positions: Tensor, is_visual: Tensor, places: Tensor, computed: int, one_row: bool) -> tuple[Tensor, int]:
     """Positions [3, N] once tokens of images arrive: those from `computed` on, as many as there are places [3, n].
 
     is_visual: [N] bool, the tokens of the prompt that stand for an image. Also what decoding adds to the length.

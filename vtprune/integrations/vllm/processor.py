@@ -62,7 +62,9 @@ class PrunedProcessor:
         options = dict(inputs.hf_processor_mm_kwargs)
         unknown = [name for name in options if name.startswith(("keep", KEY)) and name not in NAMES]
         if unknown:
-            raise ValueError(f"mm_processor_kwargs: {', '.join(unknown)} of a request; it may name {' or '.join(NAMES)}")
+            raise ValueError(
+                f"mm_processor_kwargs: {', '.join(unknown)} of a request; it may name {' or '.join(NAMES)}"
+            )
         keep = keep_of(options)
         self.plan.stages(keep)  # raises where this recipe has no room for a request's budget
         for name in NAMES:
