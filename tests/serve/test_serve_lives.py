@@ -8,7 +8,6 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,11 @@ import openai
 import pytest
 import serving
 import torch
-from serving import ENDLESS, Running, data_url, message, picture
+from serving import ENDLESS, Running, message, picture
 
 import vtprune
 from vtprune import UnsupportedCall
-from vtprune.integrations.serve import Limits, ServedModel, create_app
+from vtprune.integrations.serve import Limits, ServedModel
 
 
 @pytest.fixture(scope="module")
@@ -251,54 +250,3 @@ def test_counters_as_json_and_for_prometheus(running: Running) -> None:
     assert float(lines["vtprune_ttft_seconds_count"]) == 3
     assert float(lines['vtprune_total_seconds_bucket{le="+Inf"}']) == 3
     assert running.get("/vtprune?format=xml")[0] == 400
-
-
-def test_a_key_guards_all_but_the_page_and_health(folder: Path) -> None:
-    with serving.serving(served(folder), api_key="sésame") as running:
-        assert running.get("/health")[0] == running.get("/")[0] == 200
-        for path in ("/v1/models", "/vtprune", "/metrics"):
-            assert running.get(path)[0] == 401
-            assert running.get(path, Authorization="Bearer other")[0] == 401
-            assert running.get(path, Authorization="sésame".encode().decode("latin-1"))[0] == 401
-        assert running.post(b"no JSON at all")[0] == 401, "nothing is read without the key"
-        good = "Bearer " + "sésame".encode().decode("latin-1")
-        assert running.get("/vtprune", Authorization=good)[0] == 200
-    with pytest.raises(ValueError, match="key is empty"):
-        create_app(served(folder), api_key=" ")
-
-
-class Pictures(BaseHTTPRequestHandler):
-    """A site with a picture, one that is too long, and ways to elsewhere."""
-
-    def do_GET(self) -> None:
-        if self.path.startswith("/to/"):
-            self.send_response(302)
-            self.send_header("Location", self.path.removeprefix("/to/"))
-            self.end_headers()
-            return
-        import base64
-
-        data = base64.b64decode(data_url(picture(0)).partition(",")[2])
-        self.send_response(200 if self.path != "/missing" else 404)
-        self.end_headers()
-        self.wfile.write(data + b"x" * (100_000 if self.path == "/long" else 0))
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-@limits(remote_urls=True, body_bytes=50_000)
-def test_remote_pictures_where_they_are_allowed(running: Running) -> None:
-    site = ThreadingHTTPServer(("127.0.0.1", 0), Pictures)
-    threading.Thread(target=site.serve_forever).start()
-    url = f"http://127.0.0.1:{site.server_port}"
-    try:
-        answer = running.ask("what?", [f"{url}/a.png"])
-        assert answer.vtprune == running.ask("what?", [picture(0)]).vtprune
-        assert running.ask("what?", [f"{url}/to/{url}/a.png"]).vtprune == answer.vtprune
-        for path, told in (("long", "longer than"), ("missing", "404"), ("to/file:///etc/passwd", "cannot be fetched")):
-            with pytest.raises(openai.APIStatusError, match=told):
-                running.ask("what?", [f"{url}/{path}"])
-    finally:
-        site.shutdown()
-        site.server_close()
