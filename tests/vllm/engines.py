@@ -1,4 +1,4 @@
-"""Tiny checkpoints that vLLM's CPU attention can run, one engine of vLLM in this process, and what transformers says."""
+"""Tiny checkpoints that vLLM runs on a CPU, an engine of vLLM in this process, and what transformers answers."""
 
 from __future__ import annotations
 

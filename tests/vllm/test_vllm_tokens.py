@@ -1,4 +1,4 @@
-"""vLLM with the plug-in generates the tokens of the patched transformers model: families, methods, images and videos."""
+"""vLLM with the plug-in generates the tokens of the patched transformers model, for images and videos."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import engines
 import pytest
-from engines import BEGIN, QUESTION, STOP, Reference, ask, as_on_the_hub, engine, film, noise, prompt
+from engines import BEGIN, QUESTION, STOP, Reference, as_on_the_hub, ask, engine, film, noise, prompt
 
 import vtprune
 

@@ -132,8 +132,8 @@ def check_engine(vllm_config: Any) -> None:
         raise ValueError(f"compile_mm_encoder=True hides the attention of the tower, and the recipe reads {needs[0]}")
     if needs and parallel.tensor_parallel_size > 1:
         raise ValueError(
-            f"tensor_parallel_size={parallel.tensor_parallel_size} divides the heads of the tower, and the recipe reads "
-            f"{needs[0]}: choose a method that reads no attention, such as divprune"
+            f"tensor_parallel_size={parallel.tensor_parallel_size} divides the heads of the tower, and the recipe "
+            f"reads {needs[0]}: choose a method that reads no attention, such as divprune"
         )
     if vllm_config.speculative_config is not None:
         raise ValueError("a speculative decoder with a recipe was not tested: leave speculative_config out")

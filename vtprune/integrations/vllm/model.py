@@ -1,4 +1,4 @@
-"""What a pruned model of vLLM does more: it drops visual tokens behind the tower, and says where the kept ones stand."""
+"""What a pruned model of vLLM does more: it drops visual tokens behind the tower, and says where the others stand."""
 
 from __future__ import annotations
 

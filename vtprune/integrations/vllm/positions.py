@@ -1,11 +1,12 @@
 """Where kept tokens and the text around them stand: pruning moves no text, and a kept token keeps its own position.
 
-The engine numbers a prompt before its images are encoded, and again when they are; in between, and where a prefix of the
-prompt is cached, only what does not depend on the choice may be used. So text gets its position in the unpruned prompt
-at once, and a kept token brings its position inside its image along, in columns behind its features.
+The engine numbers a prompt before its images are encoded, and again when they are. In between, and where the beginning
+of a prompt is cached, only what does not depend on the choice may be used. So text gets its position in the unpruned
+prompt at once, and a kept token brings its position inside its image along, in columns behind its features.
 
-A model with one position a token (LLaVA) runs on three rows here: the position, the position at which the token's image
-begins, and the one behind the whole prompt. A model with three (M-RoPE) has words between any two images, which tell it.
+A model with one position a token (LLaVA) runs on three rows here: the position, the position at which the token's
+image begins, and the one behind the whole prompt. A model with three (M-RoPE) has words between any two images, and
+these tell where an image begins.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a pruned model's processor of vLLM does more: it counts the tokens that will stay, before anything is encoded."""
+"""What a pruned model's processor of vLLM does more: it counts the tokens that will stay, before any is encoded."""
 
 from __future__ import annotations
 
