@@ -74,9 +74,8 @@ class PrunedModel:
         calls = [{name: value[None] for name, value in item.items() if name in TOLD} for item in items]
         chosen: list[Selected] = []
         for keep, group in groupby(range(len(whole)), lambda i: keep_in(fields[i])):
-            at = list(group)
-            each = ([values[i] for i in at] for values in (main, calls, found))
-            chosen += self._plan.select(keep, modality, *each)
+            a, b = (at := list(group))[0], at[-1] + 1
+            chosen += self._plan.select(keep, modality, main[a:b], calls[a:b], found[a:b])
         return tuple(self._rows(modality, x, one, item) for x, one, item in zip(whole, chosen, items))
 
     def _item(self, kwargs: dict[str, Any], i: int) -> dict[str, Tensor]:

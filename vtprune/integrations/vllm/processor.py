@@ -47,7 +47,7 @@ class PrunedProcessor:
     """Goes before a multi-modal processor of vLLM among the bases of a class."""
 
     def __init__(self, info: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(info, *args, **kwargs)
+        super().__init__(info, *args, **kwargs)  # type: ignore[call-arg]
         config = info.ctx.model_config
         self.plan = plan_of(recipe_of(config) or "", config.hf_config)
         self._asked = _Asked()
@@ -132,7 +132,7 @@ class PrunedProcessor:
         return PrunedDetails(full[:kept], None, n - kept)
 
     def _check_room(self, dropped: int) -> None:
-        config = self.plan.base.config.get_text_config()
+        config = self.info.ctx.model_config.hf_config.get_text_config()  # type: ignore[attr-defined]
         limit = config.max_position_embeddings * (1 if _is_long(self.info) else ROOM)  # type: ignore[attr-defined]
         longest = self.info.ctx.model_config.max_model_len  # type: ignore[attr-defined]
         if longest + dropped > limit:

@@ -43,8 +43,8 @@ class EngineSignals(TowerSignals):
             self._read_product(signal, module, q, k, v, None, module.scale)
             return
         sizes = torch.diff(ends).tolist()
-        for part in zip(*(x.split(sizes, dim=2) for x in (q, k, v))):
-            self._read_product(signal, module, *part, None, module.scale)
+        for q, k, v in zip(*(x.split(sizes, dim=2) for x in (q, k, v))):
+            self._read_product(signal, module, q, k, v, None, module.scale)
 
 
 def _by_head(x: Tensor, size: int) -> Tensor:
