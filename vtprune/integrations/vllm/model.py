@@ -73,8 +73,11 @@ class PrunedModel:
         items = [self._item(kwargs, i) for i in range(len(whole))]
         calls = [{name: value[None] for name, value in item.items() if name in TOLD} for item in items]
         chosen: list[Selected] = []
-        for keep, group in groupby(range(len(whole)), lambda i: keep_in(fields[i])):
+        keeps = [keep_in(told) for told in fields]
+        # By type too: 1 and 1.0 are equal, and one of them keeps a single token, the other all.
+        for _, group in groupby(range(len(whole)), lambda i: (type(keeps[i]), keeps[i])):
             a, b = (at := list(group))[0], at[-1] + 1
+            keep = keeps[a]
             chosen += self._plan.select(keep, modality, main[a:b], calls[a:b], found[a:b])
         return tuple(self._rows(modality, x, one, item) for x, one, item in zip(whole, chosen, items))
 

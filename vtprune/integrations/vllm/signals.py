@@ -43,8 +43,8 @@ class EngineSignals(TowerSignals):
             self._read_product(signal, module, q, k, v, None, module.scale)
             return
         sizes = torch.diff(ends).tolist()
-        for q, k, v in zip(*(x.split(sizes, dim=2) for x in (q, k, v))):
-            self._read_product(signal, module, q, k, v, None, module.scale)
+        for one, its_k, its_v in zip(q.split(sizes, dim=2), k.split(sizes, dim=2), v.split(sizes, dim=2)):
+            self._read_product(signal, module, one, its_k, its_v, None, module.scale)
 
 
 def _by_head(x: Tensor, size: int) -> Tensor:
