@@ -36,6 +36,15 @@ def picture(seed: int, width: int = 40, height: int = 40) -> Image.Image:
     return Image.fromarray(pixels)
 
 
+def with_long_context(folder: Path) -> Path:
+    """The checkpoint, whose answers may take minutes."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config["text_config"]["max_position_embeddings"] = 1 << 20
+    file.write_text(json.dumps(config))
+    return folder
+
+
 def data_url(content: Image.Image | bytes, kind: str = "image/png") -> str:
     if isinstance(content, Image.Image):
         buffer = io.BytesIO()

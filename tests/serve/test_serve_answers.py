@@ -153,6 +153,40 @@ def test_an_answer_stops_at_a_text(pair: tuple[Running, Alone]) -> None:
     assert short.choices[0].finish_reason == "stop"
 
 
+def test_reasoning_and_calls_of_tools_are_parted_as_transformers_does(tmp_path: Path) -> None:
+    """By a template that takes three digits, which are all that the model may say, for marks and arguments."""
+    folder = checkpoints.save("llava", tmp_path / "llava")
+    served = ServedModel(str(folder), "divprune", keep=KEEP, name="tiny", device="cpu", dtype="float32")
+    ids = [served.tokenizer.convert_tokens_to_ids(digit) for digit in "123456789"]
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+    options: Any = {"logit_bias": dict.fromkeys(map(str, ids), 100), "tools": [tool]}
+    with serving.serving(served) as running:
+        texts = [
+            (seed, running.ask("what?", [picture(seed)], **options).choices[0].message.content) for seed in range(9)
+        ]
+        seed, (begin, inner, end, *_) = next((seed, text) for seed, text in texts if len(set(text[:3])) == 3)
+        call = {"type": "function", "function": {"name": "look", "arguments": "{content}"}}
+        for field, more in (("thinking", {}), ("tool_calls", {"repeats": True, "transform": call})):
+            served.tokenizer.response_template = {
+                "start_anchor": "what?",
+                "fields": {
+                    field: {"open": begin, "close": end, "content": "json" if more else "text", **more},
+                    "content": {"content": "text"},
+                },
+            }
+            whole = running.ask("what?", [picture(seed)], max_tokens=3, **options).choices[0]
+            chunks = running.ask("what?", [picture(seed)], max_tokens=3, stream=True, **options)
+            deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
+            if more:
+                assert [(c.function.name, c.function.arguments) for c in whole.message.tool_calls] == [("look", inner)]
+                (called,) = [c for delta in deltas for c in delta.tool_calls or []]
+                assert (called.function.name, called.function.arguments) == ("look", inner)
+                assert whole.finish_reason == chunks[-2].choices[0].finish_reason == "tool_calls"
+            else:
+                assert whole.message.reasoning_content == inner
+                assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == inner
+
+
 def test_the_models_are_told(pair: tuple[Running, Alone]) -> None:
     running, _ = pair
     with running.client() as client:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import inspect
-import json
 import signal
 import socket
 import subprocess
@@ -61,10 +60,7 @@ def test_a_signal_ends_it_cleanly(number: signal.Signals) -> None:
 def test_a_signal_ends_a_generation_that_takes_longer_than_the_grace(tmp_path: Path) -> None:
     """Of a context so long that the answer would take minutes."""
     torch.manual_seed(0)
-    folder = checkpoints.save("qwen2_5_vl", tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-    config["text_config"]["max_position_embeddings"] = 1 << 20
-    (folder / "config.json").write_text(json.dumps(config))
+    folder = serving.with_long_context(checkpoints.save("qwen2_5_vl", tmp_path / "model"))
     options = ("--model", str(folder), *TINY, "--grace", "1", "--max-new-tokens", "1000000")
     with serving.command(*options, model="tiny") as process:
         running = process.running

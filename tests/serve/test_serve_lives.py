@@ -8,7 +8,6 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +16,30 @@ import openai
 import pytest
 import serving
 import torch
-from serving import ENDLESS, Running, data_url, message, picture
+from serving import ENDLESS, Running, message, picture
 
 import vtprune
 from vtprune import UnsupportedCall
-from vtprune.integrations.serve import Limits, ServedModel, create_app
+from vtprune.integrations.serve import Limits, ServedModel
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    return checkpoints.save("llava", tmp_path_factory.mktemp("model") / "llava")
+    return serving.with_long_context(checkpoints.save("llava", tmp_path_factory.mktemp("model") / "llava"))
 
 
 def served(folder: Path) -> ServedModel:
     return ServedModel(str(folder), "divprune", keep=0.5, name="tiny", device="cpu", dtype="float32")
 
 
-LONG: Any = {"max_tokens": 460, **ENDLESS}
+LONG: Any = {"max_tokens": 900_000, **ENDLESS}  # for minutes
 
 
 @pytest.fixture
 def running(folder: Path, request: pytest.FixtureRequest) -> Iterator[Running]:
     """A server with the limits that a test names."""
-    with serving.serving(served(folder), Limits(**getattr(request, "param", {}))) as one:
+    with serving.serving(served(folder), Limits(**{"new_tokens": 1_000_000, **getattr(request, "param", {})})) as one:
         yield one
 
 
@@ -48,7 +47,7 @@ def limits(**given: Any) -> Any:
     return pytest.mark.parametrize("running", [given], indirect=True)
 
 
-@limits(seconds=0.25)
+@limits(seconds=2)
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_ends_with_its_time(running: Running, stream: bool) -> None:
     """And so does its generation, before the one behind it has waited as long."""
@@ -58,16 +57,16 @@ def test_a_request_ends_with_its_time(running: Running, stream: bool) -> None:
         if stream:
             chunks: list[Any] = []
             events = client.chat.completions.create(stream=True, **asked)
-            with pytest.raises(openai.APIError, match=r"took longer than 0\.25 s") as error:
+            with pytest.raises(openai.APIError, match=r"took longer than 2 s") as error:
                 chunks.extend(events)
             assert chunks, "the time was over in the middle of the stream"
         else:
-            with pytest.raises(openai.APIStatusError, match=r"took longer than 0\.25 s") as error:
+            with pytest.raises(openai.APIStatusError, match=r"took longer than 2 s") as error:
                 client.chat.completions.create(**asked)
             assert error.value.status_code == 504  # type: ignore[attr-defined]
         assert error.value.code == "timeout"
     status = running.until("timeout")
-    assert status["tokens"]["completion"] < 460
+    assert status["tokens"]["completion"] < 900_000
     assert running.ask("what?", [picture(0)]).vtprune == short.vtprune
 
 
@@ -111,7 +110,7 @@ def test_a_stream_whose_client_leaves_frees_the_model(running: Running) -> None:
             thread.join()
     status = running.until("cancelled")
     assert status["requests"]["by_outcome"] == {"ok": 6, "cancelled": 1}
-    assert status["tokens"]["completion"] < 460
+    assert status["tokens"]["completion"] < 900_000
     assert [other.vtprune for other in others] == [one.vtprune for one in before]
 
 
@@ -134,7 +133,7 @@ def test_a_client_that_hangs_up(running: Running, moment: str) -> None:
             else:
                 raise AssertionError("it never arrived")
     status = running.until("ok") if moment == "headers" else running.until("cancelled")
-    assert status["tokens"]["completion"] < 460
+    assert status["tokens"]["completion"] < 900_000
     assert running.ask("which?", [picture(1)]).vtprune == before.vtprune
 
 
@@ -213,7 +212,7 @@ def test_the_end_waits_for_what_runs_and_takes_the_patch_off(folder: Path) -> No
     with serving.serving(model) as running:
         assert model.handle.active
         client = running.client()
-        asked: Any = {"model": "tiny", "messages": [message("what?", [picture(0)])], **LONG}
+        asked: Any = {"model": "tiny", "messages": [message("what?", [picture(0)])], "max_tokens": 100, **ENDLESS}
         stream = iter(client.chat.completions.create(stream=True, **asked))
         next(stream)
     assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
@@ -251,54 +250,3 @@ def test_counters_as_json_and_for_prometheus(running: Running) -> None:
     assert float(lines["vtprune_ttft_seconds_count"]) == 3
     assert float(lines['vtprune_total_seconds_bucket{le="+Inf"}']) == 3
     assert running.get("/vtprune?format=xml")[0] == 400
-
-
-def test_a_key_guards_all_but_the_page_and_health(folder: Path) -> None:
-    with serving.serving(served(folder), api_key="sésame") as running:
-        assert running.get("/health")[0] == running.get("/")[0] == 200
-        for path in ("/v1/models", "/vtprune", "/metrics"):
-            assert running.get(path)[0] == 401
-            assert running.get(path, Authorization="Bearer other")[0] == 401
-            assert running.get(path, Authorization="sésame".encode().decode("latin-1"))[0] == 401
-        assert running.post(b"no JSON at all")[0] == 401, "nothing is read without the key"
-        good = "Bearer " + "sésame".encode().decode("latin-1")
-        assert running.get("/vtprune", Authorization=good)[0] == 200
-    with pytest.raises(ValueError, match="key is empty"):
-        create_app(served(folder), api_key=" ")
-
-
-class Pictures(BaseHTTPRequestHandler):
-    """A site with a picture, one that is too long, and ways to elsewhere."""
-
-    def do_GET(self) -> None:
-        if self.path.startswith("/to/"):
-            self.send_response(302)
-            self.send_header("Location", self.path.removeprefix("/to/"))
-            self.end_headers()
-            return
-        import base64
-
-        data = base64.b64decode(data_url(picture(0)).partition(",")[2])
-        self.send_response(200 if self.path != "/missing" else 404)
-        self.end_headers()
-        self.wfile.write(data + b"x" * (100_000 if self.path == "/long" else 0))
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-@limits(remote_urls=True, body_bytes=50_000)
-def test_remote_pictures_where_they_are_allowed(running: Running) -> None:
-    site = ThreadingHTTPServer(("127.0.0.1", 0), Pictures)
-    threading.Thread(target=site.serve_forever).start()
-    url = f"http://127.0.0.1:{site.server_port}"
-    try:
-        answer = running.ask("what?", [f"{url}/a.png"])
-        assert answer.vtprune == running.ask("what?", [picture(0)]).vtprune
-        assert running.ask("what?", [f"{url}/to/{url}/a.png"]).vtprune == answer.vtprune
-        for path, told in (("long", "longer than"), ("missing", "404"), ("to/file:///etc/passwd", "cannot be fetched")):
-            with pytest.raises(openai.APIStatusError, match=told):
-                running.ask("what?", [f"{url}/{path}"])
-    finally:
-        site.shutdown()
-        site.server_close()
