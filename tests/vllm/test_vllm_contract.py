@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +79,14 @@ def test_a_model_outside_the_list_is_refused(tmp_path: Path) -> None:
     folder = checkpoints.save("gemma3", tmp_path / "gemma3")
     with pytest.raises(Exception, match="vtprune does not prune"):
         start(folder, recipe("divprune", keep=0.5))
+
+
+def test_the_example_runs(folder: Path, tmp_path: Path) -> None:
+    engines.noise(1).save(tmp_path / "picture.png")
+    example = Path(__file__).parents[2] / "examples" / "serving" / "vllm_pruned.py"
+    command = [sys.executable, str(example), str(folder), str(tmp_path / "picture.png")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    lengths = [int(n) for n in re.findall(r"^(\d+) tokens of the prompt", done.stdout, re.M)]
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert lengths[1] - lengths[0] == 9, done.stdout  # of 12 visual tokens, 3 stay at a quarter
+    assert lengths[1] - lengths[2] == 8
