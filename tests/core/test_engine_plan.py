@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import families
@@ -10,7 +11,7 @@ import torch
 
 import vtprune
 from vtprune.core.errors import UnsupportedModel
-from vtprune.integrations.vllm import positions
+from vtprune.integrations.vllm import positions, register
 from vtprune.integrations.vllm.plan import EnginePlan, plan_of
 
 
@@ -73,6 +74,15 @@ def test_digests_differ_by_method_budget_and_option() -> None:
     marks = {plan.digest(None) for plan in plans} | {plans[0].digest(keep) for keep in (1, 1.0, 0.3)}
     assert len(marks) == 6
     assert plans[0].digest(0.5) == plans[2].digest(None)
+
+
+def test_a_vllm_without_what_is_needed_goes_on_without_the_plug_in(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.delitem(sys.modules, "vtprune.integrations.vllm.architectures", raising=False)
+    register()
+    assert "cannot prune in this vLLM" in caplog.text
 
 
 def test_one_plan_for_one_content() -> None:

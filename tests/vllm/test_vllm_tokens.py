@@ -95,6 +95,15 @@ def test_videos_and_images(made: Any, family: str, method: str, step: int) -> No
         assert_same(llm, reference, recipe, requests)
 
 
+@pytest.mark.parametrize("method", ["evs", "divprune"])
+def test_videos_of_llava_onevision(made: Any, method: str) -> None:
+    """One position a token, and a newline behind the last frame."""
+    folder, reference = made("llava_onevision")
+    recipe = recipe_of(method, 0.4)
+    with engine(folder, recipe) as llm:
+        assert_same(llm, reference, recipe, [("<video>" + QUESTION, [], [film(1)])])
+
+
 @pytest.fixture(scope="module")
 def served(made: Any) -> Iterator[tuple[Any, Reference, str]]:
     folder, reference = made("qwen2_5_vl")

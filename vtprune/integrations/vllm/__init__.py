@@ -9,11 +9,19 @@ server takes it if started with `--trust-request-mm-kwargs`. Where that is left 
 Tested on vLLM's CPU runner (V1); not run: a GPU, several devices, runner V2.
 """
 
+import logging
+
 KEY = "vtprune"  # the option of an engine that holds its recipe
 
 
 def register() -> None:
-    """Make the pruned models known to vLLM, which calls this in each of its processes; safe to call again."""
-    from .architectures import register_all
+    """Make the pruned models known to vLLM, which calls this in each of its processes; safe to call again.
 
-    register_all()
+    In a vLLM that lacks what the plug-in stands on it says so and does nothing, so that engines without a recipe run.
+    """
+    try:
+        from .architectures import register_all
+
+        register_all()
+    except (ImportError, AttributeError) as error:
+        logging.getLogger("vllm.vtprune").error("vtprune cannot prune in this vLLM, and ignores recipes: %s", error)

@@ -70,6 +70,11 @@ class _Asked(VerifyAndUpdateConfig):
         check_engine(vllm_config)
 
 
+def has_one_row(model_config: Any) -> bool:
+    """True if a token of this pruned model has one position."""
+    return dict(PRUNED.values())[model_config.architecture]
+
+
 def recipe_of(model_config: Any) -> str | None:
     """The recipe (JSON) of a model's config; None where it is not pruned."""
     return getattr(model_config.multimodal_config, "vtprune_recipe", None)
@@ -134,6 +139,10 @@ def check_engine(vllm_config: Any) -> None:
         raise ValueError(
             f"tensor_parallel_size={parallel.tensor_parallel_size} divides the heads of the tower, and the recipe "
             f"reads {needs[0]}: choose a method that reads no attention, such as divprune"
+        )
+    if getattr(vllm_config.lora_config, "enable_tower_connector_lora", False):
+        raise ValueError(
+            "enable_tower_connector_lora=True counts unpruned tokens: leave it out where images are pruned"
         )
     if vllm_config.speculative_config is not None:
         raise ValueError("a speculative decoder with a recipe was not tested: leave speculative_config out")

@@ -71,6 +71,9 @@ NAMES: dict[str, tuple[str, ...]] = {
         "PromptUpdateDetails",
     ),
     "vllm.platforms": ("current_platform.is_cpu",),
+}
+# What workers alone import; the process that reads the options of an engine has to leave them be.
+IN_WORKERS: dict[str, tuple[str, ...]] = {
     "vllm.v1.worker.cpu_worker": ("CPUWorker.load_model",),
     "vllm.v1.worker.gpu_model_runner": ("GPUModelRunner._gather_mm_embeddings",),
 }

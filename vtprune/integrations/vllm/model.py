@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from vllm.model_executor.layers.attention.mm_encoder_attention import MMEncoderAttention
 
+from ...core.errors import UnsupportedModel
 from ...core.select import Selected
 from . import positions
 from .architectures import recipe_of
@@ -40,6 +41,11 @@ class PrunedModel:
         self._reading: dict[str, EngineSignals] = {}
         if self._plan.needs:
             attentions = [m for m in getattr(self, self.tower).modules() if isinstance(m, MMEncoderAttention)]
+            if any("FLASHINFER" in str(module.attn_backend) for module in attentions):
+                raise UnsupportedModel(
+                    f"the recipe reads {self._plan.needs[0]}, and FlashInfer lays out the tower's attention in a way "
+                    "that is not read here: choose another mm_encoder_attn_backend, or a method that reads none"
+                )
             for modality in self.modalities:
                 self._plan.check_layers(modality, len(attentions))
                 self._reading[modality] = EngineSignals(self._plan.base, modality, self._plan.needs, attentions)

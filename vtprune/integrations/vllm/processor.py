@@ -14,7 +14,7 @@ from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
 
 from ..budget import NAMES, keep_of
 from . import KEY
-from .architectures import ROOM, recipe_of
+from .architectures import ROOM, has_one_row, recipe_of
 from .plan import MODALITIES, Keep, Modality, plan_of
 from .positions import LARGEST
 
@@ -132,18 +132,20 @@ class PrunedProcessor:
         return PrunedDetails(full[:kept], None, n - kept)
 
     def _check_room(self, dropped: int) -> None:
-        config = self.info.ctx.model_config.hf_config.get_text_config()  # type: ignore[attr-defined]
-        limit = config.max_position_embeddings * (1 if _is_long(self.info) else ROOM)  # type: ignore[attr-defined]
-        longest = self.info.ctx.model_config.max_model_len  # type: ignore[attr-defined]
-        if longest + dropped > limit:
+        """Text keeps its position, so it may stand further behind than the length of the pruned prompt says."""
+        config = self.info.ctx.model_config  # type: ignore[attr-defined]
+        # vLLM makes the table of M-RoPE so much longer itself; that of the others is in the config by now.
+        room = config.hf_config.get_text_config().max_position_embeddings * (1 if has_one_row(config) else ROOM)
+        if config.max_model_len + dropped > room:
             raise ValueError(
                 f"{dropped} tokens of this prompt would be dropped, and text keeps its position: with max_model_len="
-                f"{longest} it could reach {longest + dropped} of {limit} positions; lower max_model_len or send less"
+                f"{config.max_model_len} it could stand at {config.max_model_len + dropped} of {room} positions; lower "
+                "max_model_len or send less"
             )
 
     def _check_neighbours(self, result: Any) -> None:
         """Positions of M-RoPE are counted on from the word before an image."""
-        if _is_long(self.info):  # type: ignore[attr-defined]
+        if has_one_row(self.info.ctx.model_config):  # type: ignore[attr-defined]
             return
         ranges = sorted((p.offset, p.offset + p.length) for ps in result["mm_placeholders"].values() for p in ps)
         ends = {0, *(end for _, end in ranges)}
@@ -152,11 +154,6 @@ class PrunedProcessor:
                 "an image or video of this prompt has no word before or behind it: write it between "
                 "<|vision_start|> and <|vision_end|>, as the chat template does"
             )
-
-
-def _is_long(info: Any) -> bool:
-    """True if the model has one position a token, and its table of angles was made longer."""
-    return info.ctx.model_config.hf_config.__dict__.get("rope_parameters") is not None
 
 
 def _sized(data: Mapping[str, Any], modality: Modality) -> Any:
