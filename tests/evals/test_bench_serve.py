@@ -69,8 +69,9 @@ def test_a_recipe_is_measured_at_its_own_budget(tmp_path: Path) -> None:
 
 
 def test_what_the_server_says_stands_in_the_error() -> None:
-    with pytest.raises(ValueError, match=r"ended with status 2 .*No such option: --nonsense"):
-        serving("vtprune", None, RECIPE, [None], Load(1, 1, 1), device="cpu", dtype="float32", arguments=["--nonsense"])
+    loud = ["--log-level", "loud"]
+    with pytest.raises(ValueError, match=r"ended with status 2 .*--log-level loud: use debug, info"):
+        serving("vtprune", None, RECIPE, [None], Load(1, 1, 1), device="cpu", dtype="float32", arguments=loud)
 
 
 def test_a_request_that_is_refused_ends_the_run() -> None:
@@ -85,8 +86,8 @@ def test_a_request_that_is_refused_ends_the_run() -> None:
     ("arguments", "told"),
     [
         (["--serve", "tgi"], "--serve tgi: choose one of vtprune, vllm"),
-        (["--serve", "vtprune", "--requests", "0"], "0 is not in the range x>=1"),
-        (["--serve", "vtprune", "--concurrency", "0"], "0 is not in the range x>=1"),
+        (["--serve", "vtprune", "--requests", "0"], "'--requests'"),
+        (["--serve", "vtprune", "--concurrency", "0"], "'--concurrency'"),
         (["--serve", "vtprune", "--geometry", "tiny"], "name a checkpoint with --model"),
         (["--serve", "vtprune", "--method", "random", "--method", "divprune"], "one --method"),
         (["--serve", "vtprune", "--method", "pyramiddrop"], "3 stages, and a request names one budget"),
@@ -95,7 +96,7 @@ def test_a_request_that_is_refused_ends_the_run() -> None:
     ],
 )
 def test_what_cannot_be_measured_is_refused_at_once(arguments: list[str], told: str) -> None:
-    assert told in run(*arguments, status=2).replace("│ ", "")
+    assert told in run(*arguments, status=2)
 
 
 def test_vllm_needs_itself_and_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
