@@ -33,9 +33,9 @@ NOTES = (
     "wait in the server, to the first text of its answer, over all rounds; latency: to its end.",
     "Every request has a picture of noise of its own, so that no cache of prefixes or of pictures answers it. The "
     "clients run on the same machine.",
-    "RSS: peak of the resident memory of the server's processes in the first round. A process seldom gives memory back, "
-    "so budgets take their turns from the smallest on, counts of tokens before shares, and dense is last. Pages that "
-    "processes share count in each of them.",
+    "RSS: peak of the resident memory of the server's processes in the first round. A process seldom gives memory "
+    "back, so budgets take their turns from the smallest on, counts of tokens before shares, and dense is last. "
+    "Pages that processes share count in each of them.",
 )
 
 
