@@ -35,7 +35,7 @@ NOTES = (
     "clients run on the same machine.",
     "RSS: peak of the resident memory of the server's processes in the first round. A process seldom gives memory "
     "back, so budgets take their turns from the smallest on, counts of tokens before shares, and dense is last. "
-    "Pages that processes share count in each of them.",
+    "Pages that processes share count in each of them, and the memory of a GPU in none.",
 )
 
 
@@ -126,7 +126,10 @@ async def _rounds(server: Server, keeps: Sequence[float | int | None], load: Loa
     budgets: list[Row] = [budget(keep) for keep in _ordered(keeps)] + [{"keep_ratio": 1.0}]
     done: list[list[Round]] = [[] for _ in budgets]
     seeds = count()
-    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+    direct = openai.DefaultAsyncHttpxClient(trust_env=False)  # past the proxies of this machine
+    async with openai.AsyncOpenAI(
+        base_url=f"{server.url}/v1", api_key="none", max_retries=0, http_client=direct
+    ) as client:
         name = (await client.models.list()).data[0].id
         with tqdm(total=len(budgets) * load.repeats, unit="round", disable=not progress) as bar:
             for repeat in range(load.repeats):

@@ -69,4 +69,5 @@ def _depth(model: str | None) -> int:
 
     from vtprune.evals.toys.image import CHECKPOINT
 
-    return AutoConfig.from_pretrained(model or CHECKPOINT).get_text_config().num_hidden_layers
+    config = AutoConfig.from_pretrained(model or CHECKPOINT, trust_remote_code=False)
+    return config.get_text_config().num_hidden_layers
