@@ -108,7 +108,9 @@ def load(path: str | Path) -> Row:
             return {**read, "path": str(path)}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no benchmark that vtprune bench wrote") from error
-    raise ValueError(f"{path} holds no timings of prefill: draw files that vtprune bench wrote without --hooks")
+    raise ValueError(
+        f"{path} holds no timings of prefill: draw files that vtprune bench wrote without --hooks or --serve"
+    )
 
 
 def kept(row: Row) -> float:

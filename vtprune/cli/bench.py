@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from vtprune.cli.bench_serve import served
 from vtprune.cli.common import needs, sentence, show_report
 from vtprune.cli.options import Batch, Device, Dtype, Json, Keep, Methods, Model, Out, Recipes, parse_keeps
 from vtprune.evals import models
@@ -35,6 +36,13 @@ def bench(
         bool, typer.Option("--kernels", help="Measure only the kernels, against the plain way.")
     ] = False,
     selection: Annotated[bool, typer.Option("--selection", help="Measure only farthest point selection.")] = False,
+    serve: Annotated[
+        str | None, typer.Option(help="Measure only a server under load: vtprune, or vllm where it is installed.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="With --serve: requests under way at once.")] = 8,
+    requests: Annotated[int, typer.Option(min=1, help="With --serve: requests of a round.")] = 64,
+    side: Annotated[int, typer.Option(min=1, help="With --serve: pixels of a side of the pictures sent.")] = 336,
+    server_args: Annotated[str, typer.Option(help="With --serve: more arguments of the server, in one text.")] = "",
     plot: Annotated[bool, typer.Option("--plot", help="Draw FILES: TTFT against kept tokens and limits.")] = False,
     table: Annotated[bool, typer.Option("--table", help="Print FILES as the README's tables.")] = False,
     batch: Batch = 1,
@@ -67,7 +75,14 @@ def bench(
     models.quiet()
     where, progress = device_of(device), not as_json
     report: speed.BenchReport
-    if kernels or selection:
+    if serve is not None:
+        if geometry is not None:
+            raise ValueError("--serve runs a server, which --geometry cannot be: name a checkpoint with --model")
+        report = served(
+            serve, model, method, keep, recipe, device, dtype, server_args, progress,
+            requests=requests, concurrency=concurrency, repeats=repeats, new_tokens=new_tokens, side=side,
+        )  # fmt: skip
+    elif kernels or selection:
         from vtprune.evals.speed.bench_parts import parts
 
         report = parts("kernels" if kernels else "selection", where)
