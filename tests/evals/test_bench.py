@@ -356,7 +356,7 @@ def test_the_first_page_shows_committed_figures_and_the_registry() -> None:
     ours = [cls.name for cls in vtprune.methods() if cls.__module__.startswith("vtprune.methods.")]
     assert sorted(re.findall(r"^\| \[`(\w+)`\]\(https://", methods[0], re.M)) == ours
     assert readme.refreshed(text, ROOT) == text, "make readme rewrites them"
-    assert len(text.splitlines()) - len(ours) <= 87, "the first page stays short"
+    assert len(text.splitlines()) - len(ours) <= 92, "the first page stays short"
 
 
 def test_files_that_are_no_benchmarks_are_refused(tmp_path: Path) -> None:
