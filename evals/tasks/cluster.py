@@ -90,7 +90,8 @@ def connected(address: str) -> Iterator[Any]:
         raise ValueError("--ray needs the package ray: run pip install 'vtprune[ray]'") from error
     _check_reachable(address)
     try:
-        ray.init(address=None if address == "local" else address, log_to_driver=False, logging_level=logging.ERROR)
+        # "local" starts a cluster of its own; None would wait for one that an earlier run has left a note of.
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ValueError(f"--ray {address}: no cluster answers there ({' '.join(str(error).split())})") from error
     logging.getLogger("ray.data").setLevel(logging.ERROR)

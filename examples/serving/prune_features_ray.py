@@ -50,7 +50,7 @@ class Prune:
 def main(args):
     stage = vtprune.Stage("pre_llm", vtprune.create(args.method), keep=args.keep)
     recipe = vtprune.Recipe.load(args.recipe) if args.recipe else vtprune.Recipe.of(stage)
-    ray.init(None if args.ray == "local" else args.ray)
+    ray.init(args.ray)
     if args.features:
         data = ray.data.read_parquet(args.features)
     elif args.images:
