@@ -13,6 +13,7 @@ import vtprune
 from vtprune.core.errors import UnsupportedModel
 from vtprune.integrations.vllm import positions, register
 from vtprune.integrations.vllm.plan import EnginePlan, plan_of
+from vtprune.integrations.vllm.signals import EngineSignals
 
 
 def recipe(method: str, keep: Any = 0.4, where: Any = "pre_llm", options: Any = (), **policy: Any) -> vtprune.Recipe:
@@ -64,9 +65,9 @@ def test_what_the_engine_cannot_honour_is_refused_by_name(given: vtprune.Recipe,
 def test_layers_that_an_engine_does_not_load_are_refused() -> None:
     plan = EnginePlan(recipe("cls_topk", options={"layer": -1}), config("llava"))
     depth = plan.base.config.vision_config.num_hidden_layers
-    plan.check_layers("image", depth)
+    EngineSignals(plan.base, "image", plan.needs, [torch.nn.Identity()] * depth)
     with pytest.raises(UnsupportedModel, match=f"first {depth - 1} of the {depth}"):
-        plan.check_layers("image", depth - 1)
+        EngineSignals(plan.base, "image", plan.needs, [torch.nn.Identity()] * (depth - 1))
 
 
 def test_digests_differ_by_method_budget_and_option() -> None:

@@ -39,11 +39,15 @@ def keep_of(given: Mapping[str, Any]) -> float | int | None:
 
 
 def with_budget(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
-    """The recipe with the budget that the options of a request name; the recipe itself where they name none.
+    """The recipe with the budget that the options of a request name. Raises as `keep_of` and `with_keep`."""
+    return with_keep(recipe, keep_of(given))
 
-    Raises as `keep_of`; ValueError for a recipe of several stages, whose budgets one number does not tell.
+
+def with_keep(recipe: Recipe, keep: float | int | None) -> Recipe:
+    """The recipe with another budget; the recipe itself for None.
+
+    Raises ValueError for a recipe of several stages, whose budgets one number does not tell.
     """
-    keep = keep_of(given)
     if keep is None:
         return recipe
     if len(recipe.stages) > 1:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vtprune.integrations.budget import NAMES, keep_of, with_budget
+from vtprune.integrations.budget import NAMES, with_budget
 from vtprune.integrations.serve.errors import RequestError
 from vtprune.integrations.serve.limits import Limits
 from vtprune.recipe import Recipe
@@ -138,7 +138,6 @@ def _recipe_of(given: Mapping[str, Any], recipe: Recipe) -> Recipe:
         names = ", ".join(map(repr, unknown))[:200]
         raise RequestError(f"mm_processor_kwargs: {names}: use {' or '.join(NAMES)}", param="mm_processor_kwargs")
     try:
-        keep_of(options)
         return with_budget(recipe, options)
     except (TypeError, ValueError) as error:
         raise RequestError(f"mm_processor_kwargs: {error}", param="mm_processor_kwargs") from error

@@ -20,6 +20,8 @@ from .plan import MODALITIES, Modality, plan_of
 from .processor import TOLD, field, keep_in
 from .signals import EngineSignals
 
+OF_ITEM = (*TOLD, "second_per_grid_ts", "timestamps")  # what is told of an item beside its pixels, by which it stands
+
 
 class PrunedModel:
     """Goes before a model of vLLM among the bases of a class.
@@ -47,7 +49,6 @@ class PrunedModel:
                     "that is not read here: choose another mm_encoder_attn_backend, or a method that reads none"
                 )
             for modality in self.modalities:
-                self._plan.check_layers(modality, len(attentions))
                 self._reading[modality] = EngineSignals(self._plan.base, modality, self._plan.needs, attentions)
                 self._reading[modality].install()
 
@@ -89,8 +90,7 @@ class PrunedModel:
 
     def _item(self, kwargs: dict[str, Any], i: int) -> dict[str, Tensor]:
         """What is told of item i."""
-        names = (*TOLD, "second_per_grid_ts", "timestamps")
-        return {name: torch.as_tensor(kwargs[name][i]) for name in names if kwargs.get(name) is not None}
+        return {name: torch.as_tensor(kwargs[name][i]) for name in OF_ITEM if kwargs.get(name) is not None}
 
     def _rows(self, modality: Modality, x: Tensor, one: Selected, item: dict[str, Tensor]) -> Tensor:
         """The kept rows of an item: merged features, what else travels with a token as it was, and the place."""
@@ -124,7 +124,7 @@ class PrunedModel:
         tokens, moved, lengths, done = [], [], [], 0
         for feature in sorted(mm_features, key=lambda f: f.mm_position.offset):
             at, data = feature.mm_position, feature.data
-            item = {name: torch.as_tensor(data[name].data) for name in self._names(data)}
+            item = {name: torch.as_tensor(data[name].data) for name in OF_ITEM if name in data}
             n = at.length if self._plan.renumbers and self.one_row else int(data[field(feature.modality)].data[2])
             whole = self._tokens(feature.modality, n, item)
             tokens += input_tokens[done : at.offset]
@@ -138,10 +138,6 @@ class PrunedModel:
         else:
             unpruned = super().get_mrope_input_positions(tokens, moved)[0]  # type: ignore[misc]
         return positions.begin(unpruned, lengths, len(input_tokens), self.one_row)
-
-    @staticmethod
-    def _names(data: Any) -> list[str]:
-        return [name for name in (*TOLD, "second_per_grid_ts", "timestamps") if name in data]
 
     def recompute_mrope_positions(
         self, input_ids: Any, multimodal_embeddings: Sequence[Tensor], mrope_positions: Tensor, num_computed_tokens: int

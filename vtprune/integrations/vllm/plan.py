@@ -15,18 +15,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ...core.errors import UnsupportedModel
 from ...core.method import Stage
 from ...core.select import Selected
 from ...core.signal import Signal
 from ...core.visual import Span
 from ...model_adapters.family import Family, family_of
-from ...model_adapters.tower_layout import tower_of
-from ...model_adapters.towers import attention_modules, has_cls, layer_index
 from ...recipe import Recipe
 from ...selection import count, select
 from ...signals import kind_of
-from ..budget import with_budget
+from ..budget import with_keep
 
 Modality = Literal["image", "video"]
 MODALITIES: tuple[Modality, ...] = ("image", "video")
@@ -52,8 +49,7 @@ class EnginePlan:
         """The stages of a request; none where it keeps all tokens."""
         if isinstance(keep, float) and keep == 1.0:
             return ()
-        name = "keep_ratio" if isinstance(keep, float) else "keep_tokens"
-        return with_budget(self.recipe, {} if keep is None else {name: keep}).stages
+        return with_keep(self.recipe, keep).stages
 
     def spans(self, modality: Modality, call: Mapping[str, Any], n: int) -> tuple[Span, ...]:
         """The rasters of one image or video of n tokens. call: what is told of it, such as `image_grid_thw` [1, 3]."""
@@ -98,20 +94,6 @@ class EnginePlan:
     def renumbers(self) -> bool:
         """True if the kept tokens are numbered without gaps."""
         return any(stage.compact for stage in self.recipe.stages)
-
-    def check_layers(self, modality: Modality, loaded: int) -> None:
-        """Raise UnsupportedModel where a signal is of a tower layer behind the `loaded` ones of the engine."""
-        tower = tower_of(self.base, modality)
-        depth, cls = len(attention_modules(tower)), has_cls(tower)
-        for need in self.needs:
-            asked = not (need.without_cls if cls else kind_of(need).of_cls)
-            index = layer_index(self.base, tower, depth, need.layer)
-            if asked and not 0 <= index < loaded:
-                raise UnsupportedModel(
-                    f"the recipe reads {need}, and vLLM loads the first {loaded} of the {depth} layers of this vision "
-                    "tower, up to the one that feeds the projector: set the method's layer to one of these, or choose "
-                    "a method that reads none"
-                )
 
     def _check(self, stage: Stage) -> None:
         name = stage.method.name

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...core.errors import UnsupportedModel
 from ...core.signal import Signal
 from ...hf.tower_signals import TowerSignals
 
@@ -18,11 +19,19 @@ class EngineSignals(TowerSignals):
 
     base: the model of transformers without weights, which tells the layers and how patches become visual tokens.
     attentions: the engine's modules of the attention product, first layer first.
+    Raises UnsupportedModel where a signal is of a layer that the engine has not loaded.
     """
 
     def __init__(self, base: nn.Module, modality: Any, needs: Iterable[Signal], attentions: list[nn.Module]) -> None:
         super().__init__(base, modality, needs)
         self.attentions = attentions
+        for signal, index in self.index.items():
+            if index >= len(attentions):
+                raise UnsupportedModel(
+                    f"the recipe reads {signal}, and vLLM loads the first {len(attentions)} of the {len(self.layers)} "
+                    "layers of this vision tower, up to the one that feeds the projector: set the method's layer to "
+                    "one of these, or choose a method that reads none"
+                )
 
     def install(self) -> list[Callable[[], None]]:
         """Put a hook on each module whose layer is read; the returned functions take them off."""
