@@ -112,8 +112,39 @@ class Attention(torch.autograd.Function):
         return dq, dk, dv, None, None, None
 
 
+class _Adapted(torch.autograd.Function):
+    """x [..., i] through a frozen weight [o, i] and its low-rank change `scale` up [o, r] down [r, i]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+        flat = x.flatten(0, -2)
+        low = flat @ down.T
+        ctx.save_for_backward(flat, low, weight, down, up)
+        ctx.scale = scale
+        return torch.addmm(flat @ weight.T, low, up.T, alpha=scale).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        flat, low, weight, down, up = ctx.saved_tensors
+        shape, grad = grad.shape, grad.flatten(0, -2)
+        dlow = (grad @ up).mul_(ctx.scale)
+        dx = torch.addmm(grad @ weight, dlow, down).view(*shape[:-1], -1) if ctx.needs_input_grad[0] else None
+        return dx, None, dlow.T @ flat, (grad.T @ low).mul_(ctx.scale), None
+
+
 def linear(x: Tensor, layer: Any) -> Tensor:
+    """A linear layer; one that PEFT has wrapped takes its frozen weight and its adapter in one step."""
+    if hasattr(layer, "lora_A"):
+        down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        return _Adapted.apply(x, layer.base_layer.weight, down, up, layer.scaling["default"])
     return F.linear(x, layer.weight, layer.bias)
+
+
+def _share(x: Tensor, heads: int, of: int) -> Tensor:
+    """Keys or values [B, N, of * D], each of which serves `heads / of` heads in turn -> [B, N, heads * D]."""
+    if heads == of:
+        return x
+    return x.unflatten(-1, (of, -1)).repeat_interleave(heads // of, -2).flatten(-2)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -130,7 +161,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, inv = ctx.saved_tensors
         normed = x * inv
-        dweight = (grad * normed).flatten(0, -2).sum(0)
+        dweight = (grad * normed).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         g = grad * weight
         mean = torch.linalg.vecdot(g, normed)[..., None] / x.shape[-1]
         return (g - normed * mean).mul_(inv), dweight, None
@@ -155,7 +186,7 @@ def prefixed_hidden(lm: Any, prefix: Tensor, ids: Tensor, segments: Tensor, posi
     bias = torch.cat([torch.zeros(batch, count, width), torch.where(seen, 0.0, low)], -1).to(x.dtype)
     causal = torch.full((width, width), low).triu(1).to(x.dtype)
     cos, sin = lm.rotary_emb(x, positions)
-    heads = lm.config.num_attention_heads
+    heads, of = lm.config.num_attention_heads, lm.config.num_key_value_heads
     for i, layer in enumerate(lm.layers):
         attention, mlp = layer.self_attn, layer.mlp
         last = i == len(lm.layers) - 1  # nobody reads the image positions after the last layer
@@ -163,8 +194,8 @@ def prefixed_hidden(lm: Any, prefix: Tensor, ids: Tensor, segments: Tensor, posi
         h = rms_norm(x, layer.input_layernorm)
         q, k, v = (
             linear(h[:, rows], attention.q_proj),
-            linear(h, attention.k_proj),
-            linear(h, attention.v_proj),
+            _share(linear(h, attention.k_proj), heads, of),
+            _share(linear(h, attention.v_proj), heads, of),
         )
         x = x[:, rows] + linear(Attention.apply(q, k, v, heads, biases, (cos, sin)), attention.o_proj)
         h = rms_norm(x, layer.post_attention_layernorm)

@@ -29,15 +29,19 @@ def orthogonalise(updates: Tensor, steps: int = 5) -> Tensor:
 class Optimiser:
     """Steps bfloat16 parameters through float32 masters and keeps an exponential average of the masters.
 
-    Parameters whose name contains `slow` take `slow_scale` times the rates; those without a gradient stay.
+    Parameters whose name contains `slow` take `slow_scale` times the rates; frozen ones are left out, and those without
+    a gradient stay.
     """
 
     def __init__(self, module: nn.Module, slow: str, decay: float = 0.02) -> None:
-        named = list(module.named_parameters())
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self.params = [p for _, p in named]
         self.slow = [slow in name for name in self.names]
-        self.matrix = [p.dim() == 2 and (".layers." in name or ".blocks." in name) for name, p in named]
+        # A low-rank factor is no matrix of its own: what counts is its product with the other one.
+        self.matrix = [
+            p.dim() == 2 and "lora_" not in name and (".layers." in name or ".blocks." in name) for name, p in named
+        ]
         self.decay = decay
         self.masters = [p.detach().float().clone() for p in self.params]
         self.average = [m.clone() for m in self.masters]

@@ -75,6 +75,8 @@ class Trainer:
     slow: str
     slacks: tuple[int, ...] = (6,)
     threads = 2
+    end = EOS  # the token that ends an answer
+    save_seconds = CHECKPOINT_SECONDS
 
     def __init__(self, out: Path, seed: int, scale: float) -> None:
         self.out, self.seed = out, seed
@@ -131,7 +133,8 @@ class Trainer:
     def export(self, weights: dict[str, Tensor], folder: Path) -> None:
         """Write the averaged weights of the model in the stock format."""
         whole = self.build()
-        whole.load_state_dict(weights)
+        tied = {"lm_head.weight": weights["model.language_model.embed_tokens.weight"]}
+        whole.load_state_dict(weights | tied)
         self.write(whole, folder)
 
     def monitored(self) -> Iterator[tuple[Batch, Tensor]]:
@@ -162,7 +165,7 @@ class Trainer:
         loss = F.cross_entropy(logits, batch.labels[asked], reduction="none")
         weights, topics = batch.weights[asked], batch.topics[asked]
         for name, topic in self.topics.items():
-            mine = loss.detach()[(topics == topic) & (batch.labels[asked] != EOS)]
+            mine = loss.detach()[(topics == topic) & (batch.labels[asked] != self.end)]
             if len(mine):
                 self.means[name] = self.means.get(name, mine.mean().item()) * 0.97 + 0.03 * mine.mean().item()
         return (loss * weights).sum() / weights.sum()
@@ -208,8 +211,7 @@ class Trainer:
         os.replace(temporary, self.out / "training.pt")
         average = dict(zip(self.optimiser.names, self.optimiser.average, strict=True))
         weights = {k.removeprefix("model."): v for k, v in average.items() if k.startswith("model.")}
-        tied = {"lm_head.weight": weights["model.language_model.embed_tokens.weight"]}
-        self.export(weights | tied, self.out / "checkpoint")
+        self.export(weights, self.out / "checkpoint")
         (self.out / "history.json").write_text(json.dumps(self.history, indent=1))
 
     def resume(self) -> None:
@@ -236,7 +238,7 @@ class Trainer:
         self.optimiser.load(self.optimiser.average)
         for batch, hidden in self.monitored():
             best = (hidden @ self.model.get_input_embeddings().weight.T).argmax(-1)
-            wrong = (best != batch.labels) & (batch.labels >= 0) & (batch.labels != EOS)
+            wrong = (best != batch.labels) & (batch.labels >= 0) & (batch.labels != self.end)
             for b, asks in enumerate(batch.asks):
                 for segment, ask in enumerate(asks):
                     name = ask.template if ask.capability in ("caption", "helper") else ask.capability
@@ -273,7 +275,7 @@ def _run(trainer: Trainer, progress: bool) -> None:
             trainer.history.append(entry)
             if progress:
                 tqdm.write(json.dumps(entry))
-        if now - saved > CHECKPOINT_SECONDS or finished:
+        if now - saved > trainer.save_seconds or finished:
             trainer.save()
             saved = time.monotonic()
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from vtprune.evals.toys.asks import Ask
 from vtprune.evals.toys.image import fast
 from vtprune.evals.toys.image.model import MEAN_RGB, STD, VOCABULARY
-from vtprune.evals.toys.packing import Batch, lay
+from vtprune.evals.toys.packing import Batch, lay, word_by_word
 
 
 def normalise(pixels: list[np.ndarray]) -> Tensor:
@@ -20,4 +20,4 @@ def normalise(pixels: list[np.ndarray]) -> Tensor:
 
 def pack(pixels: list[np.ndarray], asks: list[list[Ask]], topics: dict[str, int], weighted: bool) -> Batch:
     """The questions of each picture side by side, behind `<s>` and its 256 visual tokens."""
-    return lay(normalise(pixels), asks, VOCABULARY, fast.PREFIX, topics, weighted)
+    return lay(normalise(pixels), asks, word_by_word(VOCABULARY), fast.PREFIX, topics, weighted)

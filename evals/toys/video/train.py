@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vtprune.evals.toys.asks import Ask, Balance
-from vtprune.evals.toys.packing import Batch, lay
+from vtprune.evals.toys.packing import Batch, lay, word_by_word
 from vtprune.evals.toys.trainer import Job, Trainer, command, run
 from vtprune.evals.toys.trainer import Stage as Base
 from vtprune.evals.toys.video import fast
@@ -86,7 +86,7 @@ class VideoTrainer(Trainer):
         for i in range(self.threads):
             mine = clips[i :: self.threads]
             pixels = fast.patches([c.frames for c in mine])
-            batch = lay(pixels, asks[i :: self.threads], VOCABULARY, 1, self.topics, True)
+            batch = lay(pixels, asks[i :: self.threads], word_by_word(VOCABULARY), 1, self.topics, True)
             jobs.append(partial(self.answer_job, batch, mine, t < stage.frozen, gap))
         return jobs
 
@@ -109,7 +109,7 @@ class VideoTrainer(Trainer):
         return training_asks(drawn, rng, balance, True)
 
     def answered(self, drawn: Sequence[Clip], asks: list[list[Ask]]) -> tuple[Batch, Tensor]:
-        batch = lay(fast.patches([c.frames for c in drawn]), asks, VOCABULARY, 1, self.topics, False)
+        batch = lay(fast.patches([c.frames for c in drawn]), asks, word_by_word(VOCABULARY), 1, self.topics, False)
         visual = fast.visual_tokens(self.model, batch.pixels)
         return batch, fast.question_hidden(self.model, visual, batch.ids, batch.segments, batch.positions)
 
