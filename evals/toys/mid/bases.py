@@ -112,7 +112,7 @@ def _language_model(work: Path, out: Path) -> None:
         weights[name] = value
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the weights are plain from here on
-    model = LlamaForCausalLM(config)
+    model: Any = LlamaForCausalLM(config)
     model.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
     model.to(torch.bfloat16).save_pretrained(out)
     AutoTokenizer.from_pretrained(work, gguf_file=GGUF).save_pretrained(out)
@@ -151,8 +151,14 @@ def _tower(path: Path, out: Path) -> None:
     weights["embeddings.mask_token"] = torch.zeros(1, width)  # training of DINOv2 alone reads it
     kernel = weights["embeddings.patch_embeddings.projection.weight"].shape[-1]
     side = round((table.shape[1] - 1) ** 0.5) * kernel
-    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": width // 64}
-    config = Dinov2Config(**sizes, image_size=side, patch_size=kernel, layer_norm_eps=1e-6)
+    config = Dinov2Config(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        image_size=side,
+        patch_size=kernel,
+        layer_norm_eps=1e-6,
+    )
     config.architectures = ["Dinov2Model"]
     config.save_pretrained(out)
     save_file(weights, out / "model.safetensors", {"format": "pt"})
@@ -166,4 +172,5 @@ def parts(out: Path | None = None) -> tuple[Dinov2Model, LlamaForCausalLM, PreTr
     base = fetch(out)
     tower = Dinov2Model.from_pretrained(base / "tower", dtype=torch.float32)
     llm = LlamaForCausalLM.from_pretrained(base / "llm", dtype=torch.float32)
-    return tower, llm, AutoTokenizer.from_pretrained(base / "llm")
+    tokenizer: Any = AutoTokenizer.from_pretrained(base / "llm")
+    return tower, llm, tokenizer

@@ -64,7 +64,7 @@ def fetch_training(out: Path) -> Path:
 
 @cache
 def training(out: Path) -> Content:
-    """The content of training pictures; `fetch_training(out)` downloads it first. Needs scikit-learn and scikit-image."""
+    """The content of training pictures, as `fetch_training(out)` downloads it; needs scikit-learn and scikit-image."""
     digits, garments = read_digits(out), read_garments(out, "train")
     kept = [d[: round(len(d) * (1 - HELDOUT_SHARE))] for d in digits]
     return Content(_photos(*_TRAIN_PHOTOS), kept, garments)

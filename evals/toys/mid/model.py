@@ -25,6 +25,7 @@ CHAT_TEMPLATE = """{{ bos_token }}{% for m in messages %}{% if m.content is stri
 {% for c in m.content %}{% if c.type == 'text' %}{{ '\\n' + c.text }}{% endif %}{% endfor %}{% endif %}{% endfor %}\
 {{ '\\nAnswer:' }}"""
 FEATURE_LAYER = -2
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the pictures that DINOv2 was trained on
 TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 RANK = 16
 
@@ -34,8 +35,8 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     images = BitImageProcessor(
         size={"height": SIDE, "width": SIDE},
         do_center_crop=False,
-        image_mean=[0.485, 0.456, 0.406],
-        image_std=[0.229, 0.224, 0.225],
+        image_mean=list(MEAN),
+        image_std=list(STD),
     )
     tokenizer.padding_side = "left"
     return LlavaProcessor(
@@ -52,10 +53,11 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 def assemble(out: Path | None = None) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerFast]:
     """The pretrained parts in one LLaVA, float32, with a projector that knows nothing yet; and the tokenizer."""
     tower, llm, tokenizer = parts(out)
+    image: Any = tokenizer.convert_tokens_to_ids(IMAGE)
     config = LlavaConfig(
         vision_config=tower.config,
         text_config=llm.config,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_token_index=image,
         image_seq_length=(SIDE // PATCH) ** 2,
         vision_feature_layer=FEATURE_LAYER,
         vision_feature_select_strategy="default",
@@ -74,9 +76,7 @@ def adapt(model: LlavaForConditionalGeneration, rank: int = RANK) -> Any:
     """The model as a PEFT one with fresh adapters; everything but these and the projector is frozen."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules=TARGETS, modules_to_save=["multi_modal_projector"]
-    )
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS, modules_to_save=["multi_modal_projector"])
     return get_peft_model(model, config)
 
 

@@ -32,7 +32,8 @@ COLOR_NAMES = tuple(COLORS)
 MAX_COUNT = 6
 CELLS = ("top left", "top right", "bottom left", "bottom right")
 _YY, _XX = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32)
-_STAR = np.array([(np.cos(a) * r, -np.sin(a) * r) for a, r in zip(np.pi / 2 + np.arange(10) * np.pi / 5, [1.15, 0.5] * 5)])
+_SPOKES = zip(np.pi / 2 + np.arange(10) * np.pi / 5, [1.15, 0.5] * 5)  # angle and length of a star's corners
+_STAR = np.array([(np.cos(angle) * length, -np.sin(angle) * length) for angle, length in _SPOKES])
 
 
 @dataclass(frozen=True)

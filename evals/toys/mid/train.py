@@ -2,11 +2,13 @@
 
 The tower and the language model's own weights stay as they were fetched. First the projector alone learns to say in
 the language model's words what each patch shows; then projector and adapter learn to answer. `OUT/content` receives
-what the pictures are made of. `vtprune.evals.toys.trainer` says how the schedule is followed and resumed.
+what the pictures are made of. `vtprune.evals.toys.trainer` says how the schedule is followed and resumed; with
+`--start ADAPTER` it begins at its last stage, from the weights of a saved adapter. Needs scikit-learn and scikit-image.
 """
 
 from __future__ import annotations
 
+import argparse
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,10 +26,10 @@ from vtprune.evals.toys.fast import prefixed_hidden
 from vtprune.evals.toys.mid import content
 from vtprune.evals.toys.mid.asks import training_asks
 from vtprune.evals.toys.mid.labels import Alignment, Heads, make_labels
-from vtprune.evals.toys.mid.model import FEATURE_LAYER, adapt, assemble
+from vtprune.evals.toys.mid.model import FEATURE_LAYER, MEAN, STD, adapt, assemble
 from vtprune.evals.toys.mid.scenes import Scene, heldout_rng, make_scene, training_rng
 from vtprune.evals.toys.packing import Batch, lay
-from vtprune.evals.toys.trainer import Job, command, run
+from vtprune.evals.toys.trainer import Job, run
 from vtprune.evals.toys.trainer import Stage as Base
 from vtprune.evals.toys.trainer import Trainer as BaseTrainer
 
@@ -54,13 +56,15 @@ class Trainer(BaseTrainer):
     slow = "multi_modal_projector"
     save_seconds = 300
 
-    def __init__(self, out: Path, seed: int, scale: float) -> None:
+    def __init__(self, out: Path, seed: int, scale: float, start: Path | None = None) -> None:
         self.content = content.training(content.fetch_training(out / "content"))
         super().__init__(out, seed, scale)
         self.llava: Any = self.model.base_model.model
         self.alignment = Alignment(self.tokenizer)
         self.end = self.tokenizer.eos_token_id
-        if not (out / "training.pt").exists():
+        if start is not None:
+            self._start_from(start)
+        elif not (out / "training.pt").exists():
             self._start_projector()
 
     def build(self, seed: int = 0) -> Any:
@@ -85,6 +89,17 @@ class Trainer(BaseTrainer):
             self.optimiser.average[i].copy_(self.optimiser.masters[i])
         self.optimiser.load(self.optimiser.masters)
 
+    def _start_from(self, adapter: Path) -> None:
+        """Take the weights of a saved adapter and skip all stages but the last."""
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        set_peft_model_state_dict(self.model, load_file(adapter / "adapter_model.safetensors"))
+        for values in (self.optimiser.masters, self.optimiser.average):
+            for value, parameter in zip(values, self.optimiser.params, strict=True):
+                value.copy_(parameter.float())
+        self.done = sum(self.steps[:-1])
+
     @property
     def projector(self) -> Any:
         return self.llava.model.multi_modal_projector.modules_to_save["default"]
@@ -98,7 +113,7 @@ class Trainer(BaseTrainer):
     def features(self, scenes: Sequence[Scene]) -> Tensor:
         """bfloat16 [B, 256, 384]: what the projector receives."""
         pixels = torch.from_numpy(np.stack([s.pixels for s in scenes])).float() / 255
-        pixels = (pixels - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+        pixels = (pixels - torch.tensor(MEAN)) / torch.tensor(STD)
         tower = self.llava.model.vision_tower
         seen = tower(pixels.permute(0, 3, 1, 2).to(torch.bfloat16), output_hidden_states=True)
         found: Tensor = seen.hidden_states[FEATURE_LAYER][:, 1:]
@@ -163,7 +178,8 @@ class Trainer(BaseTrainer):
 
         state = get_peft_model_state_dict(self.model, state_dict=weights)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.half().contiguous() for name, value in state.items()}, folder / "adapter_model.safetensors")
+        half = {name: value.half().contiguous() for name, value in state.items()}
+        save_file(half, folder / "adapter_model.safetensors")
         self.model.peft_config["default"].save_pretrained(folder)
 
     def heldout(self, seed: int) -> tuple[random.Random, Callable[[random.Random], Scene]]:
@@ -177,18 +193,31 @@ class Trainer(BaseTrainer):
         return batch, self.hidden(self.project(self.features(drawn)), batch)
 
 
-def train(out: Path, *, resume: bool = True, seed: int = 0, scale: float = 1.0, progress: bool = True) -> Path:
+def train(
+    out: Path,
+    *,
+    resume: bool = True,
+    seed: int = 0,
+    scale: float = 1.0,
+    start: Path | None = None,
+    progress: bool = True,
+) -> Path:
     """Train and return the folder of the finished adapter, `out/checkpoint`.
 
     `resume` continues from `out/training.pt`, which is rewritten every five minutes and at the end. `scale` multiplies
-    the steps of every stage, for smoke tests.
+    the steps of every stage, for smoke tests. `start`: a saved adapter to begin the last stage from.
     """
-    return run(Trainer(Path(out), seed, scale), resume, progress)
+    return run(Trainer(Path(out), seed, scale, start), resume, progress)
 
 
 def main() -> None:
     """The command line."""
-    command(train, "Train the projector and the adapter of the mid model (hours on two CPU cores).")
+    parser = argparse.ArgumentParser(description="Train the mid model's projector and adapter (hours on two cores).")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--start", type=Path, help="a saved adapter, from which the last stage begins")
+    train(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":
