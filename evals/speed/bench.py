@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 import vtprune
-from vtprune.evals.accuracy import parse_method
+from vtprune.parsing import parse_method
 from vtprune.evals.report import environment
 from vtprune.evals.speed import geometries
 from vtprune.evals.speed.flops import TextCost, counted, peak

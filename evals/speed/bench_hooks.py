@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 import vtprune
-from vtprune.evals.accuracy import parse_method
+from vtprune.parsing import parse_method
 from vtprune.evals.report import Report, Row, environment
 from vtprune.evals.speed.bench import Subject
 from vtprune.evals.speed.meter import now
