@@ -27,7 +27,7 @@ NOTES = (
 
 
 def llm_by_layer(last: Last, fed: int, visual: int) -> list[int]:
-    """Visual tokens that each decoder layer ran on, of a call with one prompt of `fed` tokens, `visual` of them seen."""
+    """Visual tokens that each decoder layer ran on, of a call with one prompt: `fed` tokens, `visual` visual."""
     return [length - (fed - visual) for length in last.lengths]
 
 
@@ -92,7 +92,7 @@ def looks(text: TextCost, stages: Sequence[Stage], entering: Sequence[int]) -> i
 
 
 def text_cost(config: Any) -> TextCost | None:
-    """The cost model of a text config; None for experts, for layers without attention, and for sizes it does not name."""
+    """The cost model of a text config; None for experts, layers without attention, and sizes that it does not name."""
     kinds = getattr(config, "layer_types", None) or ()
     experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
     if experts or any("attention" not in kind or "linear" in kind for kind in kinds):

@@ -44,7 +44,9 @@ class Plan:
         """The model, patched inside a `with` block."""
         if self.method is None:
             return nullcontext()
-        return vtprune.patch(model, self.method, keep=self.keep, **({"positions": self.positions} if self.positions else {}))
+        return vtprune.patch(
+            model, self.method, keep=self.keep, **({"positions": self.positions} if self.positions else {})
+        )
 
 
 def plans(methods: Iterable[str], keeps: Sequence[float | int], seeds: int = 3) -> list[Plan]:
@@ -68,7 +70,7 @@ def plans(methods: Iterable[str], keeps: Sequence[float | int], seeds: int = 3) 
 
 
 def both_positions(methods: Iterable[str]) -> list[str]:
-    """The methods, and behind each that officially renumbers position ids the same with the ids that are not its own."""
+    """The methods, and behind each that officially renumbers position ids the same with the way that is no default."""
     out: list[str] = []
     for text in methods:
         name, options = parse_method(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
@@ -71,26 +71,30 @@ class CostProbe:
         before, after = self._run(plan, self.inputs[0])[0].visual_tokens
         return after / before
 
-    def equal(self, plan: Plan) -> Plan | float | None:
+    def equal(self, plan: Plan, known: Mapping[float | int, float] | None = None) -> Plan | float | None:
         """The plan with the `keep` at which its average share over the LLM's layers is what its `keep` says.
 
-        Found by halving the range of `keep` on the first prompt. None where the plan does so as it is; a float, the
-        least share that it comes down to, where no `keep` does: its layers before the first stage hold too many.
+        Found by halving the range of `keep` on the first prompt, unless it is among the known ones: {keep: share}. None
+        where the plan does so as it is; a float, the least share that it comes down to, where no `keep` does: its
+        layers before the first stage hold too many.
         """
         before = self._run(plan, self.inputs[0])[0].visual_tokens[0]
         wanted = plan.keep if isinstance(plan.keep, float) else plan.keep / before
         if abs(self.share(plan) - wanted) <= EQUAL:
             return None
+        for keep, found in (known or {}).items():
+            if abs(found - wanted) <= EQUAL:
+                return dataclasses.replace(plan, keep=keep, equal=wanted)
         low, high = 1 / before, 1.0
         tried: dict[float, float] = {}
-        for keep in (low, *(None,) * STEPS):
-            keep = round((low + high) / 2, 4) if keep is None else keep
+        for step in range(STEPS + 1):
+            keep = round((low + high) / 2, 4) if step else low
             try:
                 tried[keep] = self.share(dataclasses.replace(plan, keep=keep))
             except (VtpruneError, ValueError):  # too little for this method
                 low = keep
                 continue
-            if keep == low and tried[keep] > wanted + EQUAL:
+            if not step and tried[keep] > wanted + EQUAL:
                 return tried[keep]
             low, high = (keep, high) if tried[keep] < wanted else (low, keep)
         if not tried:

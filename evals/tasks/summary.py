@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,9 +42,6 @@ class Summary(Report):
     def body(self) -> Row:
         """What eval.json holds."""
         return {"title": self.title, "rows": self.rows, "notes": list(self.notes)}
-
-    def to_json(self) -> str:
-        return json.dumps(self.body, indent=1, allow_nan=False)
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """(header, lines): scores and times side by side; no means where there is one task only."""
