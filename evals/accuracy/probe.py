@@ -11,13 +11,12 @@ import torch
 
 from vtprune.evals.accuracy.exam import prepare
 from vtprune.evals.accuracy.plans import Plan
-from vtprune.evals.costs import llm_flops, tower_share, vision_flops
+from vtprune.evals.costs import vision_flops
 from vtprune.evals.report import Row
 from vtprune.evals.tasks.recorder import Call, Recorder
 from vtprune.types import VtpruneError
 
 if TYPE_CHECKING:
-    from vtprune import Handle
     from vtprune.evals.toys.questions import Visible as Question
 
 PROMPTS = 16
@@ -48,27 +47,25 @@ class CostProbe:
         if plan.method is None:
             return dict.fromkeys(COSTS, 1.0)
         self._run(Plan("dense", None, 1.0), self.inputs[0])  # warm up
-        calls, towers, ratios, flops = [], [], [], []
+        calls, ratios = [], []
         for i, inputs in enumerate(self.inputs):
-            dense = None if i % 2 else self._run(Plan("dense", None, 1.0), inputs)[0]
-            call, tower, llm = self._run(plan, inputs)
-            dense = dense or self._run(Plan("dense", None, 1.0), inputs)[0]
+            dense = None if i % 2 else self._run(Plan("dense", None, 1.0), inputs)
+            call = self._run(plan, inputs)
+            dense = dense or self._run(Plan("dense", None, 1.0), inputs)
             calls.append(call)
-            towers.append(tower)
-            flops.append(llm)
             ratios.append(call.seconds["ttft"] / dense.seconds["ttft"])
         with plan.applied(self.model):
             vision = vision_flops(self.model, self.inputs[0])
         return {
             "llm_share": fmean(after / before for before, after in (call.visual_tokens for call in calls)),
-            "tower_share": fmean(towers),
-            "flops": self._of_dense(vision, flops),
+            "tower_share": fmean(call.tower_share for call in calls),
+            "flops": self._of_dense(vision, [call.llm_flops for call in calls]),
             "ttft": median(ratios),
         }
 
     def share(self, plan: Plan) -> float:
         """The share of the visual tokens in an average layer of the LLM, on the first prompt."""
-        before, after = self._run(plan, self.inputs[0])[0].visual_tokens
+        before, after = self._run(plan, self.inputs[0]).visual_tokens
         return after / before
 
     def equal(self, plan: Plan, known: Mapping[float | int, float] | None = None) -> Plan | float | None:
@@ -78,7 +75,7 @@ class CostProbe:
         where the plan does so as it is; a float, the least share that it comes down to, where no `keep` does: its
         layers before the first stage hold too many.
         """
-        before = self._run(plan, self.inputs[0])[0].visual_tokens[0]
+        before = self._run(plan, self.inputs[0]).visual_tokens[0]
         wanted = plan.keep if isinstance(plan.keep, float) else plan.keep / before
         if abs(self.share(plan) - wanted) <= EQUAL:
             return None
@@ -104,18 +101,15 @@ class CostProbe:
             return min(tried.values())
         return dataclasses.replace(plan, keep=keep, equal=wanted)
 
-    def _run(self, plan: Plan, inputs: dict[str, Any]) -> tuple[Call, float, int | None]:
-        """One prefill: what was recorded, the tower's share, and the LLM's FLOPs."""
-        handle: Handle | None
+    def _run(self, plan: Plan, inputs: dict[str, Any]) -> Call:
+        """One prefill."""
         with plan.applied(self.model) as handle, Recorder(self.model, handle) as recorder, torch.inference_mode():
             self.model(**inputs, logits_to_keep=1)
-            (call,) = recorder.taken
-            tower = 1.0 if handle is None else tower_share(handle.last)
-            return call, tower, llm_flops(self.model, call.prompt_tokens[0], handle)
+            return recorder.taken.pop()
 
     def _of_dense(self, vision: int, llm: Sequence[int | None]) -> float | None:
         if self._dense is None:
-            runs = [self._run(Plan("dense", None, 1.0), inputs)[2] for inputs in self.inputs]
+            runs = [self._run(Plan("dense", None, 1.0), inputs).llm_flops for inputs in self.inputs]
             self._dense = vision_flops(self.model, self.inputs[0]), runs
         before, full = self._dense
         ours, theirs = ([n for n in runs if n is not None] for runs in (llm, full))

@@ -19,6 +19,8 @@ NOTES = (
     "relative = score / dense score of the same run, in brackets its 95 % interval (paired bootstrap over samples, "
     "2000 resamples); mean: the plain mean of relative over tasks.",
     "agreement: the share of answers equal to those of the dense model; draws of random methods are averaged.",
+    "tokens: visual tokens in an average layer of the LLM, by which the rows of a task are ordered; LLM, tower: the "
+    "share of the visual tokens in an average layer of either. FLOPs: tower, projector and LLM prefill, of dense = 1.",
 )
 TIMES = (
     "Medians over samples, the first of every cell left out as a warm-up; mean: means over tasks of the medians.",
@@ -53,12 +55,17 @@ class Summary(Report):
             "relative",
             "agreement",
             "tokens",
+            "LLM",
+            "tower",
+            "FLOPs",
             "TTFT ms",
             "speed-up",
             "> random",
         ]
         alone = len({row["task"] for row in self.rows} - {MEAN}) < 2
         pairs = [(row, time) for row, time in zip(self.rows, self.timing.rows) if not (alone and row["task"] == MEAN)]
+        tasks = list(dict.fromkeys(row["task"] for row, _ in pairs))
+        pairs.sort(key=lambda pair: (tasks.index(pair[0]["task"]), by_cost(pair[0])))
         return header, [_line(row, time) for row, time in pairs]
 
     def write(self, folder: ResultFolder) -> None:
@@ -110,6 +117,12 @@ def _rounded(value: Any) -> Any:
     return round(value, 6) if isinstance(value, float) else value
 
 
+def by_cost(row: Row) -> tuple[float, float]:
+    """Sorts the rows of a task: the fewest visual tokens in an average layer first, of as many the best first."""
+    tokens = float("inf") if row["visual_tokens"] is None else round(row["visual_tokens"][1])
+    return tokens, -(row["relative"] or 0)
+
+
 def _limited(document: Row) -> list[str]:
     limit = document.get("settings", {}).get("limit")
     told = [] if limit is None else [f"Only the first {limit} samples of every task were asked (--limit)."]
@@ -126,6 +139,9 @@ def _line(row: Row, time: Row) -> list[str]:
         wording.percent(row["relative"]) + wording.bounds(row),
         wording.percent(row["agreement"]),
         wording.NONE if tokens is None else f"{tokens[1]:.0f}",
+        wording.llm_share(row),
+        wording.share_of(row["tower_share"]),
+        wording.flops(row["flops"]),
         wording.milliseconds(time["ttft_ms"]),
         wording.times(time["speedup"]),
         wording.verdict(row["beats_random"]),
