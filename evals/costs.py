@@ -15,8 +15,7 @@ import torch
 from vtprune.evals.speed.flops import TextCost, counted
 
 if TYPE_CHECKING:
-    from vtprune import Handle, Stage
-    from vtprune.types import Last
+    from vtprune import Handle, Last, Stage
 
 NOTES = (
     "tower, LLM: the share of the visual tokens in an average layer of the vision tower and of the LLM, as the layers "

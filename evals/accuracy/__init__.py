@@ -78,7 +78,7 @@ def evaluate(
     progress: bool = True,
     workers: int = 1,
     skip: bool = False,
-    finished: Callable[[AccuracyReport], None] | None = None,
+    finished: Callable[[AccuracyReport], object] | None = None,
     before: AccuracyReport | None = None,
 ) -> AccuracyReport:
     """Ask every question dense, blind and pruned with every method (controls added) at every keep.

@@ -44,9 +44,8 @@ class Plan:
         """The model, patched inside a `with` block."""
         if self.method is None:
             return nullcontext()
-        return vtprune.patch(
-            model, self.method, keep=self.keep, **({"positions": self.positions} if self.positions else {})
-        )
+        options: dict[str, Any] = {} if self.positions is None else {"positions": self.positions}
+        return vtprune.patch(model, self.method, keep=self.keep, **options)
 
 
 def plans(methods: Iterable[str], keeps: Sequence[float | int], seeds: int = 3) -> list[Plan]:

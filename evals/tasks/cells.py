@@ -67,7 +67,7 @@ class Cell:
         """The model, patched inside a `with` block, which gives the `Handle`, or None where nothing is pruned."""
         if self.method is None:
             return nullcontext()
-        options = {} if self.positions is None else {"positions": self.positions}
+        options: dict[str, Any] = {} if self.positions is None else {"positions": self.positions}
         return vtprune.patch(model, self.method, keep=self.keep, **options)
 
 

@@ -19,8 +19,8 @@ NOTES = (
     "relative = score / dense score of the same run, in brackets its 95 % interval (paired bootstrap over samples, "
     "2000 resamples); mean: the plain mean of relative over tasks.",
     "agreement: the share of answers equal to those of the dense model; draws of random methods are averaged.",
-    "tokens: visual tokens in an average layer of the LLM, by which the rows of a task are ordered; LLM, tower: the "
-    "share of the visual tokens in an average layer of either. FLOPs: tower, projector and LLM prefill, of dense = 1.",
+    "LLM, tower: the share of the visual tokens in an average layer of either; the rows of a task are ordered by the "
+    "LLM's. FLOPs: of tower, projector and LLM prefill, of dense = 1.",
 )
 TIMES = (
     "Medians over samples, the first of every cell left out as a warm-up; mean: means over tasks of the medians.",
@@ -54,7 +54,6 @@ class Summary(Report):
             "score",
             "relative",
             "agreement",
-            "tokens",
             "LLM",
             "tower",
             "FLOPs",
@@ -130,7 +129,6 @@ def _limited(document: Row) -> list[str]:
 
 
 def _line(row: Row, time: Row) -> list[str]:
-    tokens = row["visual_tokens"]
     return [
         row["task"],
         row["method"],
@@ -138,7 +136,6 @@ def _line(row: Row, time: Row) -> list[str]:
         wording.score_text(row["score"]),
         wording.percent(row["relative"]) + wording.bounds(row),
         wording.percent(row["agreement"]),
-        wording.NONE if tokens is None else f"{tokens[1]:.0f}",
         wording.llm_share(row),
         wording.share_of(row["tower_share"]),
         wording.flops(row["flops"]),
