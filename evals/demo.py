@@ -1,4 +1,4 @@
-"""The demonstration behind `vtprune demo`: the embedded model, dense against pruned, on real questions."""
+"""The demonstration behind `vtprune demo`: an embedded model, dense against pruned, on real questions."""
 
 from __future__ import annotations
 
@@ -8,45 +8,45 @@ from pathlib import Path
 from typing import Any
 
 import vtprune
-from vtprune.evals.accuracy import VIDEO_KEEPS, AccuracyReport, evaluate
+from vtprune.evals.accuracy import KEEPS, AccuracyReport, evaluate
+from vtprune.evals.accuracy.table import every_method, keeps_of
+from vtprune.evals.toys import TOYS, toy
 
-TOYS = {
-    "image": "A toy: 2.3 million parameters, 64 x 64 pixels, 71 words.",
-    "video": "A toy: 1.1 million parameters, clips of 16 frames of 48 x 48 pixels, 57 words.",
+CAVEATS = {
+    "image": "A toy: 2.3 million parameters, 64 x 64 pixels, 71 words. It shows how methods differ on a model that "
+    "really looks; it says nothing about a 7B model on photographs.",
+    "video": "A toy: 1.1 million parameters, clips of 16 frames of 48 x 48 pixels, 57 words. It shows how methods "
+    "differ on a model that really looks; it says nothing about a 7B model on films.",
+    "mid": "Real parts and real depth in a small closed world: it says nothing about a 7B model on photographs.",
 }
-CAVEAT = "It shows how methods differ on a model that really looks; it says nothing about a 7B model on {}."
-WHAT = {"image": "photographs", "video": "films"}
-KEEPS = {"image": (0.5, 0.25, 0.11), "video": VIDEO_KEEPS}
 
 
-def toy(video: bool) -> str:
-    """What the embedded model is, and is not good for."""
-    kind = "video" if video else "image"
-    return f"{TOYS[kind]} {CAVEAT.format(WHAT[kind])}"
+def caveat(which: str) -> str:
+    """What an embedded model is, and is not good for."""
+    return CAVEATS[which]
 
 
 def run(
-    out: Path, keeps: Sequence[float | int] = (), limit: int = 30, progress: bool = True, video: bool = False
+    out: Path, keeps: Sequence[float | int] = (), limit: int = 30, progress: bool = True, which: str = "image"
 ) -> tuple[AccuracyReport, list[Path]]:
     """Answer `limit` questions a capability with every registered method; returns the report and the files written.
 
-    video: questions about generated clips, to the model that watches them; methods that it cannot take are noted.
+    which: a name of `TOYS`; "video" asks about generated clips, and methods that it cannot take are noted.
     """
     from vtprune.evals.pictures import film_gallery, gallery
-    from vtprune.evals.toys import image
-    from vtprune.evals.toys import video as clips
 
-    keeps = keeps or KEEPS["video" if video else "image"]
+    video = which == "video"
+    keeps = keeps or (keeps_of(True) if video else KEEPS[:3])
     model: Any
-    model, processor = clips.load("cpu") if video else image.load("cpu")
-    questions: Sequence[Any] = (clips if video else image).questions(per_capability=limit)
-    names = [cls.name for cls in vtprune.methods() if video or not cls.video]
-    title = f"The embedded toy {'video ' if video else ''}VLM, dense and pruned"
+    model, processor = toy(which).load("cpu")
+    questions: Sequence[Any] = toy(which).questions(per_capability=limit)
+    title = f"{TOYS[which]}, dense and pruned".capitalize()
     workers = min(4, os.cpu_count() or 1)
     report = evaluate(
-        model, processor, questions, names, keeps, seeds=1, title=title, progress=progress, workers=workers, skip=video
-    )
-    report.notes = (toy(video), *report.notes)
+        model, processor, questions, every_method(video), keeps, seeds=1, title=title, progress=progress,
+        workers=workers, skip=video,
+    )  # fmt: skip
+    report.notes = (caveat(which), *report.notes)
     ran = {row["method"] for row in report.rows}
     drawn = [cls.name for cls in vtprune.methods() if cls.name in ran and "prefill" in cls.phases]
     overlay = (film_gallery if video else gallery)(model, processor, questions, drawn, keep=keeps[-1])

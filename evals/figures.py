@@ -1,7 +1,8 @@
-"""Figures of the reports: accuracy and time to the first token against kept visual tokens."""
+"""Figures of the reports: accuracy against what it costs, and time to the first token against visual tokens."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -18,26 +19,37 @@ _CONTROLS = {"random": ("#8a8a8a", "--"), "uniform": ("#444444", ":")}
 
 
 def pareto(rows: Sequence[Row], title: str, path: str | Path) -> Path:
-    """Write a PNG: the mean over capabilities large on the left, every capability small on the right."""
+    """Write a PNG of accuracy against cost: the mean over capabilities large, every capability small on the right.
+
+    rows: those of the capability "mean" hold the costs. The cost of the left panel and of the small ones is the share
+    of visual tokens in an average layer of the LLM; that of the second is the FLOPs of the prefill, where known.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    costs = {(row["method"], row["keep"]): row for row in rows if row["capability"] == "mean"}
     names = [n for n in dict.fromkeys(row["capability"] for row in rows) if n != "mean"]
     columns = 3 if len(names) <= 9 else 4
     lines = -(-len(names) // columns)
-    legend = 0.045 * len({row["method"] for row in rows})  # inches, in four columns
-    figure = Figure(figsize=(6 + 1.9 * columns, max(4.6, 1.7 * lines) + legend), layout="constrained")
+    legend = 0.035 * len({row["method"] for row in rows})  # inches, in six columns
+    large = ["llm_share", "flops"] if all(row["flops"] is not None for row in costs.values()) else ["llm_share"]
+    figure = Figure(
+        figsize=(5 * len(large) + 1.8 * columns, max(5.0, 1.75 * lines) + 0.3 + legend), layout="constrained"
+    )
     FigureCanvasAgg(figure)
-    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(5.2, 1.9 * columns))[0]
-    axis = left.subplots()
-    _curves(axis, rows, "mean")
-    axis.set(xlabel="visual tokens kept", ylabel="answer right", title="mean over capabilities")
-    axis.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(5 * len(large), 1.8 * columns))[0]
+    axes = left.subplots(1, len(large), sharey=True, squeeze=False)[0]
+    for axis, cost in zip(axes, large):
+        _curves(axis, rows, "mean", costs, cost)
+        axis.set(xlabel=COSTS[cost])
+    axes[0].set(ylabel="answer right, mean over capabilities")
+    handles, labels = axes[0].get_legend_handles_labels()
+    left.legend(handles, labels, fontsize=7, frameon=False, loc="outside lower center", ncols=3 * len(large))
     small = right.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     for cell, name in zip(small.flat, names):
-        _curves(cell, rows, name, marks=3)
+        _curves(cell, rows, name, costs, "llm_share", marks=2.5)
         cell.set_title(name, fontsize=9)
-        cell.tick_params(labelsize=7)
+        cell.tick_params(labelsize=6.5)
     for cell in small.flat[len(names) :]:
         cell.set_axis_off()
     figure.suptitle(title, fontsize=11)
@@ -47,7 +59,15 @@ def pareto(rows: Sequence[Row], title: str, path: str | Path) -> Path:
     return path
 
 
-def _curves(axis: Any, rows: Sequence[Row], capability: str, marks: float = 5) -> None:
+COSTS = {
+    "llm_share": "visual tokens in an average layer of the LLM",
+    "flops": "FLOPs of the prefill (tower, projector, LLM), of dense = 1",
+}
+
+
+def _curves(
+    axis: Any, rows: Sequence[Row], capability: str, costs: dict[tuple[str, Any], Row], cost: str, marks: float = 5
+) -> None:
     mine = [row for row in rows if row["capability"] == capability]
     full = next(row["right"] for row in mine if row["method"] == "dense")
     blind = max(row["right"] for row in mine if row["method"].startswith("blind"))
@@ -55,13 +75,17 @@ def _curves(axis: Any, rows: Sequence[Row], capability: str, marks: float = 5) -
     axis.axhspan(0, blind, color="black", alpha=0.08, lw=0, label="blind")
     pruned = [row for row in mine if row["keep"] != 1.0]
     for method, (color, style, marker) in _styles(pruned).items():
-        points = sorted((row["keep"], row) for row in pruned if row["method"] == method)
-        x = [keep for keep, _ in points]
+        own = [(costs[method, row["keep"]][cost], row) for row in pruned if row["method"] == method]
+        points = sorted(own, key=lambda point: (point[0], point[1]["keep"]))
+        x = [at for at, _ in points]
         y = [row["right"] for _, row in points]
         hollow = {} if marker == "o" else {"mfc": "white"}
         axis.plot(x, y, style, color=color, marker=marker, ms=marks, lw=1.4, label=method, **hollow)
         axis.fill_between(x, [r["low"] for _, r in points], [r["high"] for _, r in points], color=color, alpha=0.1)
-    _share_axis(axis, sorted({row["keep"] for row in pruned}))
+    axis.set_ylim(0, 1.02)
+    axis.grid(alpha=0.25, lw=0.5)
+    if cost == "llm_share":
+        _share_axis(axis, [row[cost] for row in costs.values()], large=marks >= 5)
 
 
 def ttft(saved: Sequence[tuple[Row, Limits]], path: str | Path) -> Path:
@@ -157,19 +181,34 @@ def _ttft_panel(axis: Any, one: Row, limits: Limits) -> None:
 
 
 def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str, str]]:
-    """Colour, line and marker of every method; once the colours are used up, they come again with other markers."""
+    """Colour, line and marker of every method; once the colours are used up, they come again with other markers.
+
+    A method with the other way of numbering positions has the colour of the method, crosses and dots.
+    """
     names = list(dict.fromkeys(row["method"] for row in rows))
-    own = [name for name in names if name not in _CONTROLS]
+    own = [name for name in names if name not in _CONTROLS and "positions=" not in name]
     rounds = {name: divmod(i, len(_COLORS)) for i, name in enumerate(own)}
     styles = {
         name: (_COLORS[i], "-." if turn else "-", _MARKERS[turn % len(_MARKERS)]) for name, (turn, i) in rounds.items()
     }
-    return {name: (*_CONTROLS[name], "o") if name in _CONTROLS else styles[name] for name in names}
+
+    def style(name: str) -> tuple[str, str, str]:
+        if name in _CONTROLS:
+            return (*_CONTROLS[name], "o")
+        if name in styles:
+            return styles[name]
+        base = re.split("[:,]positions=", name)[0]
+        return styles[base][0] if base in styles else _COLORS[0], ":", "X"
+
+    return {name: style(name) for name in names}
 
 
-def _share_axis(axis: Any, keeps: Sequence[float]) -> None:
+def _share_axis(axis: Any, shares: Sequence[float], large: bool) -> None:
+    """A logarithmic axis of shares, from the least one to all."""
     axis.set_xscale("log")
-    axis.set_ylim(0, 1.02)
-    axis.set_xticks(keeps, [f"{100 * k:.3g} %" if k < 1 else f"{k:g}" for k in keeps])
+    known = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0) if large else (0.01, 0.05, 0.25, 1.0)
+    least = min(shares)
+    ticks = [share for share in known if share >= 0.8 * least]
+    axis.set_xlim(0.9 * least, 1.1)
+    axis.set_xticks(ticks, [f"{100 * share:.3g} %" for share in ticks])
     axis.set_xticks([], minor=True)
-    axis.grid(alpha=0.25, lw=0.5)

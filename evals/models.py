@@ -13,16 +13,17 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def load(name: str | None, device: str | None, dtype: str | None, video: bool = False) -> tuple[Any, Any]:
-    """(model, processor); the embedded one runs in float32 on the CPU unless told otherwise."""
+def load(
+    name: str | None, device: str | None, dtype: str | None, video: bool = False, mid: bool = False
+) -> tuple[Any, Any]:
+    """(model, processor); without a name an embedded one, in float32 on the CPU unless told otherwise."""
     quiet()
     where = device_of(device or (None if name else "cpu"))
     kind = dtype_of(dtype, where)
     if name is None:
-        from vtprune.evals.toys import image
-        from vtprune.evals.toys import video as clips
+        from vtprune.evals.toys import toy
 
-        return clips.load(where, kind) if video else image.load(where, kind)
+        return toy("video" if video else "mid" if mid else "image").load(where, kind)
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 

@@ -16,15 +16,19 @@ from typing import Any
 import vtprune
 from vtprune.evals import speed
 from vtprune.evals.accuracy import CONTROLS, share
+from vtprune.evals.accuracy.rows import COST_HEADER, budget_text, by_cost, cost_cells, difference
 from vtprune.evals.report import Row
 
 BLOCK = re.compile(
-    r"(<!-- vtprune eval(?:-vit| --all| --video --all)(?:, rows (\S+))?: (\S+(?: \S+)*) -->\n\n)"
+    r"(<!-- vtprune eval(?:-vit| --all| --video --all| --mid --all)(?:, rows (\S+))?: (\S+) -->\n\n)"
     r".*?(\n\n<!-- end of table -->)",
     re.DOTALL,
 )
 LISTS = re.compile(r"(<!-- (vtprune methods|runs) -->\n\n).*?(\n\n<!-- end of table -->)", re.DOTALL)
-SHARED = 0.02  # by how much what several runs measured may differ, as a share of the questions
+COSTS = (
+    "LLM, tower: the share of the visual tokens in an average layer of either. FLOPs of the whole prefill and measured "
+    "time to the first token (TTFT): of dense = 1."
+)
 PAGES = ("README.md", "benchmarks/README.md")
 PICTURE = "examples/pictures/ttft.png"
 
@@ -33,9 +37,9 @@ def refreshed(text: str, root: Path) -> str:
     """`text` with every table made anew from what its comment names; root: the folder of the file it stands in."""
 
     def table(m: re.Match[str]) -> str:
-        saved = [json.loads((root / name).read_text()) for name in m[3].split()]
+        saved = json.loads((root / m[3]).read_text())
         only = m[2].split(",") if m[2] else None
-        return m[1] + (vit_table(saved[0]) if "-vit" in m[1] else summary(*saved, only=only)) + m[4]
+        return m[1] + (vit_table(saved) if "-vit" in m[1] else summary(saved, only)) + m[4]
 
     lists: dict[str, Callable[[], str]] = {"vtprune methods": methods_table, "runs": lambda: runs_table(root)}
     text = LISTS.sub(lambda m: m[1] + lists[m[2]]() + m[3], text)
@@ -83,51 +87,48 @@ def runs_table(root: Path) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def summary(saved: dict[str, Any], *more: dict[str, Any], only: Sequence[str] | None = None) -> str:
-    """Means over all kinds of question: a row a method, the best at the smallest share first, controls last.
+def summary(saved: dict[str, Any], only: Sequence[str] | None = None) -> str:
+    """Means over all kinds of question: a row a method and keep, the cheapest first, of one cost the best first.
 
-    more: later runs of other methods. only: the methods to show. Raises ValueError if rows of the same name (dense,
-    blind, controls; of several seeds the first) differ by more than `SHARED`.
+    only: the rows to show, each a name or NAME@KEEP with the keep as a share of 1; dense is shown always. Accuracies
+    that no row of the table reaches at a lower cost are bold. Raises ValueError for a name that is not there.
     """
-    mean = [row for row in saved["rows"] if row["capability"] == "mean"]
-    cells = {(row["method"], row["keep"]): row for row in mean}
-    apart = 0.0
-    for row in (row for run in more for row in run["rows"] if row["capability"] == "mean"):
-        first = cells.setdefault((row["method"], row["keep"]), row)
-        ours, theirs = (r.get("right_by_seed", [r["right"]])[0] for r in (first, row))
-        apart = max(apart, abs(ours - theirs))
-        if apart > SHARED:
-            raise ValueError(f"{row['method']} at {row['keep']}: {ours} and {theirs} in two runs")
-    mean = list(cells.values())
-    pruned = [row for row in mean if row["keep"] != 1.0 and (only is None or row["method"] in only)]
-    keeps = sorted({row["keep"] for row in pruned}, reverse=True)
-    names = sorted({row["method"] for row in pruned}, key=lambda name: (_rank(name, cells[name, keeps[-1]]), name))
+    mean = sorted((row for row in saved["rows"] if row["capability"] == "mean"), key=by_cost)
+    rows = [row for row in mean if not row["method"].startswith("blind")]
+    for name in only or ():
+        if not any(_named(row, name) for row in rows):
+            raise ValueError(f"no row {name}: {', '.join(_name(row) for row in rows)}")
+    rows = [row for row in rows if only is None or row["method"] == "dense" or any(_named(row, name) for name in only)]
     kinds = len({row["capability"] for row in saved["rows"]}) - 1
-    head = [f"mean of {kinds} kinds of question, answer right, %", f"{share(keeps[0])} kept", *map(share, keeps[1:])]
-    lines = [head, ["---"] * len(head), *([_label(n, cells[n, keeps[0]]), *_row(cells, n, keeps)] for n in names)]
+    head = [f"mean of {kinds} kinds of question", "kept", *COST_HEADER, "answer right, %", "vs uniform"]
+    lines, best = [head, ["---", *["---:"] * (len(head) - 1)]], -1.0
+    for row in rows:
+        leads, best = row["right"] > best, max(best, row["right"])
+        over = difference(row.get("over_uniform")).replace("±", " ± ")
+        lines.append([_label(row), budget_text(row), *cost_cells(row), _cell(row, leads), over])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    dense, zeroed, shuffled = (cells[name, 1.0] for name in ("dense", "blind-zero", "blind-shuffle"))
+    cells = {row["method"]: row for row in mean}
+    dense, zeroed, shuffled = (cells[name] for name in ("dense", "blind-zero", "blind-shuffle"))
     env = saved["environment"]
+    equal = " (= 50 %): at that keep the LLM's share is 50 %." if any("(=" in line[1] for line in lines) else ""
     seen = "clip" if env.get("video") else "image"
     return (
-        f"{table}\n\n"
-        f"Dense: {_cell(dense)}. Blind: {100 * zeroed['right']:.1f} with the {seen} zeroed, "
-        f"{100 * shuffled['right']:.1f} with {seen}s shuffled. ± is half of the 95 % bootstrap interval; "
-        f"{dense['n'] // kinds} held-out questions of each kind, {env['cpu']}, {env['dtype']}, batch {env['batch']}, "
-        f"torch {env['versions']['torch']}, transformers {env['versions']['transformers']}."
-        + "".join(_later(saved, run, apart, names) for run in more)
+        f"{table}\n\n{COSTS}{equal} **Bold**: no row above it is right as often. Blind: {100 * zeroed['right']:.1f} "
+        f"with the {seen} zeroed, {100 * shuffled['right']:.1f} with {seen}s shuffled. ± is half of the 95 % bootstrap "
+        f"interval, paired for differences; {dense['n'] // kinds} held-out questions of each kind, {env['cpu']}, "
+        f"{env['dtype']}, batch {env['batch']}, torch {env['versions']['torch']}, "
+        f"transformers {env['versions']['transformers']}."
+        + "".join(f" {note}" for note in saved["notes"] if note.startswith("Out of reach") and only is None)
     )
 
 
-def _later(saved: dict[str, Any], run: dict[str, Any], apart: float, shown: Sequence[str]) -> str:
-    """Which of the methods shown a later run added, on what, and how well it repeats the rest."""
-    old, new = ({row["method"] for row in r["rows"]} for r in (saved, run))
-    names, versions = ", ".join(f"`{name}`" for name in sorted((new - old) & {*shown})), run["environment"]["versions"]
-    same = "equal to" if apart == 0 else f"within {100 * apart:.1f} points of"
-    return (
-        f" Of a later run with torch {versions['torch']}, transformers {versions['transformers']}, whose dense and "
-        f"blind rows and first random draw are {same} those here: {names}."
-    )
+def _named(row: Row, wanted: str) -> bool:
+    name, _, keep = wanted.partition("@")
+    return row["method"] == name and (not keep or float(keep) == row["keep"])
+
+
+def _name(row: Row) -> str:
+    return f"{row['method']}@{row['keep']}"
 
 
 def vit_table(saved: dict[str, Any]) -> str:
@@ -148,21 +149,15 @@ def vit_table(saved: dict[str, Any]) -> str:
     )
 
 
-def _rank(name: str, row: Row) -> tuple[bool, float]:
-    return name in CONTROLS, -row["right"]
-
-
-def _label(name: str, row: Row) -> str:
+def _label(row: Row) -> str:
     seeds = f", {len(row['right_by_seed'])} seeds" if "right_by_seed" in row else ""
-    return f"`{name}` (control{seeds})" if name in CONTROLS else f"`{name}`"
+    name = "dense" if row["method"] == "dense" else f"`{row['method']}`"
+    return f"{name} (control{seeds})" if row["method"] in CONTROLS else name
 
 
-def _row(cells: dict[tuple[str, Any], Row], name: str, keeps: Sequence[float]) -> list[str]:
-    return [_cell(cells[name, keep]) for keep in keeps]
-
-
-def _cell(row: Row) -> str:
-    return f"{100 * row['right']:.1f} ± {50 * (row['high'] - row['low']):.1f}"
+def _cell(row: Row, leads: bool) -> str:
+    right = f"{100 * row['right']:.1f}"
+    return f"{f'**{right}**' if leads else right} ± {50 * (row['high'] - row['low']):.1f}"
 
 
 def main() -> None:

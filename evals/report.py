@@ -32,15 +32,14 @@ class Report:
     environment: Row = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    @property
+    def body(self) -> Row:
+        """What the JSON holds."""
+        return {"title": self.title, "environment": self.environment, "notes": list(self.notes), "rows": self.rows}
+
     def to_json(self) -> str:
         """Everything, as one JSON object; NaN never appears (a missing value is null)."""
-        body = {
-            "title": self.title,
-            "environment": self.environment,
-            "notes": list(self.notes),
-            "rows": self.rows,
-        }
-        return json.dumps(body, indent=1, allow_nan=False)
+        return json.dumps(self.body, indent=1, allow_nan=False)
 
     def save(self, path: str | Path) -> Path:
         """Write `to_json()` to `path`, folders included, and return the path; whole or not at all."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -17,6 +18,7 @@ from vtprune.evals.video import Video
 if TYPE_CHECKING:
     from PIL import Image
 
+    from vtprune.evals.accuracy.probe import CostProbe
     from vtprune.evals.toys.questions import Visible as Question
 
 Marks = NDArray[np.float64]
@@ -45,6 +47,13 @@ class Exam:
 
     def __len__(self) -> int:
         return len(self.questions)
+
+    @cached_property
+    def probe(self) -> CostProbe:
+        """What tells the cost of a pass on these questions."""
+        from vtprune.evals.accuracy.probe import CostProbe
+
+        return CostProbe(self.model, self.processor, self.questions)
 
     def answers(self, needs_tower: bool = False, new_tokens: int = 4) -> list[tuple[str, bool]]:
         """Greedy `generate` on every question: (text, whether the end token came), in `self.questions` order."""

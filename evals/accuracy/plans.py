@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 import vtprune
 from vtprune.parsing import parse_method
-from vtprune.types import Method
+from vtprune.types import Method, Positions
 
 CONTROLS = ("random", "uniform")
 
@@ -21,7 +21,9 @@ CONTROLS = ("random", "uniform")
 class Plan:
     """One pass over the questions: a label for the table, the method and how much it keeps (no method: dense).
 
-    blind: how the images are hidden ("zero" or "shuffle"), None if they are not.
+    blind: how the images are hidden ("zero" or "shuffle"), None if they are not. positions: as in `vtprune.patch`, None
+    for the method's own. equal: the average share over the LLM's layers that `keep` was set to reach, None where `keep`
+    is what was asked for.
     """
 
     label: str
@@ -29,6 +31,8 @@ class Plan:
     keep: float | int
     seed: int | None = None
     blind: str | None = None
+    positions: str | None = None
+    equal: float | None = None
 
     @property
     def needs_tower(self) -> bool:
@@ -38,21 +42,43 @@ class Plan:
 
     def applied(self, model: Any) -> AbstractContextManager[Any]:
         """The model, patched inside a `with` block."""
-        return vtprune.patch(model, self.method, keep=self.keep) if self.method else nullcontext()
+        if self.method is None:
+            return nullcontext()
+        options: dict[str, Any] = {} if self.positions is None else {"positions": self.positions}
+        return vtprune.patch(model, self.method, keep=self.keep, **options)
 
 
 def plans(methods: Iterable[str], keeps: Sequence[float | int], seeds: int = 3) -> list[Plan]:
-    """Every method at every keep, the controls first; a method with a `seed` option is run with `seeds` seeds."""
+    """Every method at every keep, the controls first; a method with a `seed` option is run with `seeds` seeds.
+
+    methods: names, with options of the method or `positions`, which is one of its stages: "fastv:positions=compact".
+    """
     made: list[Plan] = []
     for text in dict.fromkeys([*CONTROLS, *methods]):
         name, options = parse_method(text)
+        positions = options.pop("positions", None)
+        if positions not in (None, *get_args(Positions)):
+            raise ValueError(f"method {text!r}: positions={positions} is neither keep nor compact")
         method = vtprune.create(name, **options)
         draws: list[int | None] = list(range(seeds)) if is_random(method) and "seed" not in options else [None]
         for keep in keeps:
             for seed in draws:
                 drawn = method if seed is None else dataclasses.replace(method, seed=seed)  # type: ignore[type-var]
-                made.append(Plan(text, drawn, keep, seed))
+                made.append(Plan(text, drawn, keep, seed, positions=positions))
     return made
+
+
+def both_positions(methods: Iterable[str]) -> list[str]:
+    """The methods, and behind each that officially renumbers position ids the same with the way that is no default."""
+    out: list[str] = []
+    for text in methods:
+        name, options = parse_method(text)
+        cls = type(vtprune.create(name))
+        out.append(text)
+        if "positions" not in options and "compact" in (cls.positions, getattr(cls, "official_positions", None)):
+            other = "keep" if cls.positions == "compact" else "compact"
+            out.append(f"{text}{',' if options else ':'}positions={other}")
+    return out
 
 
 def is_random(method: Method) -> bool:

@@ -1,9 +1,11 @@
-"""From marks to rows and tables: accuracy by kind of question, with intervals and the share of it that is kept."""
+"""From marks to rows and tables: accuracy by kind of question beside what it costs, with intervals."""
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vtprune.evals.accuracy.exam import Marks
-from vtprune.evals.report import Report, Row, share
+from vtprune.evals.costs import NOTES as COST_NOTES
+from vtprune.evals.report import Report, Row, one_line, share
+from vtprune.evals.tasks.resampling import resampled
 
 NOTES = (
     "answer right: generation begins with the answer; stopped right: it is exactly the answer, then the end token.",
     "blind: the dense model with the image (or clip) zeroed, or shuffled between questions.",
     "accuracy kept = (pruned - blind) / (full - blind), with the better of the two blind scores.",
+    *COST_NOTES,
+    "(= 25 %): the keep at which the average share over the LLM's layers is 25 %, found by trying.",
+    "vs dense, vs uniform: difference of the means in points to dense, and to as many evenly spaced tokens in an "
+    "average layer, where they were asked (± half of the paired 95 % interval, questions drawn anew within kinds).",
     "± half of the 95 % bootstrap interval over questions (scipy.stats.bootstrap, percentile, 2000 resamples; "
     "0 where every resample is the same, as when all answers are right).",
 )
@@ -91,30 +99,132 @@ def interval(groups: Sequence[Marks], resamples: int = 2000) -> tuple[float, flo
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
+def compare(rows: Sequence[Row], answers: Sequence[Row], asked: NDArray[np.str_], names: Sequence[str]) -> None:
+    """Fill in `over_dense` and `over_uniform` of the mean rows: [difference, low, high], paired over questions.
+
+    answers: of every method and keep its marks [n], written by `packed`, in the order of `asked`. The 95 % interval is
+    that of the bootstrap over questions, drawn anew within each kind, the same ones for every row. Uniform tokens are
+    compared with where they leave as many in an average layer of the LLM, to a percent.
+    """
+    keys = [(one["method"], one["keep"]) for one in answers]
+    marks = np.stack([unpacked(one["right"], len(asked)) for one in answers])
+    rng = np.random.default_rng(0)
+    parts = [marks[:, asked == name, None] for name in names]
+    draws = np.mean([resampled(part, rng)[..., 0] for part in parts], axis=0)
+    exact = np.mean([part.mean((1, 2)) for part in parts], axis=0)
+    means = {(row["method"], row["keep"]): row for row in rows if row["capability"] == "mean"}
+    uniform = [key for key in keys if key[0] == "uniform"]
+
+    def over(mine: int, other: tuple[str, Any] | None) -> list[float] | None:
+        if other is None or keys[mine] == other:
+            return None
+        theirs = keys.index(other)
+        low, high = np.percentile(draws[:, mine] - draws[:, theirs], [2.5, 97.5])
+        return [float(exact[mine] - exact[theirs]), float(low), float(high)]
+
+    for i, key in enumerate(keys):
+        row = means[key]
+        near = [k for k in uniform if abs(means[k]["llm_share"] - row["llm_share"]) <= 0.01]
+        row["over_dense"] = over(i, ("dense", 1.0) if ("dense", 1.0) in keys else None)
+        row["over_uniform"] = over(i, near[0] if near else None)
+
+
+def packed(runs: Sequence[tuple[Marks, Marks]]) -> list[str]:
+    """The marks of every draw, right or not, as bits in hexadecimal."""
+    return [np.packbits(right.astype(bool)).tobytes().hex() for right, _ in runs]
+
+
+def unpacked(texts: Sequence[str], count: int) -> Marks:
+    """[count] the marks that `packed` wrote, averaged over draws."""
+    bits = [np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=count) for text in texts]
+    return np.mean(bits, axis=0, dtype=np.float64)
+
+
+def by_cost(row: Row) -> tuple[bool, int, float]:
+    """Sorts the mean rows: the fewest visual tokens in an average layer of the LLM first, as printed, blind rows last.
+
+    Rows of one cost stand by accuracy, the best first.
+    """
+    return row["method"].startswith("blind"), round(100 * row["llm_share"]), -row["right"]
+
+
+def budget_text(row: Row) -> str:
+    """What a row kept, as asked for: "25 %"; "25 % (= 50 %)" where that is an average share of 50 %, as was wanted."""
+    wanted = "" if row.get("equal_share") is None else f" (= {share(row['equal_share'])})"
+    return share(row["keep"]) + wanted
+
+
+def cost_cells(row: Row) -> list[str]:
+    """The cells under `COST_HEADER` of a mean row; dashes for a blind one, which is the dense model."""
+    if row["method"].startswith("blind"):
+        return ["–"] * len(COST_HEADER)
+    flops = "–" if row["flops"] is None else f"{row['flops']:.2f}"
+    return [f"{100 * row['llm_share']:.0f} %", f"{100 * row['tower_share']:.0f} %", flops, f"{row['ttft']:.2f}"]
+
+
+COST_HEADER = ("LLM", "tower", "FLOPs", "TTFT")
+
+
+def difference(found: Sequence[float] | None) -> str:
+    """A paired difference in points with half of its interval; a dash where there is none."""
+    if found is None:
+        return "–"
+    value, low, high = (100 * x for x in found)
+    return f"{value:+.1f}±{(high - low) / 2:.1f}"
+
+
+@dataclass
 class AccuracyReport(Report):
-    """Accuracy by method, keep and capability."""
+    """Accuracy by method, keep and capability; rows of the capability "mean" hold the costs and the paired differences.
+
+    answers: of every method and keep which questions were answered right, so that a run can be gone on with.
+    """
+
+    answers: list[Row] = field(default_factory=list)
+
+    @property
+    def body(self) -> Row:
+        return {**super().body, "answers": self.answers}
+
+    @classmethod
+    def load(cls, path: str | Path) -> AccuracyReport:
+        """Read what `save` wrote; ValueError for any other file."""
+        try:
+            read = json.loads(Path(path).read_text())
+            return cls(read["title"], read["rows"], read["environment"], tuple(read["notes"]), read["answers"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no evaluation that can be gone on with: name another folder") from error
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         names = list(dict.fromkeys(row["capability"] for row in self.rows))
-        header = ["method", "kept", *names, "stopped", "acc. kept"]
+        header = ["method", "kept", *COST_HEADER, *names, "vs dense", "vs uniform", "stopped", "acc. kept"]
         lines: dict[tuple[str, Any], dict[str, Row]] = {}
         for row in self.rows:
             lines.setdefault((row["method"], row["keep"]), {})[row["capability"]] = row
-        return header, [self._line(method, keep, by, names) for (method, keep), by in lines.items()]
+        return header, [self._line(by, names) for by in sorted(lines.values(), key=lambda by: by_cost(by["mean"]))]
 
     @staticmethod
-    def _line(method: str, keep: float | int, by: dict[str, Row], names: list[str]) -> list[str]:
+    def _line(by: Mapping[str, Row], names: Sequence[str]) -> list[str]:
         def cell(row: Row) -> str:
             return f"{100 * row['right']:.1f}±{50 * (row['high'] - row['low']):.0f}"
 
         mean = by["mean"]
         kept = "–" if mean["accuracy_kept"] is None else f"{100 * mean['accuracy_kept']:.1f}"
-        if method.startswith("blind"):
+        if mean["method"].startswith("blind"):
             kept = "–"
-        return [method, share(keep), *(cell(by[n]) for n in names), f"{100 * mean['stopped']:.1f}", kept]
+        over = [difference(mean.get(name)) for name in ("over_dense", "over_uniform")]
+        accuracy = [cell(by[n]) for n in names]
+        return [
+            mean["method"], budget_text(mean), *cost_cells(mean), *accuracy, *over, f"{100 * mean['stopped']:.1f}", kept
+        ]  # fmt: skip
+
+    def to_page(self) -> str:
+        """The table as a page: its title, its notes and the machine that it was measured on."""
+        notes = "\n".join(f"- {note}" for note in self.notes)
+        return f"# {self.title}\n\n{self.to_markdown()}\n\n{notes}\n\n{one_line(self.environment)}\n"
 
     def plot(self, path: str | Path) -> Path:
-        """Accuracy against kept visual tokens: the mean large, every capability small beside it."""
+        """Accuracy against what it costs: the mean large, every capability small beside it."""
         from vtprune.evals.figures import pareto
 
         return pareto(self.rows, self.title, path)

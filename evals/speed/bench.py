@@ -18,7 +18,6 @@ import torch
 from tqdm import tqdm
 
 import vtprune
-from vtprune.evals.accuracy import parse_method
 from vtprune.evals.report import environment
 from vtprune.evals.speed import geometries
 from vtprune.evals.speed.flops import TextCost, counted, peak
@@ -26,6 +25,7 @@ from vtprune.evals.speed.limits import Limits, Samples, Variant, row_of
 from vtprune.evals.speed.meter import Allocated, Phases, now, seconds
 from vtprune.evals.speed.prefill import MODES, Bucketed
 from vtprune.evals.speed.tables import BenchReport, notes_of
+from vtprune.parsing import parse_method
 from vtprune.types import VtpruneError
 
 KEEPS = (0.33, 0.22, 0.11)

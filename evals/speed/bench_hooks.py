@@ -10,11 +10,11 @@ import torch
 from tqdm import tqdm
 
 import vtprune
-from vtprune.evals.accuracy import parse_method
 from vtprune.evals.report import Report, Row, environment
 from vtprune.evals.speed.bench import Subject
 from vtprune.evals.speed.meter import now
 from vtprune.evals.speed.tables import BenchReport
+from vtprune.parsing import parse_method
 
 
 def hooks(

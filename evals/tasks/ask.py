@@ -11,6 +11,7 @@ import torch
 
 from vtprune import panels, show
 from vtprune.evals.accuracy.exam import turn
+from vtprune.evals.costs import vision_flops
 from vtprune.evals.tasks.cells import DENSE, Cell
 from vtprune.evals.tasks.folder import Line, ResultFolder
 from vtprune.evals.tasks.metrics import METRICS
@@ -65,6 +66,11 @@ class OwnData:
         inputs = self._inputs(self.samples[task][0])
         with cell.applied(self.model), torch.inference_mode():
             return peak_mib(self.model, lambda: self.model(**inputs, logits_to_keep=1))
+
+    def vision_flops(self, task: str, cell: Cell) -> int:
+        """FLOPs of tower and projector on the first sample."""
+        with cell.applied(self.model):
+            return vision_flops(self.model, self._inputs(self.samples[task][0]))
 
     def draw(self, task: str, cell: Cell, folder: ResultFolder) -> None:
         """Draw what was kept of the first samples that pruning made the model answer anew."""

@@ -122,6 +122,9 @@ class Benchmarks:
         """MiB that the model held at once beyond its weights while it answered; None on a CPU."""
         return self._peaks.get((task, cell.name))
 
+    def vision_flops(self, task: str, cell: Cell) -> None:
+        """Nothing: what lmms-eval hands to the model is gone by then."""
+
     def draw(self, task: str, cell: Cell, folder: ResultFolder) -> None:
         """Nothing: pictures stay with lmms-eval."""
 

@@ -21,13 +21,15 @@ class Cell:
     """One way of pruning: nothing at all (dense), a method at a budget, or a recipe.
 
     label: the method as the user wrote it, or the name of the recipe's file. keep: None for dense and for a recipe,
-    which carries its own. seed: which draw of a random method this is.
+    which carries its own. seed: which draw of a random method this is. positions: as in `vtprune.patch`, None for the
+    method's own.
     """
 
     label: str
     method: Any = None
     keep: float | int | None = None
     seed: int | None = None
+    positions: str | None = None
 
     @property
     def title(self) -> str:
@@ -44,6 +46,7 @@ class Cell:
             what.pop("vtprune")  # who wrote it changes nothing
         elif self.method is not None:
             what = {"method": self.method.name, "options": written_options(self.method), "version": VERSION}
+            what |= {} if self.positions is None else {"positions": self.positions}
         return {"label": self.label, "keep": self.keep, "seed": self.seed, "prunes": what}
 
     @property
@@ -64,7 +67,8 @@ class Cell:
         """The model, patched inside a `with` block, which gives the `Handle`, or None where nothing is pruned."""
         if self.method is None:
             return nullcontext()
-        return vtprune.patch(model, self.method, keep=self.keep)
+        options: dict[str, Any] = {} if self.positions is None else {"positions": self.positions}
+        return vtprune.patch(model, self.method, keep=self.keep, **options)
 
 
 DENSE = Cell("dense")
@@ -77,6 +81,8 @@ def cells(
 
     Raises ValueError for an unknown method, an option it does not have, or a file that is no recipe.
     """
-    made = [Cell(plan.label, plan.method, plan.keep, plan.seed) for plan in plans(methods, keeps, seeds)]
+    made = [
+        Cell(plan.label, plan.method, plan.keep, plan.seed, plan.positions) for plan in plans(methods, keeps, seeds)
+    ]
     named = [Cell(Path(path).stem, Recipe.load(path)) for path in recipes]
     return [DENSE, *made, *named]

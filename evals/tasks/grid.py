@@ -66,8 +66,8 @@ def end_of(subject: Subject, task: str, cell: Cell, lines: Sequence[Line]) -> Li
     if len(lines) != known["n"]:
         raise ValueError(f"{len(lines)} answers to the {known['n']} samples of {task}")
     score = subject.score(task, lines)
-    peak = subject.peak_mib(task, cell)
-    return {"cell": cell.document, **known, "score": score, "peak_mib": peak}
+    peak, flops = subject.peak_mib(task, cell), subject.vision_flops(task, cell)
+    return {"cell": cell.document, **known, "score": score, "peak_mib": peak, "vision_flops": flops}
 
 
 def reason(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vtprune.evals.costs import llm_flops, tower_share
 from vtprune.evals.speed.meter import Allocated, Phases, now
 from vtprune.model_adapters.base import Adapter
 
@@ -25,17 +26,22 @@ class Call:
     prompt_tokens, visual_tokens: (as fed, as the LLM ran on them: the mean over its layers). seconds: "ttft" from the
     vision tower's first step to the logits; its parts "encode" (tower, projector, embeddings), "cut" (the patch at the
     text model's door) and "prefill" (the text model); and "select", what methods took wherever they stand.
+    tower_share: of the visual tokens, in an average block of the tower. llm_flops: None where `text_cost` cannot tell.
     """
 
     prompt_tokens: tuple[int, float]
     visual_tokens: tuple[int, float]
     seconds: dict[str, float] = field(default_factory=dict)
+    tower_share: float = 1.0
+    llm_flops: int | None = None
 
     def line(self) -> dict[str, Any]:
         """As the line of a sample holds it."""
         return {
             "visual_tokens": list(self.visual_tokens),
             "prompt_tokens": list(self.prompt_tokens),
+            "tower_share": [self.tower_share],
+            "llm_flops": None if self.llm_flops is None else [self.llm_flops],
             "seconds": dict(self.seconds),
         }
 
@@ -103,7 +109,9 @@ class Recorder:
         seconds["select"] = last.seconds if last is not None else 0.0
         fed, visual = counts
         ran = fmean(last.lengths) if last is not None else float(fed)
-        self.taken.append(Call((fed, ran), (visual, visual - (fed - ran)), seconds))
+        tower = tower_share(last) if last is not None else 1.0
+        flops = llm_flops(model, fed, self.handle if last is not None else None)
+        self.taken.append(Call((fed, ran), (visual, visual - (fed - ran)), seconds, tower, flops))
 
 
 def peak_mib(model: Any, call: Callable[[], Any]) -> float:

@@ -16,7 +16,7 @@ from vtprune.evals.tasks.folder import ResultFolder
 from vtprune.evals.tasks.gather import gather
 from vtprune.evals.tasks.published import PRESETS, Published, published
 from vtprune.evals.tasks.scores import MEAN, RANDOM
-from vtprune.evals.tasks.summary import Summary, summarise
+from vtprune.evals.tasks.summary import Summary, by_cost, summarise
 
 ENOUGH = 0.95  # of the dense score: the headline names the smallest budget that keeps so much
 WIDE, NARROW = (560, 400), (350, 360)  # pixels of a chart beside another one, and on a telephone
@@ -146,9 +146,11 @@ def _published(summary: Summary) -> Published | None:
 
 
 def _pairs(summary: Summary) -> list[tuple[Row, Row]]:
-    """Scores beside times; the means first, which most readers want, and not at all where there is one task."""
+    """Scores beside times, by cost; the means first, which most readers want, not at all where there is one task."""
     pairs = list(zip(summary.rows, summary.timing.rows))
     alone = len({row["task"] for row in summary.rows} - {MEAN}) < 2
+    tasks = list(dict.fromkeys(row["task"] for row in summary.rows))
+    pairs.sort(key=lambda pair: (tasks.index(pair[0]["task"]), by_cost(pair[0])))
     means = [pair for pair in pairs if pair[0]["task"] == MEAN]
     return [*([] if alone else means), *(pair for pair in pairs if pair[0]["task"] != MEAN)]
 

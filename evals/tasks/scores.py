@@ -106,6 +106,8 @@ def _mean(same: Sequence[Scored]) -> Scored:
         "high": high,
         "agreement": _average(row["agreement"] for row in rows),
         "visual_tokens": _tokens(row["visual_tokens"] for row in rows),
+        "tower_share": _average(row["tower_share"] for row in rows),
+        "flops": _average(row["flops"] for row in rows),
     }
     return Scored(same[0].group, row, None, ratio)
 
@@ -127,7 +129,7 @@ def _aggregate(group: Group) -> float | None:
 
 def _row(asked: Asked, group: Group, score: float | None) -> Row:
     dense = asked.dense
-    tokens = group.mean("visual_tokens")
+    tokens, tower = group.mean("visual_tokens"), group.mean("tower_share")
     return {
         "task": asked.name,
         "method": group.label,
@@ -144,7 +146,19 @@ def _row(asked: Asked, group: Group, score: float | None) -> Row:
         "delta_high": None,
         "agreement": None if dense is None else float(group.agreement(dense).mean()),
         "visual_tokens": None if tokens is None else [float(value) for value in tokens.mean(0)],
+        "tower_share": None if tower is None else float(tower.mean()),
+        "flops": None if dense is None else _ratio(_flops(group), _flops(dense)),
     }
+
+
+def _flops(group: Group) -> float | None:
+    """FLOPs of a prefill: of the LLM as its layers ran, the mean over samples, and of the vision side on the first."""
+    llm, vision = group.mean("llm_flops"), known(end.get("vision_flops") for end in group.ends)
+    return None if llm is None or vision is None else float(llm.mean() + np.mean(vision))
+
+
+def _ratio(mine: float | None, full: float | None) -> float | None:
+    return None if mine is None or not full else mine / full
 
 
 def _compare(one: Scored, dense: Scored) -> None:

@@ -38,6 +38,9 @@ class Subject(Protocol):
     def peak_mib(self, task: str, cell: Cell) -> float | None:
         """MiB that one prefill holds at once, weights not counted; None where it cannot be told."""
 
+    def vision_flops(self, task: str, cell: Cell) -> int | None:
+        """FLOPs of tower and projector on one sample; None where they cannot be told."""
+
     def draw(self, task: str, cell: Cell, folder: ResultFolder) -> None:
         """Leave pictures of what was kept where pruning changed an answer."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,8 @@ NOTES = (
     "relative = score / dense score of the same run, in brackets its 95 % interval (paired bootstrap over samples, "
     "2000 resamples); mean: the plain mean of relative over tasks.",
     "agreement: the share of answers equal to those of the dense model; draws of random methods are averaged.",
+    "LLM, tower: the share of the visual tokens in an average layer of either; the rows of a task are ordered by the "
+    "LLM's. FLOPs: of tower, projector and LLM prefill, of dense = 1.",
 )
 TIMES = (
     "Medians over samples, the first of every cell left out as a warm-up; mean: means over tasks of the medians.",
@@ -44,9 +45,6 @@ class Summary(Report):
         """What eval.json holds."""
         return {"title": self.title, "rows": self.rows, "notes": list(self.notes)}
 
-    def to_json(self) -> str:
-        return json.dumps(self.body, indent=1, allow_nan=False)
-
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """(header, lines): scores and times side by side; no means where there is one task only."""
         header = [
@@ -56,13 +54,17 @@ class Summary(Report):
             "score",
             "relative",
             "agreement",
-            "tokens",
+            "LLM",
+            "tower",
+            "FLOPs",
             "TTFT ms",
             "speed-up",
             "> random",
         ]
         alone = len({row["task"] for row in self.rows} - {MEAN}) < 2
         pairs = [(row, time) for row, time in zip(self.rows, self.timing.rows) if not (alone and row["task"] == MEAN)]
+        tasks = list(dict.fromkeys(row["task"] for row, _ in pairs))
+        pairs.sort(key=lambda pair: (tasks.index(pair[0]["task"]), by_cost(pair[0])))
         return header, [_line(row, time) for row, time in pairs]
 
     def write(self, folder: ResultFolder) -> None:
@@ -114,6 +116,12 @@ def _rounded(value: Any) -> Any:
     return round(value, 6) if isinstance(value, float) else value
 
 
+def by_cost(row: Row) -> tuple[float, float]:
+    """Sorts the rows of a task: the fewest visual tokens in an average layer first, of as many the best first."""
+    tokens = float("inf") if row["visual_tokens"] is None else round(row["visual_tokens"][1])
+    return tokens, -(row["relative"] or 0)
+
+
 def _limited(document: Row) -> list[str]:
     limit = document.get("settings", {}).get("limit")
     told = [] if limit is None else [f"Only the first {limit} samples of every task were asked (--limit)."]
@@ -121,7 +129,6 @@ def _limited(document: Row) -> list[str]:
 
 
 def _line(row: Row, time: Row) -> list[str]:
-    tokens = row["visual_tokens"]
     return [
         row["task"],
         row["method"],
@@ -129,7 +136,9 @@ def _line(row: Row, time: Row) -> list[str]:
         wording.score_text(row["score"]),
         wording.percent(row["relative"]) + wording.bounds(row),
         wording.percent(row["agreement"]),
-        wording.NONE if tokens is None else f"{tokens[1]:.0f}",
+        wording.llm_share(row),
+        wording.share_of(row["tower_share"]),
+        wording.flops(row["flops"]),
         wording.milliseconds(time["ttft_ms"]),
         wording.times(time["speedup"]),
         wording.verdict(row["beats_random"]),

@@ -26,6 +26,22 @@ def times(value: float | None) -> str:
     return NONE if value is None else f"{value:.2f}x"
 
 
+def share_of(value: float | None) -> str:
+    """0.123 -> '12 %'."""
+    return NONE if value is None else f"{100 * value:.0f} %"
+
+
+def llm_share(row: Row) -> str:
+    """The share of the visual tokens in an average layer of the LLM."""
+    tokens = row["visual_tokens"]
+    return NONE if tokens is None or not tokens[0] else share_of(tokens[1] / tokens[0])
+
+
+def flops(value: float | None) -> str:
+    """0.6234 -> '0.62', of dense = 1."""
+    return NONE if value is None else f"{value:.2f}"
+
+
 def verdict(beats: bool | None) -> str:
     """Does a method beat random tokens?"""
     return {None: NONE, True: "yes", False: "no"}[beats]

@@ -229,7 +229,7 @@ def candidates(
     for plan in plans(chosen, keeps, 1):
         if plan.label == CONTROLS[0]:
             continue
-        cell = Cell(plan.label, plan.method, plan.keep, plan.seed)
+        cell = Cell(plan.label, plan.method, plan.keep, plan.seed, plan.positions)
         try:
             for _ in subject.answers(task, cell, 0, 1):
                 pass

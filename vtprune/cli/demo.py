@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from vtprune.cli.common import folder, needs, sentence, show_report
-from vtprune.cli.options import Clips, Json, Keep, Limit, Out, parse_keeps
+from vtprune.cli.options import Clips, Json, Keep, Limit, Mid, Out, one_toy, parse_keeps
 from vtprune.evals import models
 
 
@@ -16,19 +16,21 @@ def demo(
     keep: Keep = None,
     limit: Limit = 30,
     video: Clips = False,
+    mid: Mid = False,
     out: Out = Path("out"),
     as_json: Json = False,
 ) -> None:
-    """Answer real questions with the embedded toy model, dense and pruned with every method."""
+    """Answer real questions with an embedded model, dense and pruned with every method."""
     needs("scipy", "matplotlib", *(["torchvision"] if video else []))
     from vtprune.evals import demo as demonstration
 
     models.quiet()
+    which = one_toy(video, mid)
     folder(out)
     keeps = parse_keeps(keep, ())
     if not as_json:
-        typer.secho(demonstration.toy(video), err=True)
-    report, files = demonstration.run(out, keeps, limit, progress=not as_json, video=video)
+        typer.secho(demonstration.caveat(which), err=True)
+    report, files = demonstration.run(out, keeps, limit, progress=not as_json, which=which)
     show_report(report, as_json)
     if not as_json:
         for path in files:

@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from vtprune.cli.common import folder, needs, sentence, show_report
-from vtprune.cli.options import Batch, Clips, Device, Dtype, Json, Keep, Methods, Model, Recipes, parse_keeps
+from vtprune.cli.options import (
+    Batch,
+    Clips,
+    Device,
+    Dtype,
+    Json,
+    Keep,
+    Methods,
+    Mid,
+    Model,
+    Recipes,
+    one_toy,
+    parse_keeps,
+)
 from vtprune.evals import models
 from vtprune.evals.models import device_of, dtype_of
 
@@ -23,6 +36,7 @@ def evaluate(
     keep: Keep = None,
     model: Model = None,
     video: Clips = False,
+    mid: Mid = False,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Samples of a task, or questions of a capability, at most.")
     ] = None,
@@ -60,11 +74,11 @@ def evaluate(
 ) -> None:
     """Measure what a model still gets right with fewer visual tokens, beside random and evenly spaced ones.
 
-    On the questions of the embedded toy, by kind and with blind scores; with --data on a file of your own; with --tasks
-    on the benchmarks of lmms-eval. The last two write a folder that --out names, and go on there if they were stopped.
+    On the questions of an embedded toy, by kind, with blind scores and what it costs; with --data on a file of your
+    own; with --tasks on the benchmarks of lmms-eval. A run that stopped goes on in the folder that --out names.
     """
     if data is not None or tasks is not None or preset is not None:
-        _refuse_toy_options(all_methods=all_methods, video=video, capability=capability, workers=workers > 1)
+        _refuse_toy_options(all_methods=all_methods, video=video, mid=mid, capability=capability, workers=workers > 1)
         from vtprune.cli.grid import grid_cells, run_grid, shard_of
         from vtprune.evals.tasks.setup import Setup
 
@@ -79,21 +93,21 @@ def evaluate(
     _refuse_grid_options(include=include, metric=metric, recipe=recipe, shard=shard, ray=ray, actors=actors)
     limit, new_tokens = limit or 310, new_tokens or 4
     needs("scipy", *(["matplotlib"] if out else []), *(["torchvision"] if video else []))
-    import vtprune
     from vtprune.evals import accuracy
-    from vtprune.evals.toys import image
-    from vtprune.evals.toys import video as clips
+    from vtprune.evals.accuracy import table
+    from vtprune.evals.toys import TOYS, toy
 
-    every = [cls.name for cls in vtprune.methods() if video or not cls.video]
-    names = every if all_methods else list(method or ["divprune"])
-    keeps = parse_keeps(keep, accuracy.VIDEO_KEEPS if video else accuracy.KEEPS)
+    which = one_toy(video, mid)
+    names = table.every_method(video) if all_methods else list(method or ["divprune"])
+    keeps = parse_keeps(keep, table.keeps_of(video))
     accuracy.plans(names, keeps, seeds)
+    before = None
     if out is not None:
         folder(out)
-    asked: Any = clips if video else image
-    questions = asked.questions(per_capability=limit, capabilities=capability)
-    loaded, processor = models.load(model, device, dtype, video)
-    name = model or f"the embedded toy {'video ' if video else ''}VLM"
+        before = table.started(out)
+    questions: Any = toy(which).questions(per_capability=limit, capabilities=capability)
+    loaded, processor = models.load(model, device, dtype, video, mid)
+    name = model or TOYS[which]
     title = f"Accuracy of {name}, {limit} questions a capability, percent"
     done: list[accuracy.AccuracyReport] = []
 
@@ -106,14 +120,12 @@ def evaluate(
         report = accuracy.evaluate(
             loaded, processor, questions, names, keeps,
             seeds=seeds, batch=batch, new_tokens=new_tokens, title=title, progress=not as_json, workers=workers,
-            skip=video and all_methods, finished=finished,
+            skip=video and all_methods, finished=finished, before=before,
         )  # fmt: skip
     except KeyboardInterrupt:
         _interrupted(done[0] if done else None, out, as_json)
     if out is not None:
-        report.save(out / "eval.json")
-        report.plot(out / "pareto.png")
-        (out / "eval.md").write_text(report.to_markdown() + "\n")
+        table.write(report, out)
     show_report(report, as_json)
 
 

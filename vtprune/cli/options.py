@@ -23,6 +23,7 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")
 Batch = Annotated[int, typer.Option(min=1, help="Samples run together.")]
 Limit = Annotated[int, typer.Option(min=2, help="Questions of each capability.")]
 Out = Annotated[Path, typer.Option(help="Folder to write to.")]
+Mid = Annotated[bool, typer.Option("--mid", help="The mid model: real parts and real depth, asked about pictures.")]
 Clips = Annotated[bool, typer.Option("--video", help="Clips and the embedded model that watches them.")]
 
 
@@ -30,3 +31,10 @@ def parse_keeps(texts: list[str] | None, default: tuple[float, ...]) -> list[flo
     """Every --keep given, in order; commas separate too."""
     given = [part for text in texts or [] for part in text.split(",") if part]
     return [parse_keep(part) for part in given] or list(default)
+
+
+def one_toy(video: bool, mid: bool) -> str:
+    """The name of the embedded model that --video and --mid choose; ValueError for both."""
+    if video and mid:
+        raise ValueError("--video and --mid name two models: give one of them")
+    return "video" if video else "mid" if mid else "image"
