@@ -217,10 +217,10 @@ def test_a_batch_of_small_problems_reads_nothing_back() -> None:
 
 def test_large_problems_on_the_cpu_take_the_other_form(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weights = clustered(300, 12), weights_of(300)
-    alone = volume_coverage([x], [300], weights=[weights])[0]
+    alone = volume_coverage([x], [60], weights=[weights])[0]
     monkeypatch.setattr(reference, "TOGETHER", 300)
     with Watch() as watch, kernels.deferring():
-        together = volume_coverage([x], [300], weights=[weights])[0]
+        together = volume_coverage([x], [60], weights=[weights])[0]
     assert watch.reads == 0
     assert torch.equal(alone, together)
 
