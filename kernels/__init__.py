@@ -28,6 +28,7 @@ if __name__ != "kernels" or not _step_aside():
     from .host import DeferredChecks, HostCopy, check, check_finite, deferring, to_device
     from .merge import merge
     from .page_rank import page_rank
+    from .volume_coverage import volume_coverage
 
     __all__ = [
         "Compacted",
@@ -48,4 +49,5 @@ if __name__ != "kernels" or not _step_aside():
         "recording",
         "to_device",
         "use",
+        "volume_coverage",
     ]

@@ -110,6 +110,7 @@ def method_of(
     else:
         names = ", ".join(m.name for m in registry.methods())
         raise TypeError(f"method={method!r}: pass a name ({names}), a Method, a Stage, a list of Stages or a Recipe")
+    made = made.resolved
     if keep is None and keep_total is None and not made.adaptive:
         raise TypeError(f"{made.name}: keep is missing; use a float in (0, 1] (share) or an int >= 1 (tokens)")
     check_keep(keep)

@@ -1,9 +1,10 @@
-"""What farthest point selection costs: `python -m vtprune.evals.speed.bench_selection [--device cuda] [--json]`.
+"""What greedy selection costs: `python -m vtprune.evals.speed.bench_selection [--device cuda] [--json]`.
 
 The rival is the form in which DivPrune was published: at every step the rows of all picked tokens are gathered from
 the distance matrix and minimised again, O(k^2 N). Ours keeps the running extreme, O(k N). Both run in turns in one
 process on the same features, and must pick the same tokens in the same order. `overhead` compares with the Gram
-product that the selection cannot do without; `gpu` compares Triton with plain torch on a CUDA device.
+product that the selection cannot do without; `volume` compares volume and coverage with farthest points; `gpu` compares
+Triton with plain torch on a CUDA device.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from vtprune.evals.speed.meter import best_in_turns, one_thread
-from vtprune.kernels import deferring, farthest_point, use
+from vtprune.kernels import deferring, farthest_point, use, volume_coverage
 from vtprune.kernels.farthest_point import reference
 
 GPU_CASES = (  # problems, N, k, D, milliseconds it may take
@@ -124,6 +125,28 @@ def overhead(n: int = 2880, k: int = 320, d: int = 1024, repeats: int = 7) -> di
     }
 
 
+def volume(n: int = 2880, k: int = 320, d: int = 1024, repeats: int = 7) -> list[dict[str, Any]]:
+    """Volume and coverage against farthest points, CPU seconds as in `measure`.
+
+    On random rows, and on rows around n / 5 centres with a part in common, where a pick comes closer to more of them.
+    """
+    drawn, found = _rows(n, d), []
+    near = _rows(n // 5 + 1, d)[torch.arange(n) % (n // 5)] + 0.5 * drawn + drawn[:1]
+    for name, x in (("random", drawn), ("clustered", near)):
+
+        def theirs(x: Tensor = x) -> Tensor:
+            return farthest_point([x], [k])[0]
+
+        def ours(x: Tensor = x) -> Tensor:
+            return volume_coverage([x], [k])[0]
+
+        with one_thread():
+            (farthest, whole), _ = best_in_turns([theirs, ours], repeats)
+        row = {"rows": name, "n": n, "k": k, "d": d, "dtype": "float32", "threads": 1, "repeats": repeats}
+        found.append(row | {"whole_seconds": whole, "farthest_seconds": farthest, "ratio": whole / farthest})
+    return found
+
+
 def batches(d: int = 256, repeats: int = 5) -> list[dict[str, Any]]:
     """Many small problems in one call against one call each, CPU seconds as in `measure`."""
     rows = []
@@ -206,12 +229,15 @@ def _rows(n: int, d: int) -> Tensor:
     return torch.randn(n, d, generator=torch.Generator().manual_seed(0))
 
 
-def memory(n: int = 6272, k: int = 627, d: int = 256, mode: str = "low") -> dict[str, Any]:
+def memory(
+    n: int = 6272, k: int = 627, d: int = 256, mode: str = "low", kernel: str = "farthest_point"
+) -> dict[str, Any]:
     """Growth of the peak resident set during one selection, in a process of its own (Linux)."""
-    code = f"from vtprune.evals.speed.bench_selection import _probe; _probe({n}, {k}, {d}, {mode!r})"
+    code = f"from vtprune.evals.speed.bench_selection import _probe; _probe({n}, {k}, {d}, {mode!r}, {kernel!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     seconds, grown = json.loads(done.stdout)
     return {
+        "kernel": kernel,
         "n": n,
         "k": k,
         "d": d,
@@ -222,13 +248,14 @@ def memory(n: int = 6272, k: int = 627, d: int = 256, mode: str = "low") -> dict
     }
 
 
-def _probe(n: int, k: int, d: int, mode: Any) -> None:
+def _probe(n: int, k: int, d: int, mode: Any, kernel: str) -> None:
+    run = {"farthest_point": farthest_point, "volume_coverage": volume_coverage}[kernel]
     torch.set_num_threads(1)
     x = torch.randn(n, d, generator=torch.Generator().manual_seed(0))
-    farthest_point([x[:8]], [2], memory=mode)
+    run([x[:8]], [2], memory=mode)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
     before, start = _peak(), time.perf_counter()
-    farthest_point([x], [k], memory=mode)
+    run([x], [k], memory=mode)
     print(json.dumps([time.perf_counter() - start, _peak() - before]))
 
 
@@ -251,7 +278,8 @@ def main() -> None:
         where = environment("cuda", "bfloat16", 1)
     else:
         found = {"speed": measure(), "overhead": overhead(), "batches": batches()}
-        found["memory"] = [memory(), memory(mode="fast")]
+        found["volume"] = volume()
+        found["memory"] = [memory(), memory(mode="fast"), memory(16384, 1802, 1024, "auto", "volume_coverage")]
         where = environment("cpu", "float32", 1, cpu_threads=1)
     if options.json:
         print(json.dumps({"environment": where, **found}, indent=1))
@@ -287,11 +315,15 @@ def _sentences(found: dict[str, Any]) -> Iterator[str]:
             f"{row['problems']} x (N={row['n']}, k={row['k']}, D={row['d']}): {1e3 * row['batch_seconds']:.1f} ms in "
             f"one call, {1e3 * row['single_seconds']:.1f} ms one by one"
         )
+    for row in found["volume"]:
+        yield (
+            "volume and coverage, N={n}, k={k}, D={d}, {rows} rows: {ratio:.2f} times as long as farthest points"
+        ).format(**row)
     for row in found["memory"]:
         grown, gram = row["peak_growth_bytes"] / 2**20, row["gram_bytes"] / 2**20
         yield (
-            f"N={row['n']}, k={row['k']}, memory={row['memory']!r}: {row['seconds']:.2f} s, peak memory grew by "
-            f"{grown:.0f} MiB (one N x N float32 matrix: {gram:.0f} MiB)"
+            f"{row['kernel']}, N={row['n']}, k={row['k']}, memory={row['memory']!r}: {row['seconds']:.2f} s, peak "
+            f"memory grew by {grown:.0f} MiB (one N x N float32 matrix: {gram:.0f} MiB)"
         )
 
 

@@ -39,6 +39,16 @@ def test_the_loop_costs_little_beside_the_gram_product() -> None:
     pytest.fail(f"{seen['share'] - 1:.1%} more than the Gram product alone")
 
 
+def test_volume_and_coverage_beside_farthest_points() -> None:
+    """N=2880, k=320, D=1024: at most twice as long in one run, on random rows and on clustered ones."""
+    for attempt in range(6):
+        seen = bench_selection.volume(repeats=3)
+        if all(row["ratio"] <= 2 for row in seen):
+            return
+        print(f"attempt {attempt}: {seen}")
+    pytest.fail(f"{max(row['ratio'] for row in seen):.2f} times as long")
+
+
 def test_many_small_problems_share_one_loop() -> None:
     """32 frames of 196 tokens and 5 crops of 576: one call is not slower than a call each."""
     for attempt in range(6):

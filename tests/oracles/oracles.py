@@ -113,3 +113,35 @@ def attention(q: Tensor, k: Tensor, bias: Tensor | None, scaling: float) -> Tens
                 if not torch.isneginf(logits).all():
                     out[b, h, r] = (logits - logits.max()).exp() / (logits - logits.max()).exp().sum()
     return out
+
+
+def volume_coverage(
+    x: Tensor,
+    k: int,
+    weights: Sequence[float] | None = None,
+    ridge: float = 0.01,
+    covered: Sequence[int] | None = None,
+) -> list[int]:
+    """Greedy picks of the largest d c w, by determinants and sums over all rows; of near ties the lower index.
+
+    d is how many times the pick enlarges the determinant of the picked rows' cosines with the ridge on the diagonal, c
+    the mean gain of the covered rows (None: all) in likeness to the nearest pick, at least 1e-6.
+    """
+    c = torch.tensor(cosines(x), dtype=torch.float64)
+    n = len(c)
+    kernel = c + ridge * torch.eye(n, dtype=torch.float64)
+    w = [1.0] * n if weights is None else [max(float(v) / max(map(float, weights)), 1e-20) for v in weights]
+    rows = range(n) if covered is None else covered
+    picked: list[int] = []
+    while len(picked) < k:
+        before = float(torch.linalg.det(kernel[picked][:, picked])) if picked else 1.0
+        best = [max([0.0, *(float(c[i][p]) for p in picked)]) for i in rows]
+        score = {}
+        for j in [j for j in range(n) if j not in picked]:
+            more = [*picked, j]
+            d = float(torch.linalg.det(kernel[more][:, more])) / before
+            gain = math.fsum(max(float(c[i][j]) - b, 0.0) for i, b in zip(rows, best)) / len(rows)
+            score[j] = d * max(gain, 1e-6) * w[j]
+        top = max(score.values())
+        picked.append(min(j for j, s in score.items() if s >= top * (1 - 1e-5)))
+    return picked

@@ -64,6 +64,11 @@ class Method(ABC):
         return ()
 
     @property
+    def resolved(self) -> Method:
+        """The method that a stage holds when it is given this one: itself, unless it is a name for another one."""
+        return self
+
+    @property
     def by_patch(self) -> bool:
         """True if inside the tower it chooses among single patches, also where several become one visual token."""
         return False
@@ -124,7 +129,7 @@ class Stage:
         ("vit", slice) is a schedule: the method is asked at every block of the slice and has to reach its budget at the
         last (a stop beyond depth includes k = depth). In the tower a token is what becomes one visual token (2 x 2
         patches in Qwen2-VL), and budgets are per crop (row of the tower's batch) or packed image.
-    method: the rule.
+    method: the rule, or in its place the one that it stands for (`Method.resolved`).
     keep: float in (0, 1] = share of a unit's visual tokens as the model sees them unpruned, made a count as
         `Method.rounding` says; int >= 1 = tokens per unit (more than there are keeps all); None = the method decides.
     keep_total: the same for all units of a row together, shared out in proportion to their size, each at least one.
@@ -159,6 +164,7 @@ class Stage:
                 f"method={self.method!r} is not a vtprune Method: pass vtprune.create('divprune') or an instance of a "
                 "class registered with @vtprune.register"
             )
+        object.__setattr__(self, "method", self.method.resolved)
         object.__setattr__(self, "keep", check_keep(self.keep))
         object.__setattr__(self, "keep_total", check_keep(self.keep_total, "keep_total"))
         if isinstance(self.where, Integral) and not isinstance(self.where, bool):

@@ -28,6 +28,8 @@ class Signal:
         layer or tower block k it is the offset from k (an int; -1 is the layer that ran just before,
         0 inside the LLM the layer itself, on all that enters it).
     without_cls: True asks only towers without a CLS token, as a fallback that costs nothing elsewhere.
+    optional: True asks a vision tower only where it can be read, before the LLM; the method does without elsewhere: on
+        a tower of unknown layout, and with features that came encoded.
 
     Raises ValueError on a float outside (0, 1).
     """
@@ -35,6 +37,7 @@ class Signal:
     kind: str
     layer: int | float | None = -1
     without_cls: bool = False
+    optional: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.layer, float) and not 0.0 < self.layer < 1.0:
@@ -54,7 +57,8 @@ class Signal:
         """For people: "cls (layer -1)"."""
         where = "at {:g} of the depth" if isinstance(self.layer, float) else "{}"
         layer = "that feeds the projector" if self.layer is None else where.format(self.layer)
-        return f"{self.kind} (layer {layer}{', without CLS' if self.without_cls else ''})"
+        said = [f"layer {layer}", *["without CLS"] * self.without_cls, *["if readable"] * self.optional]
+        return f"{self.kind} ({', '.join(said)})"
 
 
 @dataclass(frozen=True)

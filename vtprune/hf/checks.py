@@ -291,8 +291,9 @@ def check_features(plan: Plan, elsewhere: list[str]) -> None:
     )
     if plan.in_tower:
         raise UnsupportedCall(f"{plan.in_tower[0].method.name} acts inside the vision tower, but {way}")
-    if plan.tower_needs:
-        kinds = ", ".join(sorted(map(str, plan.tower_needs)))
+    needed = [need for need in plan.tower_needs if not need.optional]
+    if needed:
+        kinds = ", ".join(sorted(map(str, needed)))
         raise UnsupportedCall(f"the method needs {kinds} of the vision tower, but {way}")
 
 

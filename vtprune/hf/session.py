@@ -116,10 +116,10 @@ class Patch:
                 continue
             tower = stages = None
             if plan.tower_needs:
-                from .tower_signals import TowerSignals
+                from .tower_signals import TowerSignals, reader_of
 
-                tower = TowerSignals(base, modality, set(plan.tower_needs))
-                self._undo += tower.install()
+                tower = reader_of(partial(TowerSignals, base, modality), plan.tower_needs)
+                self._undo += tower.install() if tower else []
             if plan.in_tower:
                 from .tower import TowerStages
 

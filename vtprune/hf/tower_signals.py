@@ -8,9 +8,9 @@ has one, and by the mean over the merged patches elsewhere.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,9 @@ from ..model_adapters.towers import attention_modules, feature_layer, has_cls, l
 from ..signals import kind_of, kinds
 from .attention_probe import probe, read
 from .compilers import announce, outside_while_busy
+
+
+S = TypeVar("S", bound="TowerSignals")
 
 
 def tower_rows(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, packed: bool) -> Tensor:
@@ -57,6 +60,21 @@ class _Buffers(threading.local):
 
     def __reduce__(self) -> Any:
         return _Buffers, ()
+
+
+def reader_of(make: Callable[[Sequence[Signal]], S], needs: Iterable[Signal]) -> S | None:
+    """What reads these signals; without the optional ones where they cannot be had, None if nothing is left to read.
+
+    make: `TowerSignals` of one tower, given the signals. Raises UnsupportedModel as it does.
+    """
+    wanted = list(needs)
+    needed = [signal for signal in wanted if not signal.optional]
+    try:
+        return make(wanted) if wanted else None
+    except UnsupportedModel:
+        if len(needed) == len(wanted):
+            raise
+        return reader_of(make, needed)
 
 
 class TowerSignals:
@@ -175,14 +193,16 @@ class TowerSignals:
         parts, self._local.parts = self._local.parts or {}, None
         asked = call.get("vision_feature_layer")
         fixed = getattr(cast(Any, self.base).config, "vision_feature_layer", None)
-        if asked not in (None, fixed) and any(s.layer is None for s in self.needs):
+        moved = asked not in (None, fixed)
+        needs = [s for s in self.needs if not s.optional or (parts.get(s) and not (moved and s.layer is None))]
+        if moved and any(s.layer is None for s in needs):
             raise UnsupportedCall(
                 f"this call asks for vision_feature_layer={asked}, but the signals were set up for {fixed}: set "
                 "model.config.vision_feature_layer, then vtprune.patch again"
             )
         sizes = sizes_of(output)
         f = TowerCall(self.base, self.tower, call, f"{self.modality}_grid_thw", sizes)
-        columns = {signal: self._entries(f, signal, parts.get(signal, [])) for signal in self.needs}
+        columns = {signal: self._entries(f, signal, parts.get(signal, [])) for signal in needs}
         return [{signal: column[i] for signal, column in columns.items()} for i in range(len(sizes))]
 
     def _entries(self, f: TowerCall, signal: Signal, parts: list[Tensor]) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from itertools import groupby
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from vllm.model_executor.layers.attention.mm_encoder_attention import MMEncoderA
 
 from ...core.errors import UnsupportedModel
 from ...core.select import Selected
+from ...hf.tower_signals import reader_of
 from . import positions
 from .architectures import recipe_of
 from .plan import MODALITIES, Modality, plan_of
@@ -41,16 +43,22 @@ class PrunedModel:
         self.is_multimodal_pruning_enabled = False  # vLLM's own, behind the same tower
         self._plan = plan_of(recipe_of(vllm_config.model_config) or "", vllm_config.model_config.hf_config)
         self._reading: dict[str, EngineSignals] = {}
-        if self._plan.needs:
+        needs = list(self._plan.needs)
+        if needs:
             attentions = [m for m in getattr(self, self.tower).modules() if isinstance(m, MMEncoderAttention)]
             if any("FLASHINFER" in str(module.attn_backend) for module in attentions):
-                raise UnsupportedModel(
-                    f"the recipe reads {self._plan.needs[0]}, and FlashInfer lays out the tower's attention in a way "
-                    "that is not read here: choose another mm_encoder_attn_backend, or a method that reads none"
-                )
+                needs = [need for need in needs if not need.optional]
+                if needs:
+                    raise UnsupportedModel(
+                        f"the recipe reads {needs[0]}, and FlashInfer lays out the tower's attention in a way that is "
+                        "not read here: choose another mm_encoder_attn_backend, or a method that reads none"
+                    )
             for modality in self.modalities:
-                self._reading[modality] = EngineSignals(self._plan.base, modality, self._plan.needs, attentions)
-                self._reading[modality].install()
+                make = partial(EngineSignals, self._plan.base, modality, attentions=attentions)
+                reading = reader_of(make, needs)
+                if reading is not None:
+                    self._reading[modality] = reading
+                    reading.install()
 
     @property
     def modalities(self) -> tuple[Modality, ...]:

@@ -1,0 +1,325 @@
+"""Volume and coverage, in torch and in Triton, against determinants in float64, and on input meant to break them.
+
+On a machine without a GPU the kernels run in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import oracles
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vtprune import kernels
+from vtprune.kernels import dispatch, volume_coverage
+from vtprune.kernels.volume_coverage import reference
+
+MEMORY = ("fast", "low")
+FORMS = [
+    pytest.param(("reference", "cpu"), id="reference"),
+    pytest.param(("triton", "cpu"), id="triton"),
+    pytest.param(("reference", "cuda"), id="reference-cuda", marks=pytest.mark.gpu),
+    pytest.param(("triton", "cuda"), id="triton-cuda", marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(params=FORMS)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, torch.device]:
+    """An implementation and a device; memory="low" covers 7 rows here."""
+    backend, device = request.param
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if backend == "triton":
+        pytest.importorskip("triton")
+        if device == "cpu" and not dispatch.interpreted():
+            pytest.skip("Triton's interpreter is off: it runs where there is no GPU")
+    monkeypatch.setattr(reference, "FEW", 7)
+    return backend, torch.device(device)
+
+
+def clustered(n: int, d: int, seed: int = 0) -> Tensor:
+    """Rows around a few centres with uneven norms, as image features have."""
+    g = torch.Generator().manual_seed(seed)
+    centres = torch.randn(max(1, n // 5), d, generator=g)
+    rows = centres[torch.randint(len(centres), (n,), generator=g)] + 0.3 * torch.randn(n, d, generator=g)
+    return rows * torch.rand(n, 1, generator=g).add(0.2)
+
+
+def weights_of(n: int, seed: int = 0) -> Tensor:
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed)).add(0.1)
+
+
+def picks_of(
+    form: tuple[str, torch.device], features: list[Tensor], budgets: list[int], **options: Any
+) -> list[list[int]]:
+    backend, device = form
+    if options.get("weights") is not None:
+        options["weights"] = [w.to(device) for w in options["weights"]]
+    with kernels.use(backend), kernels.recording() as ran:
+        picks = volume_coverage([x.to(device) for x in features], budgets, **options)
+    assert ran == {"volume_coverage": backend}
+    assert all(p.dtype == torch.int64 and p.shape == (k,) for p, k in zip(picks, budgets, strict=True))
+    return [p.tolist() for p in picks]
+
+
+def seven_of(n: int) -> list[int] | None:
+    return None if n <= 7 else [i * n // 7 for i in range(7)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("n", "d", "k"), [(1, 1, 1), (2, 7, 2), (33, 5, 12), (63, 100, 9)])
+def test_equals_the_oracle(
+    n: int, d: int, k: int, weighted: bool, memory: str, dtype: torch.dtype, form: tuple[str, torch.device]
+) -> None:
+    x, weights = clustered(n, d).to(dtype), weights_of(n) if weighted else None
+    covered = seven_of(n) if memory == "low" else None
+    expected = oracles.volume_coverage(x, k, None if weights is None else weights.tolist(), covered=covered)
+    given = None if weights is None else [weights]
+    assert picks_of(form, [x], [k], weights=given, memory=memory) == [expected]
+
+
+@pytest.mark.parametrize("ridge", [1e-4, 0.3, 100.0])
+def test_the_ridge(ridge: float, form: tuple[str, torch.device]) -> None:
+    x = clustered(40, 24)
+    assert picks_of(form, [x], [10], ridge=ridge) == [oracles.volume_coverage(x, 10, ridge=ridge)]
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_above_the_rank_with_repeated_and_zero_rows(memory: str, form: tuple[str, torch.device]) -> None:
+    """Every row comes once; of equal rows the first comes first, and rows of zeros come last."""
+    x = clustered(11, 4).repeat(3, 1)
+    x[[4, 20]] = 0
+    picks = picks_of(form, [x], [33], memory=memory)[0]
+    assert sorted(picks) == list(range(33))
+    assert picks[-2:] == [4, 20]
+    at = [picks.index(i) for i in range(33)]
+    copies = [i for i in range(22) if i not in (4, 9, 15, 20)]
+    assert all(at[i] < at[i + 11] for i in copies)
+    assert picks == picks_of(form, [x * 3], [33], memory=memory)[0]
+
+
+def test_nothing_to_choose_by(form: tuple[str, torch.device]) -> None:
+    for x in (torch.zeros(9, 4), torch.ones(9, 4)):
+        assert picks_of(form, [x], [9]) == [list(range(9))]
+    assert sorted(picks_of(form, [clustered(9, 4)], [9], weights=[torch.zeros(9)])[0]) == list(range(9))
+
+
+def test_a_weight_decides(form: tuple[str, torch.device]) -> None:
+    x, weights = clustered(40, 8), torch.full((40,), 1e-3)
+    weights[[7, 30]] = 1e6
+    assert set(picks_of(form, [x], [2], weights=[weights])[0]) == {7, 30}
+    assert picks_of(form, [x], [9], weights=[weights]) == picks_of(form, [x], [9], weights=[weights * 1e-5])
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_lengths_do_not_matter(scale: float, form: tuple[str, torch.device]) -> None:
+    x = clustered(30, 6)
+    assert picks_of(form, [x * scale], [8]) == picks_of(form, [x], [8])
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_ragged_batch_equals_single_problems(memory: str, form: tuple[str, torch.device]) -> None:
+    """The shortest problem has run out long before the longest is done."""
+    sizes, budgets = [33, 5, 45, 33, 1], [5, 2, 7, 3, 1]
+    units = [clustered(n, 24, seed) for seed, n in enumerate(sizes)]
+    weights = [weights_of(n, seed) for seed, n in enumerate(sizes)]
+    single = [picks_of(form, [x], [k], weights=[w], memory=memory)[0] for x, k, w in zip(units, budgets, weights)]
+    assert picks_of(form, units, budgets, weights=weights, memory=memory) == single
+    covered = [seven_of(n) if memory == "low" else None for n in sizes]
+    assert single == [
+        oracles.volume_coverage(x, k, w.tolist(), covered=at) for x, k, w, at in zip(units, budgets, weights, covered)
+    ]
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_strided_rows(memory: str, form: tuple[str, torch.device]) -> None:
+    wide = clustered(40, 32)
+    for x in (wide[:, ::2], wide.T, wide[::3]):
+        assert picks_of(form, [x], [4], memory=memory) == picks_of(form, [x.contiguous()], [4], memory=memory)
+
+
+@pytest.fixture(params=[torch.nan, -torch.inf])
+def _poisoned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Memory that nobody has written yet holds NaN or a score nobody can beat, or an index far out of range."""
+
+    def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*args: object, **options: object) -> Tensor:
+            out = make(*args, **options)
+            return out.fill_(request.param if out.is_floating_point() else 2**62)
+
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", poison(torch.empty))
+        patch.setattr(torch, "empty_like", poison(torch.empty_like))
+        patch.setattr(Tensor, "new_empty", poison(Tensor.new_empty))
+        yield
+
+
+@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.parametrize("memory", MEMORY)
+def test_unwritten_memory_is_never_used(memory: str, form: tuple[str, torch.device]) -> None:
+    units, budgets = [clustered(n, 7, n) for n in (1, 37, 50)], [1, 5, 6]
+    covered = [seven_of(len(x)) if memory == "low" else None for x in units]
+    expected = [oracles.volume_coverage(x, k, covered=at) for x, k, at in zip(units, budgets, covered)]
+    assert picks_of(form, units, budgets, memory=memory) == expected
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("bad", [float("nan"), -float("inf")])
+def test_non_finite_rows_are_refused_and_harm_no_memory(bad: float, form: tuple[str, torch.device]) -> None:
+    """The check may be read long after the picks are in use, so these have to be indices that exist."""
+    x, fine = clustered(7, 4), clustered(3, 4)
+    x[5, 2] = bad
+    with kernels.deferring() as checks:
+        picks = picks_of(form, [fine, x], [3, 7])
+    assert sorted(picks[0]) == [0, 1, 2]
+    assert all(0 <= i < 7 for i in picks[1])
+    with pytest.raises(ValueError, match=r"feature rows of unit 1 hold 1 NaN or Inf.*5"):
+        kernels.DeferredChecks(checks).raise_if_failed()
+    with pytest.raises(ValueError, match=r"weights of unit 0 hold 1 NaN or Inf"):
+        picks_of(form, [fine], [2], weights=[torch.tensor([1.0, bad, 1.0])])
+
+
+class Watch(TorchDispatchMode):
+    """Counts reads of device values by the host, and remembers the largest tensor made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads, self.largest = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.reads += func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "item", "equal")
+        for made in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(made, Tensor):
+                self.largest = max(self.largest, made.numel())
+        return out
+
+
+def test_a_batch_of_small_problems_reads_nothing_back() -> None:
+    """The form that runs on every device but the CPU."""
+    with Watch() as watch, kernels.deferring() as checks:
+        volume_coverage([clustered(50, 8, seed) for seed in range(3)], [40, 30, 20])
+    assert watch.reads == 0
+    assert len(checks) == 1
+
+
+def test_large_problems_on_the_cpu_take_the_other_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weights = clustered(300, 12), weights_of(300)
+    alone = volume_coverage([x], [60], weights=[weights])[0]
+    monkeypatch.setattr(reference, "TOGETHER", 300)
+    with Watch() as watch, kernels.deferring():
+        together = volume_coverage([x], [60], weights=[weights])[0]
+    assert watch.reads == 0
+    assert torch.equal(alone, together)
+
+
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    n, k = 1200, 40
+    with Watch() as low:
+        volume_coverage([clustered(n, 16)], [k], memory="low")
+    with Watch() as fast:
+        volume_coverage([clustered(n, 16)], [k], memory="fast")
+    assert low.largest == reference.FEW * n < n * n == fast.largest
+    monkeypatch.setattr(reference, "COVERED_BYTES", 4 * n * 700)
+    with Watch() as auto:
+        volume_coverage([clustered(n, 16)], [k])
+    assert auto.largest == 700 * n
+    monkeypatch.undo()
+    assert [reference.covered_rows(n, "auto") for n in (2880, 8192, 16384, 200_000)] == [2880, 8192, 4096, 512]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"budgets": [0]}, r"budgets\[0\]=0: choose 1..6"),
+        ({"budgets": [7]}, r"budgets\[0\]=7: choose 1..6"),
+        ({"features": [torch.zeros(0, 4)]}, r"features\[0\] is empty"),
+        ({"memory": "none"}, "memory='none': choose 'auto', 'fast' or 'low'"),
+        ({"ridge": 0.0}, "ridge=0.0: use a finite number > 0"),
+        ({"ridge": float("nan")}, "ridge=nan"),
+        ({"weights": []}, "1 feature tensors need as many weights, got 0"),
+        ({"weights": [torch.ones(5)]}, r"weights\[0\] is torch.float32 \(5,\): expected a float tensor \[6\]"),
+        ({"weights": [torch.ones(6, dtype=torch.int64)]}, r"weights\[0\] is torch.int64"),
+        ({"weights": [torch.tensor([1.0, 1, 1, 1, 1, -2])]}, "weights of unit 0 go down to -2: use numbers >= 0"),
+    ],
+)
+def test_bad_arguments_name_the_way_out(change: dict[str, Any], message: str) -> None:
+    call: dict[str, Any] = {"features": [clustered(6, 2)], "budgets": [3], **change}
+    with pytest.raises(ValueError, match=message):
+        volume_coverage(call.pop("features"), call.pop("budgets"), **call)
+
+
+def test_empty_batch_and_gradients() -> None:
+    assert volume_coverage([], []) == []
+    assert not volume_coverage([clustered(20, 8).requires_grad_()], [5])[0].requires_grad
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from importlib import import_module
+
+kernels = import_module("vtprune.kernels.volume_coverage.triton")
+types = {"picks": "*i64", "covered": "*i64", "cover": "*fp64", "floor": "*fp64", "ridge": "fp32"}
+floats = ["table", "rows", "score", "top", "row", "factor", "left", "best", "weight"]
+types |= dict.fromkeys(floats, "*fp32")
+sizes = {"COLS": kernels.COLS, "ROWS": kernels.ROWS, "STEPS": kernels.STEPS, "DIMS": kernels.DIMS}
+for name, choice in (("_residual", "WHOLE"), ("_gains", "ANEW")):
+    for value in (True, False):
+        kernel = getattr(kernels, name)
+        given = sizes | {"WHOLE": False, "ANEW": False, "MARGIN": 1e-5, "PARTS": 128, choice: value}
+        constants = {arg: given[arg] for arg in kernel.arg_names if arg in given}
+        signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in kernel.arg_names}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+        triton.compile(source, target=GPUTarget("cuda", 90, 32))
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the other tests compile the kernels")
+def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.rglob("*.cubin"))) == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("sizes", [[576], [576] * 3, [576, 100, 320]])
+def test_no_wait_and_a_graph(sizes: list[int], memory: str) -> None:
+    """A fixed budget never waits for the device, and a graph replays the selection on new features."""
+    units = [clustered(n, 64, n).to("cuda") for n in sizes]
+    others = [clustered(n, 64, n + 1).to("cuda") for n in sizes]
+    budgets = [n // 9 for n in sizes]
+    cuda = ("triton", torch.device("cuda"))
+    expected = [picks_of(cuda, batch, budgets, memory=memory) for batch in (units, others)]
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        with kernels.deferring():
+            volume_coverage(units, budgets, memory=memory)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), kernels.deferring():
+        picks = volume_coverage(units, budgets, memory=memory)
+    for batch, wanted in zip((units, others), expected):
+        for held, new in zip(units, [x.clone() for x in batch]):
+            held.copy_(new)
+        graph.replay()
+        assert [p.tolist() for p in picks] == wanted

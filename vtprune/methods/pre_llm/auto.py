@@ -1,0 +1,58 @@
+"""Automatic: the method that vtprune recommends, `volcov` with what its model and medium can show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ...core.method import Method
+from ...core.signal import Signal
+from ...core.visual import Assignment, Visual
+from ...registry import register_own as register
+from .volcov import VolCov
+
+
+class Row(NamedTuple):
+    """For which models, media and budgets `auto` means which method, and why."""
+
+    model: str
+    medium: str
+    budget: str
+    method: VolCov
+    why: str
+
+
+# What a tower shows is found out when the model is patched, so the rows share one method and differ in what it reads.
+ROWS = (
+    Row("attention of the tower can be read", "image", "any", VolCov(), "WHY-IMAGE"),
+    Row("attention of the tower can be read", "video", "any", VolCov(), "WHY-VIDEO"),
+    Row("any other, and features without signals", "image, video", "any", VolCov(alpha=0.0), "WHY-FEATURES"),
+)
+
+
+@register("auto", paper="https://arxiv.org/abs/2506.10967", seam="pre_llm")
+@dataclass(frozen=True)
+class Auto(Method):
+    """The documented default: `volcov`, for images and videos and at every budget.
+
+    It acts before the LLM and does not read the question, so its choice is safe to store with the image or the prefix.
+    Where the attention of the vision tower cannot be read, features alone decide, and a note says so. `ROWS` says why.
+
+    A stage, a handle and a recipe hold the method that it stands for (`Method.resolved`): `volcov` with its options, so
+    that a recipe that was written down means the same in a later version.
+    """
+
+    @property
+    def resolved(self) -> Method:
+        return ROWS[0].method
+
+    @property
+    def needs(self) -> tuple[Signal, ...]:
+        return self.resolved.needs
+
+    def __call__(self, v: Visual) -> Assignment:
+        return self.resolved(v)
+
+    def batch(self, units: Sequence[Visual]) -> list[Assignment]:
+        return self.resolved.batch(units)
