@@ -32,27 +32,28 @@ def run(*args: object, status: int = 0) -> str:
 KINDS = ("color", "shape", "count", "exist")
 
 
-def drop_of(recipe: Path, video: bool) -> float:
-    """The mean over kinds of the share of the dense score that a recipe loses on questions of another seed."""
+def drop_on_others(recipe: Path, video: bool) -> tuple[float, float]:
+    """95 % interval of the share of the dense score that a recipe loses on questions of another seed."""
     samples = toy_samples(40 if video else 60, video, seed=99)
     samples = [sample for sample in samples if video or sample.task in KINDS]
     model, processor = (clips if video else toy).load()
     asked = OwnData(model, processor, samples)
-    scores = {}
-    for cell in (DENSE, Cell("mine", vtprune.Recipe.load(recipe))):
-        scores[cell.label] = [
-            np.mean([line["parts"][0] for line in asked.answers(task["name"], cell)]) for task in asked.tasks
-        ]
-    return float(np.mean(1 - np.array(scores["mine"]) / np.array(scores["dense"])))
+    cells = DENSE, Cell("mine", vtprune.Recipe.load(recipe))
+    parts = [
+        np.array([[line["parts"] for line in asked.answers(task["name"], cell)] for cell in cells])
+        for task in asked.tasks
+    ]
+    low, high = np.quantile(resampled_drops(parts, [None] * len(parts))[1:], [0.025, 0.975])
+    return float(low), float(high)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("video", [False, True], ids=["image", "video"])
-def test_the_drop_on_other_questions_lies_in_the_interval(tmp_path: Path, video: bool) -> None:
-    """With the embedded models, on questions of a seed that the search has not seen."""
+def test_the_drop_on_other_questions_agrees(tmp_path: Path, video: bool) -> None:
+    """With the embedded models: the interval that is told and that of questions of another seed overlap."""
     names = ("vidcom2", "divprune", "average_pool") if video else ("divprune", "visionzip", "average_pool")
     methods = [part for name in names for part in ("--method", name)]
-    asked = ["--video", "--limit", 20] if video else ["--data", write_questions(tmp_path / "data", 50, KINDS)]
+    asked = ["--video", "--limit", 20] if video else ["--data", write_questions(tmp_path / "data", 90, KINDS)]
     some = [*asked, *methods, "--keep", "0.5,0.25", "--out", tmp_path / "out"]
     out = run("tune", *some, "--max-drop", "10%")
     tmp_path /= "out"
@@ -62,8 +63,9 @@ def test_the_drop_on_other_questions_lies_in_the_interval(tmp_path: Path, video:
     assert best["drop"] <= 0.1
     assert best["speedup"] > 1
     assert (tmp_path / "tune.png").stat().st_size > 10_000
-    other = drop_of(tmp_path / "recipe.json", video)
-    assert best["low"] <= other <= best["high"]
+    low, high = drop_on_others(tmp_path / "recipe.json", video)
+    assert best["low"] <= high
+    assert low <= best["high"]
     assert [row["method"] for row in found["rows"]][-2:] == ["random", "dense"]
 
 

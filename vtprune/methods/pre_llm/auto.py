@@ -25,10 +25,19 @@ class Row(NamedTuple):
 
 # What a tower shows is found out when the model is patched, so the rows share one method and differ in what it reads.
 ROWS = (
-    Row("attention of the tower can be read", "image", "any", VolCov(), "WHY-IMAGE"),
-    Row("attention of the tower can be read", "video", "any", VolCov(), "WHY-VIDEO"),
-    Row("any other, and features without signals", "image, video", "any", VolCov(alpha=0.0), "WHY-FEATURES"),
-)
+    Row(
+        "attention of the tower can be read", "image", "any", VolCov(),
+        "image toy: above divprune by 2.0 points (1.1 to 2.9) at 5 % and by 3.9 (2.7 to 5.1) at 3 %",
+    ),
+    Row(
+        "attention of the tower can be read", "video", "any", VolCov(),
+        "video toy: above divprune by 3.4 points (1.0 to 5.8) at 11 % and by 4.4 (1.6 to 7.2) at 5 %",
+    ),
+    Row(
+        "any other, and features without signals", "image, video", "any", VolCov(alpha=0.0),
+        "image toy: above divprune by 1.4 points (0.6 to 2.2) at 5 %",
+    ),
+)  # fmt: skip
 
 
 @register("auto", paper="https://arxiv.org/abs/2506.10967", seam="pre_llm")
