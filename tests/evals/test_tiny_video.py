@@ -19,7 +19,7 @@ pytest.importorskip("torchvision", reason="the stock video processor needs it")
 
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
-from vtprune.evals.toys.packing import lay
+from vtprune.evals.toys.packing import lay, word_by_word
 from vtprune.evals.toys.video import asks, clips, fast, model
 
 
@@ -172,7 +172,7 @@ def test_packed_questions_equal_single_ones(loaded, asked) -> None:
     clip = next(q.video for q in asked if q.capability == "order")
     texts = ("which color came first ?", "did red come before blue ?", "how many shapes appear ?")
     rows = [asks.Ask(t, "yes", "order", "order", t, 2) for t in texts]
-    batch = lay(fast.patches([clip.frames]).float(), [rows], model.VOCABULARY, 1, {}, False)
+    batch = lay(fast.patches([clip.frames]).float(), [rows], word_by_word(model.VOCABULARY), 1, {}, False)
     with torch.inference_mode():
         inputs = prepare(net, processor, [texts[0]], [clip])
         # Their bfloat16 is what training sees; compared are the values of the processor.
