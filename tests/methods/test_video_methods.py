@@ -53,8 +53,14 @@ def some(n: int) -> list[int]:
 def test_evs(grid: tuple[int, int, int]) -> None:
     x = video(grid)
     n = grid[0] * grid[1] * grid[2]
+    natural = max(grid[1] * grid[2], int(0.25 * n))
     for budget in some(n):
-        assert vtprune.create("evs")(unit(x, budget, grid)).idx.tolist() == oracle.evs(x, budget)
+        fair = budget < natural and grid[0] > 1
+        kept = vtprune.create("evs")(unit(x, budget, grid)).idx.tolist()
+        assert kept == (oracle.evs_fair if fair else oracle.evs)(x, budget)
+        assert vtprune.create("evs", faithful=True)(unit(x, budget, grid)).idx.tolist() == oracle.evs(x, budget)
+        if budget >= grid[0]:
+            assert not fair or len({i // (grid[1] * grid[2]) for i in kept}) == grid[0], "every frame keeps something"
     for ratio in (0.1, 0.5, 1.0):
         count = max(grid[1] * grid[2], int(ratio * n))
         assert vtprune.create("evs", ratio=ratio)(unit(x, None, grid)).idx.tolist() == oracle.evs(x, count)
@@ -64,8 +70,16 @@ def test_evs(grid: tuple[int, int, int]) -> None:
 def test_dycoke(grid: tuple[int, int, int]) -> None:
     x = video(grid)
     n = grid[0] * grid[1] * grid[2]
+    p, firsts = grid[1] * grid[2], -(-grid[0] // 4)
+    natural = firsts * p + (grid[0] - firsts) * int(0.3 * p)
     for budget in some(n):
-        assert vtprune.create("dycoke")(unit(x, budget, grid)).idx.tolist() == oracle.dycoke(x, budget)
+        fair = budget < natural and grid[0] > 1
+        kept = vtprune.create("dycoke")(unit(x, budget, grid)).idx.tolist()
+        assert kept == (oracle.dycoke_fair if fair else oracle.dycoke)(x, budget)
+        faithful = vtprune.create("dycoke", faithful=True)(unit(x, budget, grid))
+        assert faithful.idx.tolist() == oracle.dycoke(x, budget)
+        if budget >= grid[0]:
+            assert not fair or len({i // p for i in kept}) == grid[0], "every frame keeps something"
 
 
 @every_grid

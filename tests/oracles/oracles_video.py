@@ -24,6 +24,21 @@ def changes(x: Tensor, t: int, before: int) -> list[float]:
     return [1 - cosine(a, b) for a, b in zip(x[t], x[before])]
 
 
+def from_mean(x: Tensor, t: int) -> list[float]:
+    """1 - cosine of every token of frame t with the mean of the frame."""
+    frame = x[t].double()
+    return [1 - cosine(a, frame.mean(0)) for a in frame]
+
+
+def evs_fair(x: Tensor, count: int) -> list[int]:
+    """Below the official count: every frame's best token first, then the best of all; frame 0 against its own mean."""
+    frames, p = x.shape[:2]
+    scores = from_mean(x, 0) + [c for t in range(1, frames) for c in changes(x, t, t - 1)]
+    best = [t * p + top(torch.tensor(scores[t * p : t * p + p]), 1)[0] for t in range(frames)]
+    ranked = sorted(range(frames * p), key=lambda i: (i not in best, -scores[i], i))
+    return sorted(ranked[:count])
+
+
 def evs(x: Tensor, count: int) -> list[int]:
     """https://arxiv.org/abs/2510.14624: the first frame, then whatever changed most since the frame before."""
     frames, p = x.shape[:2]
@@ -51,6 +66,26 @@ def dycoke(x: Tensor, budget: int) -> list[int]:
         count = (i + 1) * rest // len(others) - i * rest // len(others)
         reference = t - 1 if t % 4 == 3 else t - t % 4
         kept += [t * p + i for i in top(torch.tensor(changes(x, t, reference)), count)]
+    return sorted(kept)
+
+
+def dycoke_fair(x: Tensor, budget: int) -> list[int]:
+    """Below the official count: a third for every fourth frame by the distance to its mean, the rest for others."""
+    frames, p = x.shape[:2]
+    firsts = [t for t in range(frames) if t % 4 == 0]
+    others = [t for t in range(frames) if t % 4 != 0]
+    fits = [
+        own
+        for own in range(min(budget, len(firsts) * p) + 1)
+        if budget - own <= len(others) * p and (budget < frames or (own >= len(firsts) and budget - own >= len(others)))
+    ]
+    own = min(fits, key=lambda count: abs(count - budget // 3))
+    kept = []
+    for group, total in ((firsts, own), (others, budget - own)):
+        for i, t in enumerate(group):
+            count = (i + 1) * total // len(group) - i * total // len(group)
+            scores = from_mean(x, t) if t % 4 == 0 else changes(x, t, t - 1 if t % 4 == 3 else t - t % 4)
+            kept += [t * p + i for i in top(torch.tensor(scores), count)]
     return sorted(kept)
 
 

@@ -11,7 +11,7 @@ from ...core.method import Method, Newlines
 from ...core.visual import Assignment, Visual
 from ...registry import register_own as register
 from ..shared.clips import Clip, by_clip, check_ratio
-from ..shared.frames import likeness
+from ..shared.frames import likeness, ranks_in_rows
 from ..shared.raster import evenly
 
 
@@ -21,15 +21,21 @@ class EVS(Method):
     """Top-k of 1 - cos(x[t, p], x[t - 1, p]) over the whole video; the first frame counts as most different.
 
     The count is fixed, so a server knows the length of its prompt before the pixels are encoded (the form in which
-    vLLM and SGLang ship it; they never keep less than one frame). A budget below one frame keeps evenly spaced tokens
-    of the first, which is also what a still image gets. Positions are kept. Ties go to the earlier token.
+    vLLM and SGLang ship it; they never keep less than one frame). A still image keeps evenly spaced tokens. Positions
+    are kept. Ties go to the earlier token.
+
+    Below the count that stays without keep, a first frame that comes first would leave the others nothing. There its
+    tokens compete by 1 - cos(x[0, p], mean over p of x[0, p]), and the best token of every frame goes before all
+    others. On the embedded video model at 10 % this answers 94.8 % of 500 questions, the official rule 34.0 %.
 
     ratio: without keep, int(ratio * T * P) tokens stay, and at least the first frame.
+    faithful: the official rule at every budget. Below one frame it keeps evenly spaced tokens of the first.
     """
 
     video: ClassVar[bool] = True
     newlines: ClassVar[Newlines] = "keep"
     ratio: float = 0.25
+    faithful: bool = False
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
@@ -43,8 +49,15 @@ class EVS(Method):
 
     def _reduce(self, clip: Clip, budget: int | None) -> Assignment:
         (t, p), device = clip.at.shape, clip.at.device
-        count = max(p, int(self.ratio * t * p)) if budget is None else budget
+        natural = max(p, int(self.ratio * t * p))
+        count = natural if budget is None else budget
         change = 1 - likeness(clip.x[1:], clip.x[:-1])  # [T - 1, P], 0..2
+        if t > 1 and count < natural and not self.faithful:
+            own = 1 - likeness(clip.x[:1], clip.x[:1].mean(dim=1, keepdim=True))  # [1, P], 0..2
+            scores = torch.cat([own, change])
+            best_first = scores + 4.0 * (ranks_in_rows(scores) == 0)  # 4: above every other score
+            order = best_first.flatten().sort(descending=True, stable=True).indices[:count]
+            return Assignment(order.sort().values, order, scores=scores.flatten())
         scores = torch.cat([torch.full((p,), torch.inf, device=device), change.flatten()])
         if count < p:
             order = evenly(count, p, device)
