@@ -25,7 +25,6 @@ from ..signals import kind_of, kinds
 from .attention_probe import probe, read
 from .compilers import announce, outside_while_busy
 
-
 S = TypeVar("S", bound="TowerSignals")
 
 

@@ -10,6 +10,7 @@ from ...core.method import Method
 from ...core.signal import Signal
 from ...core.visual import Assignment, Visual
 from ...registry import register_own as register
+from .. import budget_of
 from .volcov import VolCov
 
 
@@ -52,7 +53,9 @@ class Auto(Method):
         return self.resolved.needs
 
     def __call__(self, v: Visual) -> Assignment:
-        return self.resolved(v)
+        return self.batch([v])[0]
 
     def batch(self, units: Sequence[Visual]) -> list[Assignment]:
+        for v in units:
+            budget_of(v, self.name)
         return self.resolved.batch(units)

@@ -33,8 +33,8 @@ class VolCov(Method):
         determinantal point process, as in CDPruner, but without the question).
     c_j: how much better all tokens would be covered, mean over i of max(S_ij - max over p in P of S_ip, 0) (facility
         location, as in SCOPE, https://arxiv.org/abs/2510.24214).
-    a_j: [N], the attention that j receives from all queries in the tower layer that feeds the projector; no CLS token is
-        needed. Newlines receive none.
+    a_j: [N], the attention that j receives from all queries in the tower layer that feeds the projector; no CLS token
+        is needed. Newlines receive none.
 
     Neither the question nor a fixed position has a say, so the choice may be stored with the image. The frames of a
     video are covered together, over space and time; none of them comes first.
