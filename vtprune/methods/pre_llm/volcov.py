@@ -39,8 +39,8 @@ class VolCov(Method):
     Neither the question nor a fixed position has a say, so the choice may be stored with the image. The frames of a
     video are covered together, over space and time; none of them comes first.
 
-    alpha: weight of the attention, >= 0; 0 looks at features alone. It and ridge were chosen on one model (the embedded
-        image model) and held on another; what did not help stands in benchmarks/2026-11-27-volcov.
+    alpha: weight of the attention, >= 0; 0 looks at features alone. What else was tried, and did not help, stands in
+        benchmarks/2026-11-27-volcov/tuning.md.
     ridge: > 0; the larger it is, the less likeness to picked tokens counts.
     fallback: where the attention cannot be read (no known tower layout, features encoded elsewhere), "features" does
         as alpha=0 does, noted in `Visual.state["note"]`, and "error" raises UnsupportedModel.
