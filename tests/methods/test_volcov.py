@@ -46,7 +46,7 @@ def test_without_the_attention_features_decide_or_it_is_refused() -> None:
         assert torch.equal(vtprune.create(name)(blind).idx, alone.idx)
     assert "features alone decide" in blind.state["note"]
     assert not vtprune.create("volcov", alpha=0).needs
-    with pytest.raises(vtprune.UnsupportedModel, match="volcov needs received.*alpha=0 or fallback='features'"):
+    with pytest.raises(vtprune.UnsupportedModel, match=r"volcov needs received.*alpha=0 or fallback='features'"):
         vtprune.create("volcov", fallback="error")(blind)
 
 
