@@ -249,7 +249,8 @@ def memory(
 
 
 def _probe(n: int, k: int, d: int, mode: Any, kernel: str) -> None:
-    run: Any = {"farthest_point": farthest_point, "volume_coverage": volume_coverage}[kernel]
+    kernels: dict[str, Callable[..., Any]] = {"farthest_point": farthest_point, "volume_coverage": volume_coverage}
+    run = kernels[kernel]
     torch.set_num_threads(1)
     x = torch.randn(n, d, generator=torch.Generator().manual_seed(0))
     run([x[:8]], [2], memory=mode)

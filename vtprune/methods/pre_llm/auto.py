@@ -25,21 +25,30 @@ class Row(NamedTuple):
 
 
 # What a tower shows is found out when the model is patched, so the rows share one method and differ in what it reads.
-# Measured on the questions that the form was chosen on (image) and tried on next (video), not on fresh ones yet.
+# The figures are of the embedded models and of tuning seeds, no confirmation: benchmarks/2026-11-27-volcov/tuning.md.
 ROWS = (
     Row(
-        "attention of the tower can be read", "image", "any", VolCov(),
-        "image toy: above divprune by 2.0 points (1.1 to 2.9) at 5 % and by 3.9 (2.7 to 5.1) at 3 %",
+        "attention of the tower can be read",
+        "image",
+        "any",
+        VolCov(),
+        "over divprune at 5 %: +0.6 [-0.6, 1.8] and +2.0 [1.1, 2.9] on two draws",
     ),
     Row(
-        "attention of the tower can be read", "video", "any", VolCov(),
-        "video toy: above divprune by 3.4 points (1.0 to 5.8) at 11 % and by 4.4 (1.6 to 7.2) at 5 %",
+        "attention of the tower can be read",
+        "video",
+        "any",
+        VolCov(),
+        "over divprune at 5 %: +4.4 [1.6, 7.2] on one draw",
     ),
     Row(
-        "any other, and features without signals", "image, video", "any", VolCov(alpha=0.0),
-        "image toy: above divprune by 1.4 points (0.6 to 2.2) at 5 %",
+        "any other, and features without signals",
+        "image, video",
+        "any",
+        VolCov(alpha=0.0),
+        "over divprune at 5 %: images +0.4 [-0.8, 1.6] and +1.4 [0.6, 2.2], videos +1.8 [-1.2, 4.8]",
     ),
-)  # fmt: skip
+)
 
 
 @register("auto", paper="https://arxiv.org/abs/2506.10967", seam="pre_llm")
@@ -67,5 +76,5 @@ class Auto(Method):
 
     def batch(self, units: Sequence[Visual]) -> list[Assignment]:
         for v in units:
-            budget_of(v, self.name)  # a budget out of range is refused under the name that was asked for
+            budget_of(v, self.name)
         return self.resolved.batch(units)

@@ -33,14 +33,14 @@ class VolCov(Method):
         determinantal point process, as in CDPruner, but without the question).
     c_j: how much better all tokens would be covered, mean over i of max(S_ij - max over p in P of S_ip, 0) (facility
         location, as in SCOPE, https://arxiv.org/abs/2510.24214).
-    a_j: [N], the attention that j receives from all queries in the tower layer that feeds the projector. No CLS token
-        is needed; newlines receive none.
+    a_j: [N], the attention that j receives from all queries in the tower layer that feeds the projector; no CLS token
+        is needed. Newlines receive none.
 
     Neither the question nor a fixed position has a say, so the choice may be stored with the image. The frames of a
     video are covered together, over space and time; none of them comes first.
 
-    alpha: weight of the attention, >= 0; 0 looks at features alone. It and ridge were chosen on one model (the embedded
-        image model) and held on another; what did not help stands in benchmarks/2026-11-27-volcov.
+    alpha: weight of the attention, >= 0; 0 looks at features alone. What else was tried, and did not help, stands in
+        benchmarks/2026-11-27-volcov/tuning.md.
     ridge: > 0; the larger it is, the less likeness to picked tokens counts.
     fallback: where the attention cannot be read (no known tower layout, features encoded elsewhere), "features" does
         as alpha=0 does, noted in `Visual.state["note"]`, and "error" raises UnsupportedModel.
