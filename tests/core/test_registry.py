@@ -248,6 +248,7 @@ def test_families_and_signals_come_by_entry_points_too(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, group = getattr(registry, name), {"FAMILIES": "vtprune.families", "SIGNALS": "vtprune.signals"}[name]
+    made.load()  # our own must be known before a copy stands in: their modules are imported once only
     monkeypatch.setattr(made, "known", dict(made.known))
     module = f"vtprune_{name.lower()}"
     install(tmp_path, module, FAMILY.format(registry=name, name="toy"), f"toy = {module}", group)

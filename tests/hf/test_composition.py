@@ -65,7 +65,7 @@ def test_before_and_inside(family: str, before: str, inside: str) -> None:
         Stage("llm", vtprune.create(before), keep=0.6, per="image", newlines="compete"),
         Stage(2, vtprune.create(inside), keep=0.2, per="image"),
     ]
-    assert run(family, stages) == [before, inside]
+    assert run(family, stages) == [vtprune.create(before).resolved.name, inside]
 
 
 @pytest.mark.parametrize("second", ["divprune", "todre"])
@@ -76,4 +76,4 @@ def test_importance_first_diversity_second(first: str, second: str) -> None:
         Stage("llm", vtprune.create(first), keep=0.6, per="image", newlines="compete"),
         Stage("llm", vtprune.create(second), keep=0.2, per="image"),
     ]
-    assert run("llava", stages) == [first, second]
+    assert run("llava", stages) == [vtprune.create(first).resolved.name, second]
