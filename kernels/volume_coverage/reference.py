@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..farthest_point import reference as farthest
 from ..farthest_point.reference import Memory, fill_gram, full_precision, unit_rows
-from ..host import check, check_finite, to_device
+from ..host import check, check_finite
 
 MARGIN = 1e-5  # scores closer than this, in proportion to the largest, tie
 FLOOR = 1e-6  # a mean gain below it is what rounding leaves
@@ -142,14 +142,14 @@ def greedy(problems: Sequence[Problem], budget: int, ridge: float) -> Tensor:
     count, width = len(problems), max(sizes)
     m = width if at is None else len(at)
     table, weight = one.new_empty(count, m, width), one.new_ones(count, width)
-    left = one.new_full((count, width), -torch.inf)
+    left, floors = one.new_full((count, width), -torch.inf), one.new_empty(count, 1, dtype=torch.float64)
     for i, (problem, n) in enumerate(zip(problems, sizes)):
         if n < width:
             table[i].zero_()  # padding adds nothing to a sum over rows
         similarities(problem, table[i] if problem.covered is not None else table[i, :n, :n])
         left[i, :n] = torch.linalg.vector_norm(problem.rows, dim=1).square() + ridge
         weight[i, :n] = problem.weight
-    floors = to_device(torch.tensor([[FLOOR * min(m, n)] for n in sizes], dtype=torch.float64), one.device)
+        floors[i].fill_(FLOOR * min(m, n))
     offset = torch.arange(count, device=one.device) * width
     factor = one.new_empty(count, budget, width)
     picks = torch.empty(budget, count, dtype=torch.int64, device=one.device)

@@ -13,7 +13,6 @@ import triton
 from torch import Tensor
 
 from ..farthest_point.reference import GRAM_BYTES
-from ..host import to_device
 from . import reference
 from .programs import gains as _gains
 from .programs import residual as _residual
@@ -68,7 +67,7 @@ def _greedy(problems: Sequence[Problem], budget: int, ridge: float) -> Tensor:
     score, top = rows.new_empty(units, n), rows.new_empty(units, parts)
     cover = rows.new_empty(units, n, dtype=torch.float64)
     factor = rows.new_empty(units, budget, n)
-    floor = to_device(torch.full((units,), reference.FLOOR * m, dtype=torch.float64), rows.device)
+    floor = rows.new_full((units,), reference.FLOOR * m, dtype=torch.float64)
     picks = torch.empty(units, budget, dtype=torch.int64, device=rows.device)
     whole = covered is None
     at = picks if covered is None else covered  # not read where all are covered

@@ -197,7 +197,7 @@ def test_the_model_looks_and_can_be_pruned(asked: list[mid.Question]) -> None:
 
 @pytest.mark.slow
 def test_the_commands_take_it(tmp_path: Path) -> None:
-    some = ["--mid", "--limit", "1", "--capability", "color", "--keep", "0.25", "--seeds", "1"]
+    some = ["--mid", "--limit", "4", "--capability", "color", "--keep", "0.25", "--seeds", "1"]
     done = CliRunner().invoke(app, ["eval", *some, "--method", "divprune", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
     assert "the mid model" in (tmp_path / "eval.md").read_text()
