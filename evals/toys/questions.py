@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from PIL import Image
+    from typing_extensions import Self
 
     from vtprune.evals.video import Video
 
@@ -30,6 +32,35 @@ class Visible(Protocol):
     def seen(self) -> Image.Image | Video: ...
     def blank(self) -> Any: ...
     def about(self, other: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class AboutPicture:
+    """One question about an RGB `image`: the full prompt text for the processor and the expected words.
+
+    What a picture of nothing is, `blank`, is for the model that is asked to say.
+    """
+
+    image: Image.Image
+    image_id: int
+    prompt: str
+    answer: str
+    capability: str
+    template: str
+
+    @property
+    def seen(self) -> Image.Image:
+        """What the question is about."""
+        return self.image
+
+    @property
+    def source(self) -> int:
+        """Number of the picture: questions that share it share the picture."""
+        return self.image_id
+
+    def about(self, other: Self) -> Self:
+        """The same question about the picture of another one."""
+        return replace(self, image=other.image, image_id=other.image_id)
 
 
 def check_wanted(per_capability: int, wanted: Iterable[str] | None, known: Sequence[str]) -> tuple[str, ...]:

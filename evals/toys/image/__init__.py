@@ -17,12 +17,12 @@ import random
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtprune.evals.toys.questions import Visible, blind, check_wanted
+from vtprune.evals.toys.questions import AboutPicture, Visible, blind, check_wanted
 
 if TYPE_CHECKING:
     import torch
@@ -66,26 +66,8 @@ _SHARES: dict[str, dict[str, int]] = {
 }
 
 
-@dataclass(frozen=True)
-class Question:
-    """One question: a 64 x 64 RGB `image`, the full prompt text for the processor and the expected words."""
-
-    image: Image.Image
-    image_id: int
-    prompt: str
-    answer: str
-    capability: str
-    template: str
-
-    @property
-    def seen(self) -> Image.Image:
-        """What the question is about."""
-        return self.image
-
-    @property
-    def source(self) -> int:
-        """Number of the picture: questions that share it share the picture."""
-        return self.image_id
+class Question(AboutPicture):
+    """One question about a picture of 64 x 64."""
 
     def blank(self) -> Question:
         """The same question about a picture of the mean colour, which is zero once normalised."""
@@ -94,10 +76,6 @@ class Question:
         from vtprune.evals.toys.image.model import MEAN_RGB
 
         return replace(self, image=Image.new("RGB", (64, 64), MEAN_RGB), image_id=-1)
-
-    def about(self, other: Question) -> Question:
-        """The same question about the picture of another one."""
-        return replace(self, image=other.image, image_id=other.image_id)
 
 
 def load(

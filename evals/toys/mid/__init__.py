@@ -15,15 +15,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtprune.evals.toys.questions import Visible, blind, check_wanted
+from vtprune.evals.toys.questions import AboutPicture, Visible, blind, check_wanted
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 __all__ = ["ADAPTER", "CAPABILITIES", "Question", "Visible", "blind", "load", "questions"]
@@ -55,26 +54,8 @@ _SHARES: dict[str, dict[str, int]] = {
 }
 
 
-@dataclass(frozen=True)
-class Question:
-    """One question: a 224 x 224 RGB `image`, the full prompt text for the processor and the expected words."""
-
-    image: Image.Image
-    image_id: int
-    prompt: str
-    answer: str
-    capability: str
-    template: str
-
-    @property
-    def seen(self) -> Image.Image:
-        """What the question is about."""
-        return self.image
-
-    @property
-    def source(self) -> int:
-        """Number of the picture: questions that share it share the picture."""
-        return self.image_id
+class Question(AboutPicture):
+    """One question about a picture of 224 x 224."""
 
     def blank(self) -> Question:
         """The same question about a picture of the mean colour, which is zero once normalised."""
@@ -85,10 +66,6 @@ class Question:
 
         mean = tuple(round(255 * value) for value in MEAN)
         return replace(self, image=Image.new("RGB", (SIDE, SIDE), mean), image_id=-1)
-
-    def about(self, other: Question) -> Question:
-        """The same question about the picture of another one."""
-        return replace(self, image=other.image, image_id=other.image_id)
 
 
 def load(

@@ -39,7 +39,6 @@ class Stage(Base):
     """One part of the schedule; `limit`: the most shapes in a picture."""
 
     limit: int = 6
-    adam: float = 1e-3
 
 
 STAGES = (
@@ -71,10 +70,12 @@ class Trainer(BaseTrainer):
         torch.manual_seed(seed)
         llava, self.tokenizer = assemble()
         llava.requires_grad_(False)
+        words: Any = llava.get_input_embeddings()
+        self.width: int = words.embedding_dim
         return adapt(llava)
 
     def read_outs(self) -> Heads:
-        return Heads(576)
+        return Heads(self.width)
 
     def _start_projector(self) -> None:
         """Let the projector's first layer see features of mean zero and spread one."""
