@@ -322,11 +322,9 @@ def cuts_of_chat(log: Sequence[Call], turns: Sequence[Sequence[Sequence[int]]]) 
     return out
 
 
-def renumbers(model: Any, log: Sequence[Call]) -> set[Any]:
-    """Where stages that ran give the kept tokens new, gapless positions; multi-axis ones are kept by default."""
-    mrope = "mrope_section" in (getattr(model.config.get_text_config(), "rope_parameters", None) or {})
-    chosen = {call.stage.where for call in log if (call.stage.positions or call.stage.method.positions) == "compact"}
-    return set() if mrope else chosen
+def renumbers(log: Sequence[Call]) -> set[Any]:
+    """Where stages that ran give the kept tokens new, gapless positions."""
+    return {call.stage.where for call in log if call.stage.positions == "compact"}
 
 
 def positions(model: Any, batch: dict[str, Any]) -> Tensor | None:

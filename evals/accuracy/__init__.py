@@ -84,7 +84,7 @@ def evaluate(
     """Ask every question dense, blind and pruned with every method (controls added) at every keep.
 
     A method whose layers hold more tokens on average than `keep` says is asked once more, at the keep where their
-    average is what was said; what officially renumbers position ids is asked with the ids kept too.
+    average is what was said; what officially renumbers position ids is asked in that way too.
 
     methods: names, optionally with options ("todre:objective=kcenter"). seeds: draws of a random method. workers:
     processes that share the passes, each with a copy of the model and one thread; for models on the CPU. skip: leave

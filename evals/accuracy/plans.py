@@ -22,7 +22,7 @@ class Plan:
     """One pass over the questions: a label for the table, the method and how much it keeps (no method: dense).
 
     blind: how the images are hidden ("zero" or "shuffle"), None if they are not. positions: as in `vtprune.patch`, None
-    for the method's own. equal: the average share over the LLM's layers that `keep` was set to reach, None where `keep`
+    for "keep". equal: the average share over the LLM's layers that `keep` was set to reach, None where `keep`
     is what was asked for.
     """
 
@@ -69,15 +69,14 @@ def plans(methods: Iterable[str], keeps: Sequence[float | int], seeds: int = 3) 
 
 
 def both_positions(methods: Iterable[str]) -> list[str]:
-    """The methods, and behind each that officially renumbers position ids the same with the way that is no default."""
+    """The methods, and behind each that officially renumbers position ids the same with ids renumbered."""
     out: list[str] = []
     for text in methods:
         name, options = parse_method(text)
         cls = type(vtprune.create(name))
         out.append(text)
-        if "positions" not in options and "compact" in (cls.positions, getattr(cls, "official_positions", None)):
-            other = "keep" if cls.positions == "compact" else "compact"
-            out.append(f"{text}{',' if options else ':'}positions={other}")
+        if "positions" not in options and cls.official_positions == "compact":
+            out.append(f"{text}{',' if options else ':'}positions=compact")
     return out
 
 

@@ -21,7 +21,7 @@ def renumbering(arrays: Arrays, folder: Path, method: str, options: dict[str, An
     see = lambda module, args, kwargs: ids.append(kwargs["position_ids"][0])  # noqa: E731
     layers = arrays["layer_list"].tolist()
     options = {"layers": tuple(layers), "ratios": tuple(map(real, arrays["ratio_list"])), **options}
-    with patch(model, method, **options) as handle:
+    with patch(model, method, positions="compact", **options) as handle:
         watched = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in model.get_decoder().layers]
         out = run_base(model, inputs)
         last, cache = handle.last, out.past_key_values

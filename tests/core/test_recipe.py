@@ -108,7 +108,7 @@ def test_the_document() -> None:
                 "keep_total": None,
                 "per": "image",
                 "newlines": "compete",
-                "positions": None,
+                "positions": "keep",
                 "clips": None,
             }
         ],

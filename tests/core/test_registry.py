@@ -296,3 +296,11 @@ def test_trust_is_marked_and_neither_inherited_nor_read_from_a_name() -> None:
     Posing.__module__ = "vtprune.methods.posing"
     assert not Derived().trusted
     assert not vtprune.register("posing", paper=PAPER, seam="pre_llm")(Posing)().trusted
+
+
+def test_a_method_does_not_renumber_by_itself() -> None:
+    class Mine(vtprune.Method):
+        positions = "compact"
+
+    with pytest.raises(TypeError, match=r"positions='compact' would change nothing.*official_positions"):
+        vtprune.register("mine", paper=PAPER, seam="pre_llm")(Mine)

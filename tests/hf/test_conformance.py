@@ -145,7 +145,7 @@ def test_logits_equal_the_oracle(family: str, method: str, keep: float | int, at
     with pruned(family, method, keep, attention) as (model, handle, log):
         tokens, ours = reference.greedy(model, batch, STEPS)
         kept = [kept_positions(handle, row) for row in range(len(ROWS))]
-    compact = reference.renumbers(model, log)
+    compact = reference.renumbers(log)
     cuts = reference.cuts_of_row(log, range(len(ROWS)), alone(family))
     for row in range(len(ROWS)):
         pads = int((batch["attention_mask"][row] == 0).sum())
@@ -270,7 +270,7 @@ def _oracle(model: Any, family: str, row: list[families.Piece], log: Sequence[An
     units = batch.units[0]
     first = len(families.build(family, [_first_turn(family)]).units[0])
     cuts = reference.cuts_of_chat(log, [units[:first], units[first:]])
-    return reference.pruned_logits(model, full, cuts, compact=reference.renumbers(model, log))[-len(answer) :]
+    return reference.pruned_logits(model, full, cuts, compact=reference.renumbers(log))[-len(answer) :]
 
 
 @every_method_asked_once

@@ -73,7 +73,7 @@ def cuts_of(log: list[reference.Call], batch: families.Inputs) -> dict[Any, list
 
 def last_logits(model: Any, family: str, batch: families.Inputs, log: list[reference.Call]) -> Tensor:
     """The oracle's logits [V] behind the last token of one row."""
-    compact = reference.renumbers(model, log)
+    compact = reference.renumbers(log)
     return reference.pruned_logits(model, reference.dense(model, batch), cuts_of(log, batch), compact=compact)[-1]
 
 
@@ -126,7 +126,7 @@ class TestPatchedModel:
             assert torch.equal(tokens, words)
             assert torch.equal(logits, dense)
             return
-        compact = reference.renumbers(model, log)
+        compact = reference.renumbers(log)
         theirs = reference.expected(model, family, (1,), 0, cuts_of(log, batch), tokens[0], compact=compact)
         close(logits[0], theirs)
 
@@ -146,7 +146,7 @@ class TestPatchedModel:
             return
         each = [len(call.units) // 3 for call in log]  # every beam brings the image
         one = [reference.Call(c.stage, c.units[:n], c.answers[:n]) for c, n in zip(log, each, strict=True)]
-        compact = reference.renumbers(model, log)
+        compact = reference.renumbers(log)
         for words, score in zip(out.sequences[:, batch["input_ids"].shape[1] :], out.sequences_scores, strict=True):
             logits = reference.expected(model, family, (1,), 0, cuts_of(one, batch), words, compact=compact)
             close(score, logits.log_softmax(-1)[torch.arange(STEPS), words].sum() / STEPS)

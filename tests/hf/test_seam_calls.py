@@ -41,7 +41,7 @@ def oracle(family: str, log: list[reference.Call], tokens: Tensor, rows: tuple[i
     units = [families.inputs(family, rows=rows, only=r).units[0] for r in range(len(rows))]
     cuts = reference.cuts_of_row(log, range(len(rows)), units)[row]
     model = families.model(family)
-    compact = reference.renumbers(model, log)
+    compact = reference.renumbers(log)
     return reference.expected(model, family, rows, row, cuts, tokens, compact=compact)
 
 

@@ -58,7 +58,7 @@ def test_published_schedule() -> None:
         assert [s.method.history for s in stages] == [1, 3, 6]  # type: ignore[attr-defined]
     assert [s.keep for s in method.stages(72, 32)] == [504, 360, 72]
     assert [s.keep for s in method.stages(1.0, 32)] == [1.0] * 3
-    assert [s.where for s in method.stages(0.5, 4)] == [1, 2]
+    assert [s.where for s in method.stages(0.5, 4)] == [2, 3]
     assert [s.keep for s in vtprune.create("transprune", layers=(1, 2, 3, 4)).stages(0.2, 8)] == pytest.approx(
         [0.8, 0.6, 0.4, 0.2]
     )
@@ -154,8 +154,8 @@ def test_the_layer_itself_has_not_moved_anything_yet() -> None:
 
 
 def test_positions_option_reaches_every_stage() -> None:
-    with vtprune.patch(families.model("llava"), "transprune", keep=0.3, positions="keep") as handle:
-        assert [stage.compact for stage in handle.stages] == [False] * len(handle.stages)
+    with vtprune.patch(families.model("llava"), "transprune", keep=0.3, positions="compact") as handle:
+        assert [stage.compact for stage in handle.stages] == [True] * len(handle.stages)
 
 
 @pytest.mark.parametrize("check", [calls.test_static_cache_equals_dynamic, calls.test_no_cache_equals_cache])

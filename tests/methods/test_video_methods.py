@@ -112,7 +112,7 @@ def test_dycoke_options() -> None:
         with pytest.raises(ValueError, match=r"k=.*use a share in \[0, 1\]"):
             vtprune.create("dycoke", k=k)
     (stage,) = vtprune.create("dycoke").stages(0.3, 8)
-    assert (stage.where, stage.compact, stage.newlines) == ("llm", True, "keep")
+    assert (stage.where, stage.compact, stage.newlines) == ("llm", False, "keep")
     first, second = vtprune.create("dycoke", kv=True).stages(0.3, 8)
     assert (first.where, second.where, second.method.name, second.keep) == ("llm", 3, "dycoke_kv", 0.3)
     assert len(vtprune.create("dycoke", kv=True).stages(1.0, 8)) == 1
@@ -219,7 +219,7 @@ def test_segments_equal_the_cell_by_cell_programme() -> None:
 
 def test_holitom_stages_and_options() -> None:
     first, second = vtprune.create("holitom").stages(0.15, 28)
-    assert (first.where, first.keep, first.compact) == ("llm", 0.15, True)
+    assert (first.where, first.keep, first.compact) == ("llm", 0.15, False)
     assert (second.where, second.method.name, second.keep) == (18, "holitom_inner", None)
     assert len(vtprune.create("holitom", inner=False).stages(0.15, 28)) == 1
     assert len(vtprune.create("holitom").stages(1.0, 28)) == 1
@@ -440,7 +440,7 @@ def test_frames_that_come_as_images_are_one_video_per_sample(family: str, name: 
     assert torch.equal(answer.apply(v.x), one.apply(v.x))
     units = [families.inputs(family, rows=(0, 1), only=row).units[0] for row in (0, 1)]
     cuts = reference.cuts_of_row(log, (0, 1), units)
-    compact = reference.renumbers(model, log)
+    compact = reference.renumbers(log)
     theirs = reference.expected(model, family, (0, 1), 1, cuts[1], tokens[1], compact=compact)
     torch.testing.assert_close(ours[1], theirs, rtol=0, atol=1e-5)
 
@@ -475,7 +475,7 @@ def test_newline_and_class_tokens_stay_beside_the_budget(name: str) -> None:
 
 @pytest.mark.parametrize("name", VIDEO)
 def test_merged_tokens_keep_the_place_of_their_centre(name: str) -> None:
-    """M-RoPE: time, height and width ids of a kept token are its own; renumbering is refused by a note."""
+    """M-RoPE: time, height and width ids of a kept token are its own."""
     model, method = families.model("qwen2_5_vl-video"), vtprune.create(name)
     batch = families.inputs("qwen2_5_vl-video")
     places = reference.positions(model, batch)
@@ -488,6 +488,4 @@ def test_merged_tokens_keep_the_place_of_their_centre(name: str) -> None:
         hook.remove()
         assert handle.last is not None
         index = handle.last.index[0]
-        notes = handle.last.notes + handle._session.notes
     assert torch.equal(seen[0].view(-1, *seen[0].shape[-2:])[-3:, 0], places[:, 0].index_select(1, index))
-    assert any("renumbering is undefined" in note for note in notes) == (method.positions == "compact")

@@ -28,9 +28,9 @@ M = TypeVar("M", bound="type[Method]")
 class Method(ABC):
     """A pruning rule: a frozen dataclass of options and one call, `Visual -> Assignment`.
 
-    Class attributes `paper` (URL) and `seam` ("pre_llm", "in_llm" or "in_vit") are set by `vtprune.register`; `per`,
-    `newlines` and `positions` are the method's own policy, which a `Stage` may override. `video`: it compares frames,
-    so a still image leaves it little to go by.
+    Class attributes `paper` (URL) and `seam` ("pre_llm", "in_llm" or "in_vit") are set by `vtprune.register`; `per` and
+    `newlines` are the method's own policy, which a `Stage` may override. `video`: it compares frames, so a still image
+    leaves it little to go by.
     """
 
     name: ClassVar[str] = ""
@@ -38,7 +38,8 @@ class Method(ABC):
     seam: ClassVar[str] = "pre_llm"
     per: ClassVar[Per] = "image"
     newlines: ClassVar[Newlines] = "compete"
-    positions: ClassVar[Positions] = "keep"
+    # What the official code does with position ids. A stage keeps them unless it is told to renumber.
+    official_positions: ClassVar[Positions] = "keep"
     video: ClassVar[bool] = False
     # It reads `Visual.text`, so what it keeps of an image depends on the question: nothing to store between questions.
     reads_text: ClassVar[bool] = False
@@ -146,7 +147,8 @@ class Stage:
     newlines: tokens outside every raster, such as the ends of a mosaic's rows. "compete" makes them tokens like any
         other (per="image" and "sample"; a tile of per="crop" brings those at its right edge), "keep" keeps them beside
         the budget, "drop" drops them with the first token that goes. None = the method's default.
-    positions: "keep" leaves the original position ids (gaps), "compact" renumbers; None = the method's default.
+    positions: "keep" leaves the original position ids (gaps), "compact" renumbers what is left, as the official code of
+        some methods does (`Method.official_positions`). None = "keep".
     """
 
     where: Where
@@ -155,7 +157,7 @@ class Stage:
     keep_total: float | int | None = None
     per: Per = None  # type: ignore[assignment]
     newlines: Newlines = None  # type: ignore[assignment]
-    positions: Positions | None = None
+    positions: Positions = None  # type: ignore[assignment]
     clips: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -180,7 +182,8 @@ class Stage:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose {' or '.join(map(repr, valid))}")
         if self.clips is not None:
             object.__setattr__(self, "clips", check_clips(self.clips, self.per))
-        if self.positions not in (None, *get_args(Positions)):
+        object.__setattr__(self, "positions", "keep" if self.positions is None else self.positions)
+        if self.positions not in get_args(Positions):
             raise ValueError(f"positions={self.positions!r}: choose 'keep' or 'compact'")
 
     @cached_property
@@ -200,8 +203,8 @@ class Stage:
 
     @cached_property
     def compact(self) -> bool:
-        """True if kept tokens are renumbered: as asked for, else as the method's default says."""
-        return (self.positions or self.method.positions) == "compact"
+        """True if kept tokens are renumbered."""
+        return self.positions == "compact"
 
     @cached_property
     def keeps_all(self) -> bool:

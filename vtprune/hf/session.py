@@ -8,7 +8,6 @@ output lengths). What cleans up after a call, however it ends, stands in `calls`
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 
 from torch import Tensor, nn
@@ -35,7 +34,7 @@ class Patch:
     def __init__(self, model: nn.Module, stages: Sequence[Stage]) -> None:
         self.adapter = Adapter(model)
         self.notes: list[str] = []
-        self.plan = Plan.of(self.adapter, [self._placeable(stage) for stage in stages])
+        self.plan = Plan.of(self.adapter, stages)
         self.local = Local()
         self.encoded = EncodedFeatures()
         self.running, self.removed = Running(), False
@@ -62,16 +61,6 @@ class Patch:
     def busy(self) -> bool:
         """True while this thread prunes a prompt."""
         return self.local.prefill is not None
-
-    def _placeable(self, stage: Stage) -> Stage:
-        """The stage, which keeps positions where its method would renumber by default and the model cannot."""
-        if stage.positions is not None or not stage.compact or not self.adapter.mrope:
-            return stage
-        name = stage.method.name or type(stage.method).__name__
-        note = f"{name}: positions are kept, because renumbering is undefined for M-RoPE ({self.adapter.model_type})"
-        if note not in self.notes:
-            self.notes.append(note)
-        return replace(stage, positions="keep")
 
     # -- installing and removing --------------------------------------------------------------------------------------
 

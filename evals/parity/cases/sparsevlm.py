@@ -51,7 +51,7 @@ def sparsevlm(arrays: Arrays, folder: Path) -> str:
     visual = visual_of(arrays)
     model, inputs = stock_llava(weights, torch.from_numpy(arrays["inputs_embeds"]), visual)
     layers, counts = tuple(arrays["pruning_layers"].tolist()), tuple(arrays["keep_list"].tolist())
-    version = {"version": "plus", "heads": 14} if plus else {"version": "v1"}
+    version = {"version": "plus", "heads": 14} if plus else {"version": "v1", "positions": "compact"}
     with patch(model, "sparsevlm", layers=layers, counts=counts, order="official", **version) as handle:
         out = run_base(model, inputs)
         last, states = handle.last, out.last_hidden_state[0]

@@ -11,7 +11,7 @@ from ...core.visual import Assignment, Visual
 from ...kernels import check_finite
 from ...registry import register_own as register
 from .. import best_first, budget_of, select, signal_of
-from .schedule import check_layers, check_one, check_shares, pyramid
+from .schedule import check_layers, check_one, check_shares, in_proportion, pyramid
 
 ROW = Signal("last_row", -1)
 POINTS, OF = (9, 19, 28), 32  # layers of Llama-2-7B between which the paper groups its statistics
@@ -57,7 +57,7 @@ class LazyLLM(Method):
 
     def stages(self, keep: float | int | None, depth: int) -> list[Stage]:
         check_one(self.name, keep, self.ratios)
-        layers = self.layers or tuple(sorted({max(1, depth * point // OF) for point in POINTS}))
+        layers = self.layers or in_proportion(POINTS, OF, depth)
         shares = self.ratios or pyramid(RATIO ** len(layers) if keep is None else keep, len(layers))
         return [Stage(layer, self, keep=share) for layer, share in zip(layers, shares)]
 

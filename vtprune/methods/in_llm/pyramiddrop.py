@@ -11,9 +11,10 @@ from ...core.visual import Assignment, Visual
 from ...kernels import check_finite
 from ...registry import register_own as register
 from .. import best_first, budget_of, select, signal_of
-from .schedule import check_layers, check_one, check_shares, pyramid, quarters
+from .schedule import check_layers, check_one, check_shares, in_proportion, pyramid
 
 ROW = Signal("last_row", 0)
+PUBLISHED, OF = (8, 16, 24), 32  # the published layers, and the depth they are meant for
 
 
 @register("pyramiddrop", paper="https://arxiv.org/abs/2410.17247", seam="in_llm")
@@ -25,14 +26,14 @@ class PyramidDrop(Method):
     stage leaves. A share is reached in equal factors (keep=0.125 gives the published 0.5, 0.25, 0.125); a count is
     doubled for each stage before the last. Without keep: the published list, and in a `Stage` of your own half of the
     tokens it sees. All shares are of the tokens as the model sees them unpruned, cut off to a count as officially:
-    int(share * n), at least one. Position ids are renumbered at every stage, as officially; where they have several
-    axes (M-RoPE) they are kept, and a note says so.
+    int(share * n), at least one. The official code renumbers position ids at every stage, positions="compact"; here they
+    are kept, which answers PLACEHOLDER.
 
-    layers: decoder layers whose input is pruned, ascending; None: at 1/4, 1/2 and 3/4 of the depth (8, 16, 24 of 32).
+    layers: decoder layers whose input is pruned, ascending; None: 8, 16 and 24 of 32, in proportion to the depth.
     ratios: shares that stay at each of `layers`, none above the one before, in place of `keep`.
     """
 
-    positions: ClassVar[Positions] = "compact"
+    official_positions: ClassVar[Positions] = "compact"
     rounding: ClassVar[Rounding] = "down"
     layers: tuple[int, ...] | None = None
     ratios: tuple[float, ...] | None = None
@@ -50,11 +51,11 @@ class PyramidDrop(Method):
         return (ROW,)
 
     def default_where(self) -> Where:
-        return self.layers[0] if self.layers else 8
+        return self.layers[0] if self.layers else PUBLISHED[0]
 
     def stages(self, keep: float | int | None, depth: int) -> list[Stage]:
         check_one(self.name, keep, self.ratios)
-        layers = self.layers or quarters(depth)
+        layers = self.layers or in_proportion(PUBLISHED, OF, depth)
         shares = self.ratios or pyramid(0.125 if keep is None else keep, len(layers))
         return [Stage(layer, self, keep=share) for layer, share in zip(layers, shares)]
 

@@ -5,9 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def quarters(depth: int) -> tuple[int, ...]:
-    """The layers at 1/4, 1/2 and 3/4 of the depth; fewer in a model of fewer than four layers."""
-    return tuple(sorted({depth * i // 4 for i in (1, 2, 3)}))
+FLOOR = 3  # the layers before it look at single tokens; hardly any query has found what the question asks for
+
+
+def in_proportion(points: Sequence[int], of: int, depth: int, floor: int | None = None) -> tuple[int, ...]:
+    """The layers that stand in a model of `depth` where `points` stand in one of `of`, cut off to whole layers.
+
+    None stands before `floor`, and no two are the same layer: in a shallow model they move back, and what finds no
+    layer any more is left out. floor: None is 3, but not behind the middle, nor behind the first of `points`; so
+    published layers come back as they are at their own depth.
+    """
+    first = min(FLOOR, points[0], depth // 2) if floor is None else floor
+    layers: list[int] = []
+    for point in points:
+        layers.append(max(layers[-1] + 1 if layers else first, depth * point // of))
+    return tuple(layer for layer in layers if layer < depth)
 
 
 def pyramid(keep: float | int, stages: int) -> list[float | int]:

@@ -17,7 +17,7 @@ from ...registry import register_own as register
 from .. import best_first, budget_of, check_choices, select, signal_of
 from ..shared.recycling import kept_beside, means_of, recycle, recycled
 from .published import BEHIND, OF, PRESETS, PUBLISHED
-from .schedule import check_layers, pyramid
+from .schedule import check_layers, in_proportion, pyramid
 
 Version = Literal["v1", "plus"]
 Order = Literal["positional", "official"]
@@ -51,10 +51,10 @@ class SparseVLM(Method):
     heads: heads that "plus" listens to, a count or a share of all (14 of 32).
     order: "official" puts merged tokens behind all others.
 
-    As in the official code "v1" renumbers position ids and "plus" keeps them; multi-axis ids (M-RoPE) are kept.
+    The official code of "v1" renumbers position ids, positions="compact"; here they are kept PLACEHOLDER.
     """
 
-    positions: ClassVar[Positions] = "compact"
+    official_positions: ClassVar[Positions] = "compact"
     version: Version = "v1"
     preset: int | None = None
     counts: tuple[int, ...] | None = None
@@ -88,17 +88,16 @@ class SparseVLM(Method):
         return (RELEVANCE, ROWS) if self.version == "v1" else (RELEVANCE, HEADS, WEIGHT)
 
     def stages(self, keep: float | int | None, depth: int) -> list[Stage]:
-        behind = self.layers or sorted({round(layer * depth / OF) for layer in BEHIND} - {depth - 1, depth})
+        behind = self.layers or [k - 1 for k in in_proportion([k + 1 for k in BEHIND], OF, depth)]
         shares: Sequence[float | int | None] = [None] * len(behind) if keep is None else pyramid(keep, len(behind))
         if self.preset is not None:
             if keep is not None:
                 raise TypeError(f"{self.name}: keep={keep} and preset={self.preset}: give one of them")
             shares = [count / PUBLISHED for count in PRESETS[self.version][self.preset][-len(behind) :]]
-        kept: Positions | None = "keep" if self.version == "plus" else None
         rules = [self] * len(behind) if self.counts is None else [replace(self, counts=(c,)) for c in self.counts]
         if len(rules) != len(behind) or (self.counts is not None and keep is not None):
             raise ValueError(f"counts={self.counts!r}: {self.name} takes {len(behind)} of them here, in place of keep")
-        return [Stage(k + 1, rule, keep=s, positions=kept) for k, rule, s in zip(behind, rules, shares)]
+        return [Stage(k + 1, rule, keep=s) for k, rule, s in zip(behind, rules, shares)]
 
     def __call__(self, v: Visual) -> Assignment:
         relevance = signal_of(v, RELEVANCE, self.name)

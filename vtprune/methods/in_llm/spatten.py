@@ -14,12 +14,12 @@ from ...core.signal import Signal
 from ...core.visual import Assignment, Visual
 from ...registry import register_own as register
 from .. import best_first
-from .schedule import check_layers, check_one, check_shares, in_steps_of
+from .schedule import check_layers, check_one, check_shares, in_proportion, in_steps_of
 from .spatten_heads import SpAttenHeads, best_of
 
 RECEIVED = Signal("received_so_far", -1)
 # Of the authors' workload for GPT-2 medium (mit-han-lab/spatten, spatten_hardware/hardware/workloads), 24 layers.
-PUBLISHED, SHARES = (2, 3, 5, 11), (0.9, 0.8, 0.6, 0.3)
+PUBLISHED, OF, SHARES = (2, 3, 5, 11), 24, (0.9, 0.8, 0.6, 0.3)
 PUBLISHED_HEADS, HEAD_SHARES = (16, 22), (0.8, 0.6)
 
 
@@ -43,7 +43,7 @@ class SpAtten(Method):
     layers: decoder layers >= 1 whose input is pruned, ascending; None: 2, 3, 5 and 11 of 24, in proportion.
     ratios: shares that stay at each of `layers`, none above the one before, in place of `keep`.
     heads: share (or number) of query heads that speak from 22/24 of the depth on; half of the others fall silent at
-        16/24 (`SpAttenHeads`). The authors use 0.6; None: all speak.
+        16/24 (`SpAttenHeads`), neither before the last of `layers`. The authors use 0.6; None: all speak.
     values: in all layers and calls, text alone included, the share of the keys it may see whose values a query of a
         head fetches, those of its largest softmax weights, cut off to an integer >= 1. The others count as zero, and
         weights are not normalised again (from memory of the paper, unverified). The authors use 0.3; None: all.
@@ -81,14 +81,12 @@ class SpAtten(Method):
 
     def stages(self, keep: float | int | None, depth: int) -> list[Stage]:
         check_one(self.name, keep, self.ratios)
-        layers = self.layers or _at(PUBLISHED, depth)
+        layers = self.layers or in_proportion(PUBLISHED, OF, depth)
         shares = self.ratios or in_steps_of(SHARES, SHARES[-1] if keep is None else keep, len(layers))
         stages = [Stage(layer, self, keep=share) for layer, share in zip(layers, shares)]
         if self.heads is None:
             return stages
-        silent = _at(PUBLISHED_HEADS, depth)
-        if silent[0] < layers[-1]:
-            raise ValueError(f"layers={layers}: with heads= use layers <= {silent[0]}, where the first fall silent")
+        silent = in_proportion(PUBLISHED_HEADS, OF, depth, floor=layers[-1])
         count = in_steps_of(HEAD_SHARES, self.heads, len(silent))
         return stages + [Stage(layer, SpAttenHeads(), keep=share) for layer, share in zip(silent, count)]
 
@@ -103,8 +101,3 @@ class SpAtten(Method):
         count = (seen.double() * self.values).floor().clamp(min=1)[..., None]
         first = torch.arange(rows.shape[-1], device=rows.device) < count
         return rows * torch.zeros_like(rows).scatter(-1, best_first(rows), first.expand(rows.shape).to(rows))
-
-
-def _at(layers: Sequence[int], depth: int) -> tuple[int, ...]:
-    """Layers of 24 in a model of that depth."""
-    return tuple(sorted({min(depth - 1, max(1, round(depth * k / 24))) for k in layers}))

@@ -15,10 +15,10 @@ from ...core.visual import Assignment, Visual
 from ...kernels import check_finite
 from ...registry import register_own as register
 from .. import best_first, budget_of, select, signal_of
-from .schedule import check_layers, check_one, check_shares, in_steps_of
+from .schedule import check_layers, check_one, check_shares, in_proportion, in_steps_of
 
 FROM_TEXT = Signal("from_text", 0)
-PUBLISHED = (7, 9, 12)  # of 32 layers
+PUBLISHED, OF = (7, 9, 12), 32  # the published layers, and the depth they are meant for
 SHARES = (0.875, 0.625, 0.125)
 
 
@@ -32,8 +32,8 @@ class TransPrune(Method):
     `keep` is what the last stage leaves; earlier stages drop 1/7 and 3/7 of what it drops, the published proportion
     (keep=0.125 gives 0.875, 0.625, 0.125). A count is multiplied by 7 and 5 there. Without keep: the published list,
     and in a `Stage` of your own half of the tokens it sees. Shares are cut off to a count as officially: int(share *
-    n), at least one. Position ids are renumbered at every stage, as officially, except where they have several axes
-    (M-RoPE). The official code weighs transitions over all rows of a batch together; here every sample stands for
+    n), at least one. The official code renumbers position ids at every stage, positions="compact"; here they are kept
+    PLACEHOLDER. It weighs transitions over all rows of a batch together; here every sample stands for
     itself.
 
     layers: decoder layers >= 1 whose input is pruned, ascending; None: 7, 9 and 12 of 32, in proportion to the depth.
@@ -44,7 +44,7 @@ class TransPrune(Method):
     history: how many layers before a `Stage` of your own TTV sums over, or which (offsets back); set by the schedule.
     """
 
-    positions: ClassVar[Positions] = "compact"
+    official_positions: ClassVar[Positions] = "compact"
     rounding: ClassVar[Rounding] = "down"
     layers: tuple[int, ...] | None = None
     ratios: tuple[float, ...] | None = None
@@ -81,7 +81,7 @@ class TransPrune(Method):
 
     def stages(self, keep: float | int | None, depth: int) -> list[Stage]:
         check_one(self.name, keep, self.ratios)
-        layers = self.layers or tuple(sorted({max(1, round(depth * k / 32)) for k in PUBLISHED}))
+        layers = self.layers or in_proportion(PUBLISHED, OF, depth)
         shares = self.ratios or in_steps_of(SHARES, SHARES[-1] if keep is None else keep, len(layers))
         return [Stage(k, replace(self, history=self._before(k, layers[0])), keep=s) for k, s in zip(layers, shares)]
 

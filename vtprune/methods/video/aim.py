@@ -32,7 +32,8 @@ class AIM(Method):
     A round compares the even tokens with the odd ones; of the even ones the q with the likest partner join it, and the
     partner becomes the plain mean of itself and all that joined. What was merged before counts as one token. The next
     round sees [even tokens left, the most alike first; odd tokens]. A merged token stands at the place of its partner.
-    Frames share the budget evenly. Positions are renumbered where ids have one axis.
+    Frames share the budget evenly. The official code renumbers
+    position ids, positions="compact".
 
     By name both parts run: this, and the schedule of `aim_inllm` on what it leaves, which ends without visual tokens.
 
@@ -44,7 +45,7 @@ class AIM(Method):
 
     video: ClassVar[bool] = True
     newlines: ClassVar[Newlines] = "keep"
-    positions: ClassVar[Positions] = "compact"
+    official_positions: ClassVar[Positions] = "compact"
     rounds: int | tuple[int, ...] = 2
     metric: Metric = "features"
     inner: bool = True

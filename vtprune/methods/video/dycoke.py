@@ -26,7 +26,8 @@ class DyCoke(Method):
 
     The second and third frame of a group are compared with the first, the fourth with the third. Nothing is averaged:
     what is dropped is answered for by the reference. With a budget the first frames stay whole and the others share
-    the rest evenly. A still image keeps evenly spaced tokens. Positions are renumbered, where ids have one axis.
+    the rest evenly. A still image keeps evenly spaced tokens. The official code renumbers
+    position ids, positions="compact".
 
     Below the count that stays without keep, first frames that stay whole would leave the others little or nothing.
     There they share a third of the budget and keep the tokens least like their own mean, and all other frames share
@@ -41,7 +42,7 @@ class DyCoke(Method):
 
     video: ClassVar[bool] = True
     newlines: ClassVar[Newlines] = "keep"
-    positions: ClassVar[Positions] = "compact"
+    official_positions: ClassVar[Positions] = "compact"
     k: float = 0.7
     faithful: bool = False
     kv: bool = False

@@ -39,7 +39,7 @@ class HoliTom(Method):
     5. Of a frame's other tokens those stay that receive the most attention in the tower's last layer.
     6. If the budget exceeds what the sets hold, the still tokens that receive the most attention stay beside them.
 
-    Positions are renumbered where ids have one axis. The host waits for the device once a video.
+    The official code renumbers position ids, positions="compact". The host waits for the device once a video.
 
     By name both stages run: this, and `holitom_inner`, which keeps half of the tokens that reach it.
 
@@ -51,7 +51,7 @@ class HoliTom(Method):
 
     video: ClassVar[bool] = True
     newlines: ClassVar[Newlines] = "keep"
-    positions: ClassVar[Positions] = "compact"
+    official_positions: ClassVar[Positions] = "compact"
     ratio: float = 0.15
     tau: float = 0.8
     beta: float | None = 0.6
