@@ -108,7 +108,7 @@ def evaluate(
     env = environment(device, dtype, batch, questions=len(exam), parameters=model.num_parameters())
     env["video"] = isinstance(questions[0].seen, Video)
     env |= {"asked": _digest(exam.questions), "seeds": seeds, "new_tokens": new_tokens}
-    report = AccuracyReport(title, [], env, (*NOTES, *left_out, *deep))
+    report = AccuracyReport(title, [], env, (*NOTES, *left_out, *deep), kinds=asked.tolist())
     if before is not None:
         report.environment, report.rows, report.answers = _same(before, env), before.rows, before.answers
         there = {(one["method"], one["keep"]) for one in before.answers}

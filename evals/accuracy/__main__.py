@@ -24,6 +24,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--method", nargs="+", help="all of them, unless some are named")
     parser.add_argument("--keep", nargs="+", type=lambda text: parse_keep(text), help="shares or counts")
     parser.add_argument("--limit", type=int, default=310, help="questions of a kind")
+    parser.add_argument("--seed", type=int, help="other questions than those of the tables")
     parser.add_argument("--seeds", type=int, default=3, help="draws of a random method")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--workers", type=int, default=1)
@@ -39,7 +40,7 @@ def main(given: list[str] | None = None) -> None:
             continue
         out = options.out.with_name(f"{options.out.name}-{name}")
         table(
-            model, processor, asked.questions(per_capability=options.limit),
+            model, processor, asked.questions(per_capability=options.limit, **({} if options.seed is None else {"seed": options.seed})),
             options.method or every_method(video), options.keep or keeps_of(video), out,
             seeds=options.seeds, batch=options.batch, workers=options.workers, skip=True,
             title=f"Accuracy of {TOYS[name]}, {options.limit} questions a capability, percent",

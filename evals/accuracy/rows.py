@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import string
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -107,11 +108,7 @@ def compare(rows: Sequence[Row], answers: Sequence[Row], asked: NDArray[np.str_]
     compared with where they leave as many in an average layer of the LLM, to a percent.
     """
     keys = [(one["method"], one["keep"]) for one in answers]
-    marks = np.stack([unpacked(one["right"], len(asked)) for one in answers])
-    rng = np.random.default_rng(0)
-    parts = [marks[:, asked == name, None] for name in names]
-    draws = np.mean([resampled(part, rng)[..., 0] for part in parts], axis=0)
-    exact = np.mean([part.mean((1, 2)) for part in parts], axis=0)
+    exact, draws = mean_and_draws(answers, asked, names)
     means = {(row["method"], row["keep"]): row for row in rows if row["capability"] == "mean"}
     uniform = [key for key in keys if key[0] == "uniform"]
 
@@ -127,6 +124,20 @@ def compare(rows: Sequence[Row], answers: Sequence[Row], asked: NDArray[np.str_]
         near = [k for k in uniform if abs(means[k]["llm_share"] - row["llm_share"]) <= 0.01]
         row["over_dense"] = over(i, ("dense", 1.0) if ("dense", 1.0) in keys else None)
         row["over_uniform"] = over(i, near[0] if near else None)
+
+
+def mean_and_draws(
+    answers: Sequence[Row], asked: NDArray[np.str_], names: Sequence[str]
+) -> tuple[Marks, NDArray[np.float64]]:
+    """([runs], [draws, runs]) the mean over kinds of every run, and that of questions drawn anew within each kind.
+
+    A draw takes the same questions for every run.
+    """
+    marks = np.stack([unpacked(one["right"], len(asked)) for one in answers])
+    rng = np.random.default_rng(0)
+    parts = [marks[:, asked == name, None] for name in names]
+    draws = np.mean([resampled(part, rng)[..., 0] for part in parts], axis=0)
+    return np.mean([part.mean((1, 2)) for part in parts], axis=0), draws
 
 
 def packed(runs: Sequence[tuple[Marks, Marks]]) -> list[str]:
@@ -173,25 +184,34 @@ def difference(found: Sequence[float] | None) -> str:
     return f"{value:+.1f}±{(high - low) / 2:.1f}"
 
 
+_ORDER = string.ascii_letters  # a letter for every kind of question, in files
+
+
 @dataclass
 class AccuracyReport(Report):
     """Accuracy by method, keep and capability; rows of the capability "mean" hold the costs and the paired differences.
 
-    answers: of every method and keep which questions were answered right, so that a run can be gone on with.
+    answers: of every method and keep which questions were answered right, so that a run can be gone on with. kinds: of
+    every question the capability that it asks for, in the order of the answers.
     """
 
     answers: list[Row] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
 
     @property
     def body(self) -> Row:
-        return {**super().body, "answers": self.answers}
+        names = list(dict.fromkeys(self.kinds))
+        kinds = {"names": names, "asked": "".join(_ORDER[names.index(kind)] for kind in self.kinds)}
+        return {**super().body, "answers": self.answers, "kinds": kinds}
 
     @classmethod
     def load(cls, path: str | Path) -> AccuracyReport:
         """Read what `save` wrote; ValueError for any other file."""
         try:
             read = json.loads(Path(path).read_text())
-            return cls(read["title"], read["rows"], read["environment"], tuple(read["notes"]), read["answers"])
+            names, asked = read["kinds"]["names"], read["kinds"]["asked"]
+            kinds = [names[_ORDER.index(letter)] for letter in asked]
+            return cls(read["title"], read["rows"], read["environment"], tuple(read["notes"]), read["answers"], kinds)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is no evaluation that can be gone on with: name another folder") from error
 

@@ -10,7 +10,7 @@ import torch
 
 import vtprune
 from vtprune import Stage
-from vtprune.evals.accuracy import AccuracyReport, evaluate
+from vtprune.evals.accuracy import AccuracyReport, evaluate, paired
 from vtprune.evals.accuracy.plans import Plan, both_positions, plans
 from vtprune.evals.accuracy.probe import CostProbe
 from vtprune.evals.accuracy.rows import by_cost, compare, packed, unpacked
@@ -165,6 +165,26 @@ def test_differences_are_paired() -> None:
     assert low < difference < high <= 0
     spread = np.sqrt(np.mean([dense.std() ** 2, lost.std() ** 2]) * 2 / 80)
     assert (high - low) / 2 < 1.5 * spread, "narrower than of two samples that have nothing to do with each other"
+
+
+def test_two_methods_are_compared_from_the_file(tmp_path, capsys) -> None:
+    """Difference and interval of a saved table, against those that the table itself tells of uniform tokens."""
+    generator = np.random.default_rng(3)
+    kinds = np.array(["a"] * 40 + ["b"] * 20)
+    marks = {name: (generator.random(60) < p).astype(float) for name, p in (("uniform", 0.5), ("divprune", 0.8))}
+    answers = [{"method": n, "keep": 0.5, "right": packed([(m, m)])} for n, m in marks.items()]
+    rows = [row(name, float(np.mean([m[:40].mean(), m[40:].mean()])), 0.5) for name, m in marks.items()]
+    compare(rows, answers, kinds, ["a", "b"])
+    AccuracyReport("t", rows, {}, (), answers, kinds.tolist()).save(tmp_path / "eval.json")
+    report = AccuracyReport.load(tmp_path / "eval.json")
+    assert report.kinds == kinds.tolist()
+    (found,) = paired.paired(report, "divprune", "uniform")
+    assert found["over"] == rows[1]["over_uniform"]
+    assert found["over"][0] == pytest.approx(found["right"] - found["other"])
+    paired.main([str(tmp_path), "divprune", "uniform"])
+    assert "| 50 % |" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="both divprune and random"):
+        paired.paired(report, "divprune", "random")
 
 
 def test_the_page_shows_the_cheapest_first_and_marks_what_leads() -> None:

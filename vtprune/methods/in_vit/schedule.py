@@ -10,12 +10,17 @@ def stepwise(n: int, goal: int, depth: int, at: Sequence[float]) -> list[int]:
 
     at: shares of the depth; 0.25 of 12 is the block with index 3.
     """
-    places = sorted(min(depth - 1, round(share * depth)) for share in at)
+    stops = places(at, depth)
     left = []
     for k in range(depth):
-        passed = sum(place <= k for place in places)
-        left.append(goal if passed == len(places) else max(goal, round(n * (goal / n) ** (passed / len(places)))))
+        passed = sum(stop <= k for stop in stops)
+        left.append(goal if passed == len(stops) else max(goal, round(n * (goal / n) ** (passed / len(stops)))))
     return left
+
+
+def places(at: Sequence[float], depth: int) -> list[int]:
+    """The blocks behind which tokens go, ascending; two shares may mean one block. at: shares of the depth."""
+    return sorted(min(depth - 1, round(share * depth)) for share in at)
 
 
 def check_places(at: Sequence[float]) -> None:

@@ -11,8 +11,10 @@ from torch import Tensor
 from vtprune.kernels import best_first, page_rank
 
 from ...core.reduction import Reads, Reducer, Reduction, Tokens, keep_rows
+from ...core.visual import Visual
 from ...registry import register_own as register
-from .schedule import check_places, stepwise
+from .. import budget_of
+from .schedule import check_places, places, stepwise
 
 
 @register("zero_tprune", paper="https://arxiv.org/abs/2305.17328", seam="in_vit")
@@ -53,6 +55,14 @@ class ZeroTPrune(Reducer):
 
     def counts(self, n: int, depth: int, keep: float | int | None) -> list[int]:
         return stepwise(n, self.goal(n, keep), depth, self.at)
+
+    def due(self, v: Visual) -> int:
+        """As `counts`, from where the unit is: nothing goes between the places, the same share at each that is left."""
+        goal, (k, last) = budget_of(v, self.name), v.block or (0, 0)
+        ahead = [place for place in places(self.at, last + 1) if place >= k]
+        if k == last or not ahead:
+            return goal
+        return max(goal, round(v.n * (goal / v.n) ** (ahead.count(k) / len(ahead))))
 
     def reduce(self, t: Tokens, left: int) -> Reduction:
         q, k, p = t.read("queries"), t.read("keys"), t.prefix
