@@ -252,6 +252,30 @@ def test_zero_tprune_steps_by_depth() -> None:
             vtprune.create("zero_tprune", **bad)
 
 
+@pytest.mark.parametrize("name", ["topk_cls", "zero_tprune"])
+@pytest.mark.parametrize("at", [(0.5,), (0.25, 0.5, 0.75), (0.0, 0.3, 0.3, 0.9)])
+def test_places_mean_the_same_inside_a_vlm(name: str, at: tuple[float, ...]) -> None:
+    """A stage is asked block by block and sees what is left; it drops where a plain ViT drops."""
+    method: Any = vtprune.create(name, at=at)
+    for n, goal, depth in ((196, 49, 12), (64, 7, 5), (10, 10, 4), (9, 1, 1)):
+        now, left = n, []
+        for k in range(depth):
+            now = method.due(Visual(torch.zeros(now, 1), min(goal, now), block=(k, depth - 1)))
+            left.append(now)
+        whole = method.counts(n, depth, goal)
+        assert [a == b for a, b in zip([n, *left], left)][:-1] == [a == b for a, b in zip([n, *whole], whole)][:-1]
+        assert all(abs(a - b) <= 1 for a, b in zip(left[:-1], whole)), "a share of what is left is rounded each time"
+        assert left[-1] == goal
+
+
+def test_counts_for_plain_vits_are_refused_inside_a_vlm() -> None:
+    unit = Visual(torch.zeros(8, 2), 4, block=(1, 3))
+    with pytest.raises(ValueError, match=r"r=2 and a budget of 4"):
+        vtprune.create("tome", r=2).due(unit)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="give keep in a VLM's tower"):
+        vtprune.create("diffrate", prune=(9, 9), merge=(8, 8)).due(unit)  # type: ignore[attr-defined]
+
+
 def test_steps_along_the_depth() -> None:
     assert stepwise(196, 67, 12, (0.25, 0.5, 0.75)) == [196] * 3 + [137] * 3 + [96] * 3 + [67] * 3
     assert stepwise(10, 10, 3, (0.5,)) == [10, 10, 10]

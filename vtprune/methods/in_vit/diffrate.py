@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...core.reduction import Reads, Reducer, Reduction, Tokens, keep_rows
 from ...kernels import best_first
+from ...core.visual import Visual
 from ...registry import register_own as register
 
 SMALLEST = 1e-3  # sizes shrink where sources point away from their destination; log needs a positive one
@@ -69,6 +70,13 @@ class DiffRate(Reducer):
             now = min(now, self._scaled(p, n), self._scaled(q, n))
             left.append(now)
         return left
+
+    def due(self, v: Visual) -> int:
+        if self.prune is not None:
+            raise ValueError(
+                "diffrate: prune and merge are counts for the blocks of a plain ViT; give keep in a VLM's tower"
+            )
+        return super().due(v)
 
     def _scaled(self, count: int, n: int) -> int:
         """Patches that a count of `tokens`, CLS included, means for n patches."""

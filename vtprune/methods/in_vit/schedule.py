@@ -3,6 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...core.reduction import Reducer
+from ...core.visual import Visual
+from .. import budget_of
+
+
+@dataclass(frozen=True)
+class AtPlaces(Reducer):
+    """A method that drops tokens at a few places along the depth, the same share of what is left at each.
+
+    at: the places, as shares of the depth. In a VLM's tower the depth ends with the block that feeds the projector, or
+        with the last block of the stage; there the budget is reached in any case.
+    """
+
+    at: tuple[float, ...] = (0.25, 0.5, 0.75)
+
+    def __post_init__(self) -> None:
+        if not self.at or not all(0 <= share <= 1 for share in self.at):
+            raise ValueError(f"at={self.at}: shares of the depth, each from 0 to 1, at least one")
+
+    def counts(self, n: int, depth: int, keep: float | int | None) -> list[int]:
+        return stepwise(n, self.goal(n, keep), depth, self.at)
+
+    def due(self, v: Visual) -> int:
+        goal, (k, last) = budget_of(v, self.name), v.block or (0, 0)
+        ahead = [place for place in places(self.at, last + 1) if place >= k]
+        if k == last or not ahead:
+            return goal
+        return max(goal, round(v.n * (goal / v.n) ** (ahead.count(k) / len(ahead))))
 
 
 def stepwise(n: int, goal: int, depth: int, at: Sequence[float]) -> list[int]:
@@ -21,12 +51,6 @@ def stepwise(n: int, goal: int, depth: int, at: Sequence[float]) -> list[int]:
 def places(at: Sequence[float], depth: int) -> list[int]:
     """The blocks behind which tokens go, ascending; two shares may mean one block. at: shares of the depth."""
     return sorted(min(depth - 1, round(share * depth)) for share in at)
-
-
-def check_places(at: Sequence[float]) -> None:
-    """Raise ValueError unless these are shares of the depth."""
-    if not at or not all(0 <= share <= 1 for share in at):
-        raise ValueError(f"at={at}: shares of the depth, each from 0 to 1, at least one")
 
 
 def per_block(r: int | Sequence[float], depth: int) -> list[int]:

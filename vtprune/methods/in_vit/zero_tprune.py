@@ -10,16 +10,14 @@ from torch import Tensor
 
 from vtprune.kernels import best_first, page_rank
 
-from ...core.reduction import Reads, Reducer, Reduction, Tokens, keep_rows
-from ...core.visual import Visual
+from ...core.reduction import Reads, Reduction, Tokens, keep_rows
 from ...registry import register_own as register
-from .. import budget_of
-from .schedule import check_places, places, stepwise
+from .schedule import AtPlaces
 
 
 @register("zero_tprune", paper="https://arxiv.org/abs/2305.17328", seam="in_vit")
 @dataclass(frozen=True)
-class ZeroTPrune(Reducer):
+class ZeroTPrune(AtPlaces):
     """I'-S-I: importance from one PageRank step guides the S-stage, importance from all steps then prunes the rest.
 
     Importance of a token: root mean square over heads of its PageRank on softmax(q.k), where heads count whose scores
@@ -46,23 +44,12 @@ class ZeroTPrune(Reducer):
     cls_start: str = "sqrt_n"
 
     def __post_init__(self) -> None:
-        check_places(self.at)
+        super().__post_init__()
         if not 0 <= self.similar <= 1:
             raise ValueError(f"similar={self.similar}: a share from 0 to 1")
         for name, valid in (("scale", ("mean1", "raw")), ("cls_start", ("sqrt_n", "uniform"))):
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose {' or '.join(map(repr, valid))}")
-
-    def counts(self, n: int, depth: int, keep: float | int | None) -> list[int]:
-        return stepwise(n, self.goal(n, keep), depth, self.at)
-
-    def due(self, v: Visual) -> int:
-        """As `counts`, from where the unit is: nothing goes between the places, the same share at each that is left."""
-        goal, (k, last) = budget_of(v, self.name), v.block or (0, 0)
-        ahead = [place for place in places(self.at, last + 1) if place >= k]
-        if k == last or not ahead:
-            return goal
-        return max(goal, round(v.n * (goal / v.n) ** (ahead.count(k) / len(ahead))))
 
     def reduce(self, t: Tokens, left: int) -> Reduction:
         q, k, p = t.read("queries"), t.read("keys"), t.prefix
