@@ -239,10 +239,10 @@ def register(name: str, *, paper: str, seam: str) -> Callable[[M], M]:
             raise ValueError(f"@register({name!r}): seam={seam!r}, choose one of {', '.join(SEAMS)}")
         if not paper.startswith("http"):
             raise ValueError(f"@register({name!r}): paper={paper!r} must be a URL")
-        if hasattr(cls, "positions"):
+        if own := getattr(cls, "positions", None):
             raise TypeError(
-                f"@register({name!r}): positions={cls.positions!r} would change nothing, because stages keep position ids "  # type: ignore[attr-defined]
-                "unless they are told to renumber; say in official_positions what official code does"
+                f"@register({name!r}): positions={own!r} would change nothing, because stages keep position ids unless "
+                "they are told to renumber; say in official_positions what official code does"
             )
         made = cls
         if "__dataclass_fields__" not in cls.__dict__:

@@ -73,6 +73,7 @@ def evaluate(
     *,
     seeds: int = 3,
     batch: int = 16,
+    prompts: int = 16,
     new_tokens: int = 4,
     title: str = "Accuracy",
     progress: bool = True,
@@ -86,11 +87,13 @@ def evaluate(
     A method whose layers hold more tokens on average than `keep` says is asked once more, at the keep where their
     average is what was said; what officially renumbers position ids is asked in that way too.
 
-    methods: names, optionally with options ("todre:objective=kcenter"). seeds: draws of a random method. workers:
-    processes that share the passes, each with a copy of the model and one thread; for models on the CPU. skip: leave
-    out and note methods that this model cannot take, instead of raising. finished: is given the report so far whenever
-    a method is done at one keep, so that an interrupted run need not lose it. before: such a report, to go on with;
-    ValueError where it is of another model, other questions or other settings.
+    methods: names, optionally with options ("todre:objective=kcenter"). seeds: draws of a random method. prompts: on
+    how many questions, asked one by one, the cost of a pass is measured. workers: processes that share the passes, each
+    with a copy of the model and one thread; for models on the CPU. skip: leave out and note methods that this model
+    cannot take, instead of raising. finished: is given the report so far whenever a method is done at one keep, so that
+    an interrupted run need not lose it. before: such a report, to go on with; ValueError where it is of another model,
+    other questions or other settings.
+
     Returns rows by (method, keep, capability) plus capability "mean", the plain mean over capabilities, which hold the
     costs too (see `CostProbe.cost`).
     """
@@ -99,7 +102,7 @@ def evaluate(
     # A wrong name fails here, before any heavy work.
     todo = [Plan("dense", None, 1.0), *(Plan(f"blind-{how}", None, 1.0, blind=how) for how in ("zero", "shuffle"))]
     todo += plans(both_positions(methods), keeps, seeds)
-    exam = Exam(model, processor, questions, batch)
+    exam = Exam(model, processor, questions, batch, prompts=prompts)
     todo, left_out = _possible(exam, todo) if skip else (todo, [])
     todo, deep = _with_equal_shares(exam.probe, todo)
     asked = np.array([q.capability for q in exam.questions])
@@ -219,7 +222,7 @@ def _same(before: AccuracyReport, env: Row) -> Row:
 _exam: Exam | None = None  # of this worker process
 
 
-def _enter(parts: tuple[Any, ...], processor: Any, questions: Sequence[Question], batch: int) -> None:
+def _enter(parts: tuple[Any, ...], processor: Any, questions: Sequence[Question], batch: int, prompts: int) -> None:
     """Build the model anew: transformers hangs closures on a used one, which cannot be sent to another process."""
     global _exam
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process, and the first one tells the others
@@ -228,7 +231,7 @@ def _enter(parts: tuple[Any, ...], processor: Any, questions: Sequence[Question]
     model = kind._from_config(config, attn_implementation=attention, dtype=dtype)
     model.load_state_dict(weights)
     model.generation_config = generation
-    _exam = Exam(model.eval(), processor, questions, batch)
+    _exam = Exam(model.eval(), processor, questions, batch, prompts=prompts)
 
 
 def _sit_here(new_tokens: int, plan: Plan) -> tuple[tuple[Marks, Marks], Row]:
@@ -240,6 +243,6 @@ def _shared(exam: Exam, new_tokens: int, todo: list[Plan], workers: int) -> Iter
     """The passes in order, made by several processes."""
     m = exam.model
     parts = type(m), m.config, m.generation_config, m.config._attn_implementation, m.dtype, m.state_dict()
-    arguments = (parts, exam.processor, exam.questions, exam.batch)
+    arguments = (parts, exam.processor, exam.questions, exam.batch, exam.prompts)
     with multiprocessing.get_context("spawn").Pool(workers, _enter, arguments) as pool:
         yield from pool.imap(partial(_sit_here, new_tokens), todo)

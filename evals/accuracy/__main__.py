@@ -10,6 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import torch
+
 from vtprune.evals import models
 from vtprune.evals.accuracy.table import every_method, keeps_of, table
 from vtprune.evals.toys import TOYS, toy
@@ -27,6 +29,8 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, help="other questions than those of the tables")
     parser.add_argument("--seeds", type=int, default=3, help="draws of a random method")
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--prompts", type=int, default=16, help="questions that the cost of a row is measured on")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args(given)
     models.quiet()
@@ -34,15 +38,16 @@ def main(given: list[str] | None = None) -> None:
         video = name == "video"
         try:
             asked = toy(name)
-            model, processor = asked.load("cpu")
+            model, processor = asked.load("cpu", getattr(torch, options.dtype))
         except (ImportError, OSError) as error:
             print(f"left out: {name}: {error}", file=sys.stderr)
             continue
+        drawn = {} if options.seed is None else {"seed": options.seed}
         out = options.out.with_name(f"{options.out.name}-{name}")
         table(
-            model, processor, asked.questions(per_capability=options.limit, **({} if options.seed is None else {"seed": options.seed})),
+            model, processor, asked.questions(per_capability=options.limit, **drawn),
             options.method or every_method(video), options.keep or keeps_of(video), out,
-            seeds=options.seeds, batch=options.batch, workers=options.workers, skip=True,
+            seeds=options.seeds, batch=options.batch, prompts=options.prompts, workers=options.workers, skip=True,
             title=f"Accuracy of {TOYS[name]}, {options.limit} questions a capability, percent",
         )  # fmt: skip
         print(f"wrote {out}")

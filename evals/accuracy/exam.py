@@ -33,12 +33,21 @@ class Exam:
     """
 
     def __init__(
-        self, model: Any, processor: Any, questions: Sequence[Question], batch: int = 16, memory: int = 2 << 30
+        self,
+        model: Any,
+        processor: Any,
+        questions: Sequence[Question],
+        batch: int = 16,
+        memory: int = 2 << 30,
+        prompts: int = 16,
     ) -> None:
-        """memory: bytes of prepared inputs to hold; a larger exam prepares its batches anew in every pass."""
+        """memory: bytes of prepared inputs to hold; a larger exam prepares its batches anew in every pass.
+
+        prompts: of how many questions the cost of a pass is the mean.
+        """
         if not questions:
             raise ValueError("no questions: raise --limit or name a capability that exists")
-        self.model, self.processor, self.batch = model, processor, batch
+        self.model, self.processor, self.batch, self.prompts = model, processor, batch, prompts
         # Prompts of one length need no padding; a stable sort keeps runs comparable.
         self.questions = sorted(questions, key=lambda q: len(q.prompt.split()))
         size = sum(self._tensor_bytes(self._prepare(self.questions[:1])).values())
@@ -53,7 +62,7 @@ class Exam:
         """What tells the cost of a pass on these questions."""
         from vtprune.evals.accuracy.probe import CostProbe
 
-        return CostProbe(self.model, self.processor, self.questions)
+        return CostProbe(self.model, self.processor, self.questions, self.prompts)
 
     def answers(self, needs_tower: bool = False, new_tokens: int = 4) -> list[tuple[str, bool]]:
         """Greedy `generate` on every question: (text, whether the end token came), in `self.questions` order."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ...core.reduction import Reads, Reducer, Reduction, Tokens, keep_rows
-from ...kernels import best_first
 from ...core.visual import Visual
+from ...kernels import best_first
 from ...registry import register_own as register
 
 SMALLEST = 1e-3  # sizes shrink where sources point away from their destination; log needs a positive one

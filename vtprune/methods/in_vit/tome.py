@@ -75,7 +75,9 @@ class ToMe(Reducer):
         if self.r is None:
             return super().due(v)
         if v.budget is not None:
-            raise ValueError(f"tome: r={self.r} and a budget of {v.budget} both say how many tokens go; give one of them")
+            raise ValueError(
+                f"tome: r={self.r} and a budget of {v.budget} both say how many tokens go; give one of them"
+            )
         if not isinstance(self.r, int):
             raise ValueError(f"tome: in a VLM's tower r={self.r} must be one int for all blocks, or give keep instead")
         return v.n - min(self.r, v.n // 2)

@@ -34,9 +34,9 @@ class PruneVid(Method):
     still tokens of a scene, averaged over its frames, and the other tokens of each frame are clustered around density
     peaks of seven neighbours and merged by the plain mean; a merged token stands at its centre, in the first frame of
     the scene where it was still. These sets share the budget in proportion; beyond one token for each still place those
-    still tokens stay for themselves that differ most from their mean. The official code renumbers
-    position ids, positions="compact". This is the merging before the LLM; the selection at the LLM's tenth layer is another stage, such as
-    Stage(10, create("fastv")). Two host transfers a video.
+    still tokens stay for themselves that differ most from their mean. The official code renumbers position ids,
+    positions="compact". This is the merging before the LLM; the selection at the LLM's tenth layer is another stage,
+    such as Stage(10, create("fastv")). Two host transfers a video.
 
     ratio: without keep, int(ratio * size) tokens of each set of more than 14 stay, all of a smaller one.
     scenes: share of the frames that are centres of scenes, cut off to a count as officially, at least one.
