@@ -8,7 +8,7 @@ FLOOR = 3  # the layers before it look at single tokens; hardly any query has fo
 
 
 def in_proportion(points: Sequence[int], of: int, depth: int, floor: int | None = None) -> tuple[int, ...]:
-    """The layers that stand in a model of `depth` where `points` stand in one of `of`, cut off to whole layers.
+    """The layers that stand in a model of `depth` where `points` stand in one of `of`, to the nearest layer.
 
     None stands before `floor`, and no two are the same layer: in a shallow model they move back, and what finds no
     layer any more is left out. floor: None is 3, but not behind the middle, nor behind the first of `points`; so
@@ -17,7 +17,7 @@ def in_proportion(points: Sequence[int], of: int, depth: int, floor: int | None 
     first = min(FLOOR, points[0], depth // 2) if floor is None else floor
     layers: list[int] = []
     for point in points:
-        layers.append(max(layers[-1] + 1 if layers else first, depth * point // of))
+        layers.append(max(layers[-1] + 1 if layers else first, min(depth - 1, round(depth * point / of))))
     return tuple(layer for layer in layers if layer < depth)
 
 
