@@ -57,23 +57,25 @@ def page_rank(q: Tensor, k: Tensor, steps: int, start: Tensor) -> Tensor:
     return score
 
 
-def importance(score: Tensor, prefix: int, low: float, high: float) -> Tensor:
+def importance(score: Tensor, prefix: int, limits: tuple[float, float]) -> Tensor:
     n = score.shape[1]
     passed = []
     for head in score:
         x = head[prefix:] * n
-        passed.append(low <= float(((x - x.mean()) ** 2).mean()) <= high)
+        passed.append(limits[0] <= float(((x - x.mean()) ** 2).mean()) <= limits[1])
     heads = [head for head, good in zip(score, passed) if good or not any(passed)]
     return (torch.stack(heads) ** 2).mean(0).sqrt()
 
 
-def zero_tprune(q: Tensor, k: Tensor, prefix: int, left: int, similar: int, start: Callable[[int], Tensor], steps: Any):
+def zero_tprune(
+    q: Tensor, k: Tensor, prefix: int, left: int, similar: int, start: Callable[[int], Tensor], steps: Any, limits: Any
+):
     """Places kept by I'-S-I."""
     first, last = steps
     n = q.shape[1]
     rows = list(range(n))
     if similar:
-        guide = importance(page_rank(q, k, first, start(n)), prefix, 0.01, 0.7)
+        guide = importance(page_rank(q, k, first, start(n)), prefix, limits)
         order = sorted(range(prefix, n), key=lambda i: (-float(guide[i]), i))
         half = math.ceil(len(order) / 2)
         keys = k.double().mean(0)
@@ -81,7 +83,7 @@ def zero_tprune(q: Tensor, k: Tensor, prefix: int, left: int, similar: int, star
         gone = sorted(best, key=lambda a: (-best[a], a))[:similar]
         rows = [i for i in rows if i not in gone]
     q, k = q[:, rows], k[:, rows]
-    score = importance(page_rank(q, k, last, start(len(rows))), prefix, 0.01, 0.7)
+    score = importance(page_rank(q, k, last, start(len(rows))), prefix, limits)
     best_rows = sorted(range(prefix, len(rows)), key=lambda i: (-float(score[i]), i))[:left]
     return [*range(prefix), *(rows[i] for i in sorted(best_rows))]
 
@@ -224,10 +226,14 @@ def test_diffrate_counts() -> None:
 @pytest.mark.parametrize("prefix", [0, 1, 3])
 @pytest.mark.parametrize("similar", [0, 3])
 @pytest.mark.parametrize("cls_start", ["uniform", "sqrt_n"])
-def test_zero_tprune_equals_its_oracle(prefix: int, similar: int, cls_start: str) -> None:
+@pytest.mark.parametrize("limits", [None, (0.01, 0.7)])
+def test_zero_tprune_equals_its_oracle(prefix: int, similar: int, cls_start: str, limits: Any) -> None:
+    """By default all heads count; with the published limits those that vary neither too little nor too much."""
     n, left, heads, d = 17, 8, 3, 4
     q, k = 2 * torch.randn(2, heads, n + prefix, d), 2 * torch.randn(2, heads, n + prefix, d)
-    method = vtprune.create("zero_tprune", similar=similar / (n - left) + 1e-6, cls_start=cls_start, steps=(7, 7, 7))
+    options: dict[str, Any] = {} if limits is None else dict(zip(("v_min", "v_max"), limits))
+    options |= {"similar": similar / (n - left) + 1e-6, "cls_start": cls_start, "steps": (7, 7, 7)}
+    method = vtprune.create("zero_tprune", **options)
     x = torch.zeros(2, n + prefix, 1)
     tokens = Tokens(x, prefix, None, {"queries": q, "keys": k}, has_cls=prefix > 0, scaling=d**-0.5)
     step = method.reduce(tokens, left)
@@ -239,7 +245,8 @@ def test_zero_tprune_equals_its_oracle(prefix: int, similar: int, cls_start: str
         return score / score.sum()
 
     for b in range(2):
-        assert step.index[b].tolist() == zero_tprune(q[b], k[b], prefix, left, similar, start, (1, 7))
+        wanted = zero_tprune(q[b], k[b], prefix, left, similar, start, (1, 7), limits or (0.0, math.inf))
+        assert step.index[b].tolist() == wanted
     assert "heads_passed" in step.stats
 
 

@@ -20,16 +20,18 @@ from .schedule import AtPlaces
 class ZeroTPrune(AtPlaces):
     """I'-S-I: importance from one PageRank step guides the S-stage, importance from all steps then prunes the rest.
 
-    Importance of a token: root mean square over heads of its PageRank on softmax(q.k), where heads count whose scores
-    vary neither too little nor too much. S-stage: patches in two halves by importance, every token of the lower half
-    with its most similar one of the upper (cosine of mean keys), the lower ones of the most similar pairs go. The
-    second importance is that of the map restricted to what is left, rows summing to 1 again. No code is public: this
-    follows the paper's description, and what is uncertain is an option.
+    Importance of a token: root mean square over heads of its PageRank on softmax(q.k). S-stage: patches in two halves
+    by importance, every token of the lower half with its most similar one of the upper (cosine of mean keys), the lower
+    ones of the most similar pairs go. The second importance is that of the map restricted to what is left, rows summing
+    to 1 again. No code is public: this follows the paper's description, and what is uncertain is an option.
 
     at: where tokens go, as shares of the depth (behind blocks 2, 4, 7, 10 and 12 of 12). similar: share of the tokens
         to drop that the S-stage takes. steps: PageRank steps in the first three blocks, between, and in the last three.
-    first_steps: those of I'. v_min, v_max: limits on the variance over patches of a head's scores; scale: of scores
-        with mean 1 ("mean1", for limits as published) or sum 1 ("raw"). Where no head passes all count.
+    first_steps: those of I'. v_min, v_max: a head counts if the variance of its scores over patches is within these
+        limits, where no head passes all count; None: all count. The paper has 0.01 and 0.7, but not on which scale. On
+        scores of mean 1 they shut out the heads that look at few things: the embedded image model then answers 82.7 %
+        at 25 %, with all heads 85.1 %, and 77.3 and 87.4 % where all tokens go behind block 9 of 12.
+    scale: of those scores: mean 1 ("mean1") or sum 1 ("raw"), on which no head of 100 tokens or more reaches 0.01.
     cls_start: a CLS token starts PageRank "sqrt_n" times as high as the others, or at the same score ("uniform").
     """
 
@@ -38,8 +40,8 @@ class ZeroTPrune(AtPlaces):
     similar: float = 0.25
     steps: tuple[int, int, int] = (30, 5, 1)
     first_steps: int = 1
-    v_min: float = 0.01
-    v_max: float = 0.7
+    v_min: float | None = None
+    v_max: float | None = None
     scale: str = "mean1"
     cls_start: str = "sqrt_n"
 
@@ -84,10 +86,14 @@ class ZeroTPrune(AtPlaces):
         return root_mean_square(scores, passed), passed.float().mean(1)
 
 
-def heads(scores: Tensor, v_min: float, v_max: float) -> Tensor:
+def heads(scores: Tensor, v_min: float | None, v_max: float | None) -> Tensor:
     """[B, H] bool: heads whose scores [B, H, n] have a (population) variance within the limits; all where none has."""
     variance = scores.var(dim=-1, correction=0)
-    passed = (variance >= v_min) & (variance <= v_max)
+    passed = torch.ones_like(variance, dtype=torch.bool)
+    if v_min is not None:
+        passed &= variance >= v_min
+    if v_max is not None:
+        passed &= variance <= v_max
     return passed | ~passed.any(1, keepdim=True)
 
 
