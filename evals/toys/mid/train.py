@@ -44,7 +44,7 @@ class Stage(Base):
 STAGES = (
     Stage("projector", 300, batch=24, adam=2e-3, shape="late"),
     Stage("look up", 500, batch=4, adam=1e-3, limit=4),
-    Stage("answer", 6000, batch=4, adam=1e-3, shape="cosine"),
+    Stage("answer", 850, batch=4, adam=1e-3, shape="cosine"),
 )
 
 
