@@ -61,7 +61,10 @@ def oracle(v: Visual, equal: bool, exact: bool = True) -> tuple[list[int], Tenso
     for i in sorted((i for i in range(v.n) if windows[i] is not None), key=lambda i: (-shallow[i], i)):
         if len(local) < half and sum(windows[j] == windows[i] for j in local) < cap:
             local.append(i)
-    others = sorted((i for i in range(v.n) if i not in local), key=lambda i: (windows[i] is None, (windows[i] is not None) * -deep[i], i))
+    others = sorted(
+        (i for i in range(v.n) if i not in local),
+        key=lambda i: (windows[i] is None, (windows[i] is not None) * -deep[i], i),
+    )
     count = n - len(local) if exact or n == v.n else n - half
     order, x = local + others[:count], v.x.double()
     flows: dict[int, list[int]] = {i: [i] for i in sorted(order)}
