@@ -60,8 +60,9 @@ class PruMerge(Method):
     on top): n - 1 centres, of which "plus" takes the better half by a and spaces the others evenly over what is left.
 
     Tokens are merged behind the projector, officially before it. The official code fails where s is 0 or a unit has
-    fewer than 33 tokens; here s is at least 1, and a centre takes in what there is. Every crop stands alone. The
-    official code renumbers position ids, positions="compact".
+    fewer than 33 tokens; here s is at least 1, and a centre takes in what there is. Every crop stands alone.
+
+    The official code renumbers position ids, positions="compact".
 
     variant: "plus" is what the official code runs by default.
     nearest: tokens that each centre takes in.

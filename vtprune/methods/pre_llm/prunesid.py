@@ -40,9 +40,10 @@ class PruneSID(Method):
        groups of most survivors.
 
     rule: "cls" (officially for LLaVA) scores by the CLS attention of the layer before the projector and compares its
-        features there; theta is n / 32 times the mean cosine of two tokens. "component" (officially for Qwen2-VL) scores by |V| of the own group and compares what the LLM gets, in
-        at least 4 groups; theta is max(18 n / N, 1) times the mean of the upper triangle, with the zeros below it.
-        "auto" is the first on towers with a CLS token, and the second elsewhere.
+        features there. theta is n / 32 times the mean cosine of two tokens. "component" (officially for Qwen2-VL)
+        scores by |V| of the own group and compares what the LLM gets, in 4 groups at least. theta is max(18 n / N, 1)
+        times the mean of the whole cosine matrix with zeros below its diagonal. "auto" is the first on towers with a
+        CLS token, and the second elsewhere.
     directions: "exact" ones, or "random" as in the official code: a randomised decomposition of rank G with two power
         iterations, here of `seed`. Two official runs share 56 to 84 % of their tokens.
     order: "positional", or "official": the kept places are filled group by group, as in the official code for LLaVA,
@@ -51,9 +52,11 @@ class PruneSID(Method):
         stays and counts in the budget, as officially.
 
     All is computed in float64, so that a choice does not hang on the device. As officially for LLaVA each crop has its
-    own budget and newlines are dropped, and a share is rounded to a count; the official code for Qwen2-VL keeps 16 tokens
-    at least. The official code for LLaVA renumbers position ids, positions="compact". A GPU is waited for where it finds
-    the directions. Memory grows with the square of a unit's tokens.
+    own budget and newlines are dropped. A share is rounded to a count, half to even; the official code for Qwen2-VL
+    keeps 16 tokens at least. A GPU is waited for where it finds the directions. Memory grows with the square of a
+    unit's tokens.
+
+    The official code renumbers position ids, positions="compact". (That for Qwen2-VL keeps them.)
     """
 
     per: ClassVar[Per] = "crop"
@@ -149,7 +152,7 @@ def principal_parts(x: Tensor, count: int, seed: int | None = None) -> Tensor:
 
 
 def _random_parts(rows: Tensor, count: int, seed: int) -> Tensor:
-    """The randomised form (Halko et al. 2009, https://arxiv.org/abs/0909.4061) of rank `count`, two power iterations."""
+    """The randomised form (https://arxiv.org/abs/0909.4061) of rank `count` with two power iterations."""
     n, c = rows.shape
     tall = rows if n > c else rows.T
     draw = torch.randn(tall.shape[1], count, generator=torch.Generator().manual_seed(seed))
@@ -175,8 +178,9 @@ def _quota(alive: Tensor, size: Tensor, budget: int, n: int) -> Tensor:
     """
     least = size.clamp(max=1)
     most = alive.minimum(size).clamp(max=5 * -(-budget // 64))
-    low, high = least.sum() * 0, size.sum()
-    for _ in range(budget.bit_length() + len(size).bit_length() + 1):  # by how much all limits are raised
+    low = torch.zeros_like(size[0])
+    high = low + budget  # each raise makes room for one token at least
+    for _ in range(budget.bit_length() + 1):
         middle = (low + high) // 2
         enough = (most + middle).minimum(size).sum() >= budget
         low, high = torch.where(enough, low, middle + 1), torch.where(enough, middle, high)

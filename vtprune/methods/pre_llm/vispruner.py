@@ -42,15 +42,16 @@ class VisPruner(Method):
        highest likeness to any odd one leave. The even ones that are left, the most alike first, and behind them the odd
        ones are the row of the next round.
 
-    The rule is chaotic: even tokens are put in a new order each round, so that one near-tie changes all later pairs, and
-    a change of one part in a million in the features often changes a third of the choice. All comparisons are made
-    in float64, so that the same features give the same tokens on every device and in every batch. The official code
+    The rule is chaotic: even tokens are put in a new order each round, so that one near-tie changes all later pairs. A
+    change of one part in a million in the features often changes a third of the choice. All comparisons are made in
+    float64, so that the same features give the same tokens on every device and in every batch. The official code
     compares in the model's dtype, and fails where a row has an odd number of tokens.
 
     The first version of the paper, FasterVLM, is the attention part alone: `cls_topk` with layer=None keeps its tokens,
-    as important=1.0 does. As in the official code each crop has its own budget and newlines are dropped. The official
-    code renumbers position ids, positions="compact". Memory and time grow with the square of a unit's tokens, and the
-    rounds with their number.
+    as important=1.0 does. As in the official code each crop has its own budget and newlines are dropped. Memory grows
+    with the square of a unit's tokens, and there is a round for every `step` tokens that leave.
+
+    The official code renumbers position ids, positions="compact".
 
     important: share of important tokens, cut off to a count. The authors use 0.5, and 0.75 on MME.
     step: tokens that leave in a round, at most.

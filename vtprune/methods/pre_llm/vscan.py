@@ -44,8 +44,9 @@ class VScan(Method):
 
     As officially shares are cut off, int(share * n). Towers without a CLS token rank by the attention that each token
     receives, as the official code for Qwen2.5-VL does. Each crop has its own budget, and newlines stay beside it.
-    Tokens outside the rasters come last and are never merged. The official code renumbers position ids,
-    positions="compact". (That for Qwen keeps them.)
+    Tokens outside the rasters come last and are never merged.
+
+    The official code renumbers position ids, positions="compact". (That for Qwen keeps them.)
 
     layer: of the local scores, as in `Signal`. 0.25 is layer 6 of 24 (LLaVA), and layer 8 of 32 (Qwen2.5-VL).
     windows: "4x4_windows" cuts a raster into 16 equal windows of n // 32 local tokens each, the official rule for
