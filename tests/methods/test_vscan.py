@@ -5,7 +5,6 @@ from __future__ import annotations
 import families
 import pytest
 import torch
-from oracles import cosine
 from torch import Tensor
 
 import vtprune
@@ -66,11 +65,11 @@ def oracle(v: Visual, equal: bool, exact: bool = True) -> tuple[list[int], Tenso
     others.sort(key=lambda i: (outside[i], 0.0 if outside[i] else -deep[i], i))
     count = n - len(local) if exact or n == v.n else n - half
     order, x = local + others[:count], v.x.double()
+    likeness = torch.cosine_similarity(x[:, None], x[None], dim=-1).tolist()
     flows: dict[int, list[int]] = {i: [i] for i in sorted(order)}
     for i in others[count:]:
         if windows[i] is not None:
-            likeness = {j: cosine(x[i], x[j]) for j in flows}
-            flows[max(likeness, key=lambda j: (likeness[j], -j))].append(i)
+            flows[max(flows, key=lambda j: (likeness[i][j], -j))].append(i)
     return order, torch.stack([x[some].mean(0) for some in flows.values()])
 
 

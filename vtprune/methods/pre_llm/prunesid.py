@@ -18,6 +18,7 @@ from ...core.visual import Assignment, Visual
 from ...kernels import check_finite, to_device
 from ...registry import register_own as register
 from .. import best_first, budget_of, check_choices, select, signal_of
+from ..shared.text import note
 
 Rule = Literal["auto", "cls", "component"]
 Directions = Literal["exact", "random"]
@@ -87,7 +88,10 @@ class PruneSID(Method):
 
     def _read(self, v: Visual) -> tuple[Tensor, Tensor | None]:
         """Features [N, C] to compare, and the CLS attention [N] or None."""
-        if self.rule == "component" or (self.rule == "auto" and CLS not in v.signals):
+        if self.rule == "auto" and CLS not in v.signals:
+            note(v, f"{self.name}: the tower has no CLS token, rule='component' is used")
+            return v.x.float(), None
+        if self.rule == "component":
             return v.x.float(), None
         if CLS not in v.signals:
             raise UnsupportedModel(
