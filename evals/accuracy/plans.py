@@ -12,6 +12,7 @@ import torch
 
 import vtprune
 from vtprune.parsing import parse_method
+from vtprune.signals import kind_of
 from vtprune.types import Method, Positions
 
 CONTROLS = ("random", "uniform")
@@ -85,7 +86,7 @@ def is_random(method: Method) -> bool:
     if not any(f.name == "seed" for f in dataclasses.fields(method)):  # type: ignore[arg-type]
         return False
     generator = torch.Generator().manual_seed(0)
-    signals = {s: torch.rand(64, generator=generator) for s in method.needs}
+    signals = {s: torch.rand((64, 8) if kind_of(s).vector else (64,), generator=generator) for s in method.needs}
     v = vtprune.Visual(torch.randn(64, 8, generator=generator), budget=16, grid=(1, 8, 8), signals=signals)
     first, second = (dataclasses.replace(method, seed=s)(v).idx for s in (0, 1))  # type: ignore[type-var]
     return not torch.equal(first, second)

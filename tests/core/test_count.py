@@ -14,7 +14,7 @@ import vtprune
 from vtprune import Span, Stage
 
 BEFORE = [cls.name for cls in vtprune.methods() if cls.seam == "pre_llm"]
-WIDE = {"keys", "mean_keys"}  # kinds of signals that hold a vector for every token
+WIDE = {"hidden", "keys", "mean_keys"}  # kinds of signals that hold a vector for every token
 
 # A mosaic of 4 rows of 5 from four tiles, each row with a newline, behind an overview; then the same with a separator
 # between the two and one behind.

@@ -239,7 +239,7 @@ def test_many_images_at_once_are_each_as_if_alone(method: str) -> None:
     g = torch.Generator().manual_seed(0)
     grids = [(1, 1, 1), (1, 5, 6), (1, 4, 4), (3, 4, 5), (1, 9, 2), (2, 3, 3), (1, 4, 4)]
     features = [torch.randn(t * h * w, 8, generator=g) for t, h, w in grids]
-    wide = {"keys": 8, "mean_keys": 8}
+    wide = {"hidden": 8, "keys": 8, "mean_keys": 8}
     signals = [
         {n.kind: torch.rand((len(x), wide[n.kind]) if n.kind in wide else (len(x),), generator=g) for n in needs}
         for x in features

@@ -30,6 +30,7 @@ FAMILIES = (
     ),
     *("video_aim_merge", "video_aim_image", "video_dycoke_ttm", "video_fastvid", "video_holitom_edge"),
     *("video_holitom_outer", "video_prunevid", "video_vidcom2"),
+    *("leaders_prumerge_", "leaders_prunesid_", "leaders_vispruner_", "leaders_vscan_"),
     *("video_llava_pool", "visionzip_", "diffrate_", "ssm_scan_", "tome_", "topvim_prune_", "zerotprune_spec_"),
 )
 

@@ -62,6 +62,14 @@ ALTERED: dict[str, dict[str, Change]] = {
     },
     "holitom_inner_causalfix": {"K": to(2), "R": to(0.4), "keep": to(61), "layer_Km1_is_causal": to(0), **PROMPT},
     "holitom_inner_sdpa": {"layer_Km1_is_causal": to(1), "R": to(0.4), "kv_lengths_after_prefill": at(1, 94)},
+    "leaders_prumerge_n144_c32": {"cluster_k": to(16)},
+    "leaders_prunesid_crops3n144": {"budgets": at(1, 21), "grid": at(0, 11)},
+    "leaders_prunesid_qwen_18x26": {"need_token_num": at(0, 70)},
+    "leaders_vispruner_n64": {"visual_token_num": at(0, 18), "important_ratio": at(0, 0.25), "grid": at(0, 7)},
+    "leaders_vscan_llava_b1": BUDGETS,
+    "leaders_vscan_qwen_12x12": {
+        **{"image_token_ratio": at(1, 0.3), "window_size": to(3), "grid_thw": at((0, 1), 22)},
+    },
     "pyramiddrop_e2e": {
         **{"layer_list": at(1, 5), "ratio_list": at(1, 0.3), "stage1_keep": to(37)},
         **PROMPT,

@@ -108,7 +108,8 @@ def test_half_precision_keeps_what_float32_keeps(name: str, dtype: torch.dtype) 
     assert torch.equal(method(half).idx, method(full).idx)
     out = method(half).apply(half.x)
     assert out.dtype == dtype
-    assert torch.allclose(out.float(), method(full).apply(full.x), atol=0.01)
+    # Sums grow beyond 1, where the last digit of bfloat16 is coarser.
+    assert torch.allclose(out.float(), method(full).apply(full.x), atol=0.01, rtol=2**-8)
 
 
 # A choice that hangs on the last digits differs between a kernel and its reference, a batch and a single call, a CPU

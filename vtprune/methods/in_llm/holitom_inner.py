@@ -14,9 +14,9 @@ from ...core.visual import Assignment, Visual
 from ...kernels import check_finite
 from ...registry import register_own as register
 from .. import best_first, budget_of, signal_of
+from ..shared.nearest import nearest
 
 LAST_ROW = Signal("last_row", -1)
-BLOCK = 256  # dropped tokens compared with the kept ones at a time
 
 
 @register("holitom_inner", paper="https://arxiv.org/abs/2505.21334", seam="in_llm")
@@ -64,16 +64,10 @@ class HoliTomInner(Method):
         check_finite([row, x], "last-query attention rows and hidden states")
         order = best_first(row)
         idx, rest = order[:n].sort().values, order[n:].sort().values
-        target = _nearest(normalize(x, dim=1), idx, rest)
+        target = nearest(normalize(x, dim=1), idx, rest)
         joined, own = _halvings(target, n)
         src, dst = torch.cat([idx, rest]), torch.cat([torch.arange(n, device=idx.device), target])
         return Assignment(idx, order[:n], src, dst, torch.cat([own, joined]), row)
-
-
-def _nearest(unit: Tensor, idx: Tensor, rest: Tensor) -> Tensor:
-    """For each token of rest, the place in idx of the kept token with the largest dot product."""
-    kept = unit[idx].T
-    return torch.cat([rest[:0], *((unit[some] @ kept).argmax(1) for some in rest.split(BLOCK) if len(some))])
 
 
 def _halvings(target: Tensor, n: int) -> tuple[Tensor, Tensor]:

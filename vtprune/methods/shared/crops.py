@@ -24,7 +24,7 @@ def crops(v: Visual) -> tuple[Tensor, list[int]]:
     for span in v.spans or (Span(0, v.grid or (1, 1, v.n)),):
         t, h, w = span.grid
         heights, widths = span.tiles or ((h,), (w,))
-        tile = _which(heights, v.x.device)[:, None] * len(widths) + _which(widths, v.x.device)
+        tile = numbered(heights, v.x.device)[:, None] * len(widths) + numbered(widths, v.x.device)
         frame = len(sizes) + len(heights) * len(widths) * torch.arange(t, device=v.x.device)[:, None, None]
         rows = torch.nn.functional.pad(frame + tile, (0, int(span.newline)), value=-1)
         runs.append((span.start, rows.flatten()))
@@ -35,6 +35,6 @@ def crops(v: Visual) -> tuple[Tensor, list[int]]:
     return number, [*sizes, v.n - sum(sizes)]
 
 
-def _which(sizes: Sequence[int], device: torch.device) -> Tensor:
-    """(2, 3) -> [0, 0, 1, 1, 1], made on the device."""
+def numbered(sizes: Sequence[int], device: torch.device) -> Tensor:
+    """The number of the run that each place is in, of runs of these sizes: (2, 3) -> [0, 0, 1, 1, 1], on the device."""
     return torch.cat([torch.full((size,), i, device=device) for i, size in enumerate(sizes)])
