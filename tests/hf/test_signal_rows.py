@@ -22,7 +22,7 @@ from torch import Tensor
 import vtprune
 from vtprune import Assignment, Method, Signal, Stage, UnsupportedModel, Visual, VtpruneError
 from vtprune.registry import SIGNALS
-from vtprune.signals import LayerAttention, SignalKind, kind_of, kinds, signal
+from vtprune.signals import LayerAttention, LayerPass, SignalKind, kind_of, kinds, signal
 
 
 def case(place: str, heads: int = 4, masked: bool = True) -> tuple[Case, LayerAttention]:
@@ -78,6 +78,30 @@ def _relevant() -> tuple[Any, Any]:
     return torch.stack(kind_of("relevance")(x, Words())), torch.stack(want)
 
 
+def _passed() -> LayerPass:
+    """A layer that did something, and a norm that stretches channels."""
+    g = torch.Generator().manual_seed(4)
+    before, after, weight = torch.randn(B, N, D, generator=g), torch.randn(B, N, D, generator=g), torch.arange(1.0, 5.0)
+    return LayerPass(before, after, lambda x: x * weight, Words())
+
+
+def _changed() -> tuple[Any, Any]:
+    run = _passed()
+    pairs = zip(run.before.double().flatten(0, 1).tolist(), run.after.double().flatten(0, 1).tolist())
+    want = [sum((a - b) ** 2 for a, b in zip(before, after)) ** 0.5 for before, after in pairs]
+    return kind_of("layer_change")(run), torch.tensor(want).double().view(B, N)
+
+
+def _normed() -> tuple[Any, Any]:
+    run = _passed()
+    return kind_of("final_states")(run), run.after.double() * torch.arange(1, 5).double()
+
+
+def _normed_text() -> tuple[Any, Any]:
+    _, want = _normed()
+    return torch.stack(kind_of("text_final_states")(_passed())), torch.stack([want[b, TEXT[b]] for b in range(B)])
+
+
 def _handed_on() -> tuple[Any, Any]:
     x = torch.randn(B, N, D)
     return kind_of("hidden")(x), x.double()
@@ -90,6 +114,9 @@ OTHERS = {
     "rope_weight": _rotated,
     "relevance": _relevant,
     "hidden": _handed_on,
+    "layer_change": _changed,
+    "final_states": _normed,
+    "text_final_states": _normed_text,
 }
 PLAIN = vits.NAMES[0]
 ROWS = pytest.mark.parametrize("row", kinds(), ids=lambda row: row.name)
@@ -108,7 +135,11 @@ def test_every_signal_equals_its_formula(row: SignalKind) -> None:
         for place in {"llm" if place == "llm" else "tower" for place in row.where}:
             for masked in (True,) if place == "llm" else (False, True):
                 c, attention = case(place, masked=masked)
-                got, want = row(attention), ORACLES[row.name](c)
+                got: Any = row(attention)
+                want = ORACLES[row.name](c)
+                if row.of_words:
+                    torch.testing.assert_close(torch.stack(got).double(), want, rtol=1e-5, atol=1e-6)
+                    continue
                 inside = c.asked.bool()[:, row.of_cls :]
                 torch.testing.assert_close(got.double()[inside], want[inside], rtol=1e-5, atol=1e-6)
 
@@ -298,6 +329,12 @@ def test_a_name_that_nobody_registered_lists_the_names(where: Any) -> None:
         ({"shape": "[N, T]", "where": ("tower",)}, "stands inside the LLM only"),
         ({"shape": "[H]", "where": ("llm",)}, "go together"),
         ({"source": "modules", "where": ("llm",), "so_far": True}, "so_far=True"),
+        (
+            {"shape": "[T]", "source": "rotary", "where": ("llm",)},
+            "for the sources 'embeddings', 'attention' and 'layer'",
+        ),
+        ({"source": "embeddings", "where": ("llm",)}, "a shape of words"),
+        ({"shape": "[T]", "where": ("llm",), "so_far": True}, "not for words"),
         ({"name": "cls"}, "the name is taken by vtprune.signals.attention.cls"),
     ],
 )

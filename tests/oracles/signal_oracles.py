@@ -148,6 +148,8 @@ ORACLES: dict[str, Callable[[Case], Tensor]] = {
     "values": lambda c: _flat(c.own[1]),
     "mean_keys": lambda c: c.own[0].sum(1) / c.own[0].shape[1],
     "value_norm": lambda c: (c.own[1].sum(1) / c.own[1].shape[1]).norm(p=1, dim=-1),
+    "key_size": lambda c: _flat(c.own[0]).abs().sum(-1),
+    "text_key_size": lambda c: torch.stack([_flat(c.own[0])[b, TEXT[b]].abs().sum(-1) for b in range(B)]),
     "last_row": lambda c: c.at_last(c.weights).mean(1),
     "last_visual": lambda c: _among_visual(c.at_last(c.weights)),
     "last_value": lambda c: _among_visual(c.at_last(c.softmax(c.own[1] @ c.v.double().mT * D**-0.5))),

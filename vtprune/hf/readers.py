@@ -16,7 +16,7 @@ from ..core.errors import UnsupportedModel
 from ..core.signal import SignalKind
 from ..kernels import recording
 from ..kernels.clock import Clock
-from ..signals import LayerAttention, kind_of
+from ..signals import LayerAttention, LayerPass, kind_of
 from .attention_probe import DryRunDone, Reader, probe, probe_change, reweighed
 from .checks import layers_read
 from .hooks import untraced_while_pruning
@@ -59,6 +59,9 @@ def _read(patch: Patch, kind: SignalKind, i: int, dry: bool) -> None:
             hook = module.register_forward_hook(partial(module_reader, patch, kind, i), with_kwargs=True)
             patch.undo(hook.remove)
             patch.announce(module)
+    elif source == "layer":
+        patch.undo(layer.register_forward_hook(partial(layer_reader, patch, kind, i), with_kwargs=True).remove)
+        patch.announce(layer)
     elif source == "attention":
         _probe(patch, i, partial(attention_reader, patch, kind, i, dry), before=dry)
 
@@ -142,6 +145,19 @@ def module_reader(
 
 
 @untraced_while_pruning
+def layer_reader(
+    patch: Patch, kind: SignalKind, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+) -> None:
+    """Read what layer i makes of its input."""
+    prefill = _acting(patch)
+    before = args[0] if args else kwargs["hidden_states"]
+    if prefill is not None and before.shape[1] > 1:
+        after, norm = out[0] if isinstance(out, tuple) else out, partial(final_norm, patch.adapter.text)
+        with torch.no_grad():
+            read_layer(prefill, kind, i, LayerPass(before, after, norm, PromptSlots(prefill)))
+
+
+@untraced_while_pruning
 def stop_dry_run(patch: Patch, *_: Any) -> None:
     """End a dry run once the readers before have seen its queries and keys."""
     if patch.local.dry_running:
@@ -173,7 +189,7 @@ def read_attention(prefill: Prefill, kind: SignalKind, layer: int, attention: La
     with recording(prefill.prompt.kernels):
         found = kind(attention)
         before = rows.pop((kind.name, layer - 1), None) if kind.so_far else None  # read by now, if a stage stands here
-        rows[kind.name, layer] = found if before is None else found + before.to(found.device)
+        keep_reading(prefill, kind, layer, found if before is None else found + before.to(found.device))
     prefill.prompt.clocks.append(clock.stop())
 
 
@@ -183,6 +199,21 @@ def read_module(prefill: Prefill, kind: SignalKind, layer: int, before: Tensor, 
     found = kind(before, after, prompt_slots(prefill).to(before.device))
     rows[kind.name, layer] = rows[kind.name, layer] + found if (kind.name, layer) in rows else found
     prefill.prompt.clocks.append(clock.stop())
+
+
+def read_layer(prefill: Prefill, kind: SignalKind, layer: int, run: LayerPass) -> None:
+    """Keep a signal of what enters and leaves a layer, of the tokens of this call."""
+    clock = Clock(run.before.device)
+    keep_reading(prefill, kind, layer, kind(run))
+    prefill.prompt.clocks.append(clock.stop())
+
+
+def keep_reading(prefill: Prefill, kind: SignalKind, layer: int, found: Any) -> None:
+    """Keep what was read of one layer: [B, n, ...] for the slots of this call, or a tensor [T, ...] each row."""
+    if kind.of_words:
+        prefill.readings.words[kind.name, layer] = found
+    else:
+        prefill.readings.rows[kind.name, layer] = found
 
 
 def read_rope(prefill: Prefill, kind: SignalKind, layer: int, rope: tuple[Tensor, Tensor]) -> None:
@@ -198,7 +229,18 @@ def read_heads(prefill: Prefill, kinds: Iterable[SignalKind], out: Tensor) -> No
         heads[known.name] = found if before is None else before.to(out.device) + found
 
 
-# -- modules of a layer -----------------------------------------------------------------------------------------------
+# -- modules of a text model -------------------------------------------------------------------------------------------
+
+
+def final_norm(text: nn.Module, x: Tensor) -> Tensor:
+    """x [.., D] through the norm that stands behind the last layer of a text model."""
+    norm = getattr(text, "norm", None)
+    if not isinstance(norm, nn.Module):
+        raise UnsupportedModel(
+            f"{type(text).__name__} has no norm behind its last layer that could be found (no module `norm`), which a "
+            "signal of this method asks for: choose another method"
+        )
+    return norm.forward(x)  # not a call: hooks on the module are for what the model itself computes
 
 
 def mlp_of(layer: nn.Module) -> nn.Module:

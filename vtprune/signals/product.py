@@ -1,7 +1,8 @@
-"""What a signal may ask: `LayerAttention`, the attention of one layer, and `Prompt`, what stands where in it."""
+"""What a signal may ask: `LayerAttention` and `LayerPass` of one layer, and `Prompt`, what stands where in it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -150,6 +151,20 @@ class LayerAttention:
             )
             out[:, :end] += given[:, self.past :]
         return out
+
+
+@dataclass(frozen=True)
+class LayerPass:
+    """What one decoder layer does to the tokens of this call.
+
+    before, after: [B, n, D] what enters and what leaves it. norm: the norm behind the last layer, [.., D] -> [.., D].
+    words: who is who.
+    """
+
+    before: Tensor
+    after: Tensor
+    norm: Callable[[Tensor], Tensor]
+    words: Prompt
 
 
 def bias_of(mask: Tensor | None, slots: Tensor, queries: int, keys: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import page_rank as walk
-from .product import LayerAttention
+from .product import LayerAttention, LayerPass
 from .row import signal
 
 SHARPNESS, STEPS = 10, 5  # of the PageRank in AIM (https://arxiv.org/abs/2412.03248)
@@ -69,6 +69,24 @@ def transition(before: Tensor, after: Tensor, real: Tensor) -> Tensor:
     ratio: Tensor = y.norm(dim=-1) / x.norm(dim=-1).clamp(min=torch.finfo(x.dtype).tiny)
     turned: Tensor = 1 - torch.cosine_similarity(x, y, dim=-1)
     return ratio.masked_fill(~real, 0) * turned.masked_fill(~real, -torch.inf).softmax(-1)
+
+
+@signal("layer_change", shape="[N]", where=("llm",), source="layer")
+def layer_change(run: LayerPass) -> Tensor:
+    """The L2 norm of the difference between what leaves the layer and what enters it."""
+    return (run.after.float() - run.before.float()).norm(dim=-1)
+
+
+@signal("final_states", shape="[N, C]", where=("llm",), source="layer")
+def final_states(run: LayerPass) -> Tensor:
+    """What leaves the layer, through the norm that stands behind the last layer, in the model's dtype."""
+    return run.norm(run.after)
+
+
+@signal("key_size", shape="[N]", where=("llm",))
+def key_size(a: LayerAttention) -> Tensor:
+    """The L1 norm of the keys of a token, heads concatenated."""
+    return a.keys.float().abs().sum((1, 3))
 
 
 @signal("head_output", shape="[H]", where=("llm",), source="heads", so_far=True)

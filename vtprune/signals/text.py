@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .product import ROWS, LayerAttention, Prompt, padded
+from .product import ROWS, LayerAttention, LayerPass, Prompt, padded
 from .row import signal
 
 
@@ -56,6 +56,21 @@ def relevance(x: Tensor, prompt: Prompt) -> list[Tensor]:
             total = total + (some.float() @ text.T).softmax(1).sum(0)
         found.append(total / max(1, len(visual)))
     return found
+
+
+@signal("text_key_size", shape="[T]", where=("llm",))
+def text_key_size(a: LayerAttention) -> list[Tensor]:
+    """The L1 norm of the keys of each token of that text, heads concatenated."""
+    keys, words = a.keys, a.words
+    mine = [x.index_select(1, words.text_slots(row, x.device)) for row, x in enumerate(keys)]
+    return [x.float().abs().sum((0, 2)) for x in mine]
+
+
+@signal("text_final_states", shape="[T, C]", where=("llm",), source="layer")
+def text_final_states(run: LayerPass) -> list[Tensor]:
+    """What leaves the layer at that text, through the norm that stands behind the last layer."""
+    x = run.after
+    return [run.norm(x[row].index_select(0, run.words.text_slots(row, x.device))) for row in range(run.words.batch)]
 
 
 def _from_text(a: LayerAttention, row: int) -> Tensor:
