@@ -57,7 +57,8 @@ class LayerStates:
 class Readings:
     """Signals that were read inside the LLM, by kind and layer: [B, n, ..] of the current slots.
 
-    words: signals of words by kind and layer (None: of the embeddings), a tensor [T, ..] each row. heads: signals of query heads by kind, [B, H].
+    words: signals of words by kind and layer (None: of the embeddings), a tensor [T, ..] each row. heads: signals of
+    query heads by kind, [B, H].
     """
 
     rows: dict[tuple[str, int], Tensor] = field(default_factory=dict)

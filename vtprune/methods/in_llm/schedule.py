@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+
 FLOOR = 3  # the layers before it look at single tokens; hardly any query has found what the question asks for
 
 
