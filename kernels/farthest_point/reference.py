@@ -78,8 +78,8 @@ def check_arguments(
         raise ValueError(f"weights= multiply distances, and objective={objective!r} sums similarities: use 'maxmin'")
     if weights is not None and [w.shape for w in weights] != [x.shape[:1] for x in features]:
         raise ValueError(
-            f"weights of shapes {[tuple(w.shape) for w in weights]} for features of {[tuple(x.shape) for x in features]}: "
-            "give one [N_i] tensor for each [N_i, D_i]"
+            f"weights of shapes {[tuple(w.shape) for w in weights]} for features of "
+            f"{[tuple(x.shape) for x in features]}: give one [N_i] tensor for each [N_i, D_i]"
         )
     for i, (unit, budget) in enumerate(zip(features, budgets)):
         if unit.dim() != 2 or not unit.is_floating_point():

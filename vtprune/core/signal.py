@@ -86,6 +86,7 @@ class SignalKind:
     over_queries: it is a mean over the queries of one attention product. Where a tower packs windows and images of
         different sizes, such means are comparable only as sums.
     so_far: it is the sum over that layer and all layers before it.
+    rope: its function asks for `LayerAttention.rope` ("attention" inside the LLM).
     vit: which quantity of `vtprune.reduction.Tokens` stands for it in a plain vision transformer, in place of `read`.
 
     Raises ValueError or TypeError where these do not fit together.
@@ -100,6 +101,7 @@ class SignalKind:
     of_cls: bool = False
     over_queries: bool = False
     so_far: bool = False
+    rope: bool = False
     vit: str | None = None
 
     def __post_init__(self) -> None:
@@ -132,6 +134,8 @@ class SignalKind:
             raise ValueError(f"{told}: shape={self.shape!r} is for the sources 'embeddings', 'attention' and 'layer'")
         if self.so_far and (self.source not in ("attention", "heads") or self.of_words):
             raise ValueError(f"{told}: so_far=True is for the sources 'attention' and 'heads', and not for words")
+        if self.rope and (self.source, self.where) != ("attention", ("llm",)):
+            raise ValueError(f"{told}: rope=True is for the source 'attention' inside the LLM")
         if not self.doc:
             raise ValueError(f"{told}: its function has no docstring, which says what the signal is")
 

@@ -63,6 +63,9 @@ def _read(patch: Patch, kind: SignalKind, i: int, dry: bool) -> None:
         patch.undo(layer.register_forward_hook(partial(layer_reader, patch, kind, i), with_kwargs=True).remove)
         patch.announce(layer)
     elif source == "attention":
+        if kind.rope:
+            hook = attention_of(layer).register_forward_pre_hook(partial(rope_keeper, patch, i), with_kwargs=True)
+            patch.undo(hook.remove)
         _probe(patch, i, partial(attention_reader, patch, kind, i, dry), before=dry)
 
 
@@ -98,7 +101,8 @@ def attention_reader(
     prefill = _acting(patch)
     if prefill is not None and q.shape[2] > 1 and patch.local.dry_running == dry:
         past, prompt = prefill.past_at(layer) if prefill.past else 0, PromptSlots(prefill)
-        read_attention(prefill, kind, layer, LayerAttention(q, k, v, mask, scaling, past, prompt))
+        rope = prefill.readings.rope.get(layer)
+        read_attention(prefill, kind, layer, LayerAttention(q, k, v, mask, scaling, past, prompt, rope=rope))
 
 
 def read_step(patch: Patch, layer: int, module: nn.Module, *product: Any) -> None:
@@ -165,6 +169,17 @@ def stop_dry_run(patch: Patch, *_: Any) -> None:
 
 
 @untraced_while_pruning
+def rope_keeper(patch: Patch, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Keep the rotary embeddings that layer i was given, for signals of its attention; those of several axes are not.
+
+    Positions of several axes are counted from the mask, so that they begin with 0 behind the padding.
+    """
+    prefill, rope = _acting(patch), kwargs.get("position_embeddings")
+    if prefill is not None:
+        prefill.readings.rope[i] = rope if isinstance(rope, tuple) and rope[0].dim() == 3 else None
+
+
+@untraced_while_pruning
 def rope_reader(
     patch: Patch, kind: SignalKind, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
@@ -175,7 +190,7 @@ def rope_reader(
     if not isinstance(rope, tuple) or rope[0].dim() != 3:
         raise UnsupportedModel(
             f"{type(module).__name__} has no rotary embedding [B, n, d] of a single axis, which the signal "
-            f"{kind.name!r} divides out: choose a method or version without it"
+            f"{kind.name!r} is made of: choose a method or version without it"
         )
     read_rope(prefill, kind, layer, rope)
 

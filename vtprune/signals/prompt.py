@@ -83,10 +83,10 @@ def final_states(run: LayerPass) -> Tensor:
     return run.norm(run.after)
 
 
-@signal("key_size", shape="[N]", where=("llm",))
+@signal("key_size", shape="[N]", where=("llm",), rope=True)
 def key_size(a: LayerAttention) -> Tensor:
-    """The L1 norm of the keys of a token, heads concatenated."""
-    return a.keys.float().abs().sum((1, 3))
+    """The L1 norm of the keys of a token, heads concatenated, turned as if no padding stood before the row."""
+    return a.keys_from_start.abs().sum((1, 3))
 
 
 @signal("head_output", shape="[H]", where=("llm",), source="heads", so_far=True)

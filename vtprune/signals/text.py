@@ -58,12 +58,11 @@ def relevance(x: Tensor, prompt: Prompt) -> list[Tensor]:
     return found
 
 
-@signal("text_key_size", shape="[T]", where=("llm",))
+@signal("text_key_size", shape="[T]", where=("llm",), rope=True)
 def text_key_size(a: LayerAttention) -> list[Tensor]:
-    """The L1 norm of the keys of each token of that text, heads concatenated."""
-    keys, words = a.keys, a.words
-    mine = [x.index_select(1, words.text_slots(row, x.device)) for row, x in enumerate(keys)]
-    return [x.float().abs().sum((0, 2)) for x in mine]
+    """The L1 norm of the keys of each token of that text, heads concatenated, turned as for "key_size"."""
+    sizes = a.keys_from_start.abs().sum((1, 3))
+    return [size.index_select(0, a.words.text_slots(row, size.device)) for row, size in enumerate(sizes)]
 
 
 @signal("text_final_states", shape="[T, C]", where=("llm",), source="layer")
