@@ -1,4 +1,4 @@
-"""FlashVID's second stage: behind a deep layer of the LLM the visual tokens stay that the last prompt token looks at."""
+"""FlashVID's second stage: deep in the LLM the visual tokens stay that the last prompt token looks at."""
 
 from __future__ import annotations
 

@@ -38,9 +38,9 @@ class FlashVID(Method):
        lowest cosines until there are `segments`.
     2. In each frame the salient tokens are picked by greedy max-min distance, (1 - cosine) times the attention that the
        later token receives (`salient`).
-    3. Within a segment each other token is linked to the token of the frame before that it is most like, if their cosine
-       is above `tau`, and if enough tokens are left unlinked (else the threshold rises). Links form trees; a tree is
-       merged into the mean of its tokens and stands where it begins.
+    3. Within a segment each other token is linked to the token of the frame before that it is most like, if their
+       cosine is above `tau`, and if enough tokens are left unlinked (else the threshold rises). Links form trees; a
+       tree is merged into the mean of its tokens and stands where it begins.
     4. In each frame the trees that begin there are clustered around density peaks, and the mean of each cluster stands
        at its centre.
 
