@@ -72,6 +72,23 @@ def _rotated() -> tuple[Any, Any]:
     return kind_of("rope_weight")(angle.cos(), angle.sin(), Words()), want
 
 
+def _turns(angle: Tensor, table: int) -> tuple[Any, Any]:
+    """Rows whose first real token stands at another place than 0 have the means that they would have from 0 on."""
+
+    class Later(Words):
+        def real(self) -> Tensor:
+            return torch.arange(N) >= torch.tensor([[0], [2]])
+
+    tables = angle.cos(), angle.sin()
+    name, turn = (("rope_cos", torch.cos), ("rope_sin", torch.sin))[table]
+    want = [turn(angle[0].double() - angle[0, first].double()).mean(-1) for first in (0, 2)]
+    return kind_of(name)(*tables, Later()), torch.stack(want)
+
+
+def _angles() -> Tensor:
+    return torch.arange(N)[None, :, None] * torch.tensor([1.0, 0.3]).repeat(2)
+
+
 def _relevant() -> tuple[Any, Any]:
     x = torch.randn(B, N, D, generator=torch.Generator().manual_seed(3))
     want = [(x[b, VISUAL[b]].double() @ x[b, TEXT[b]].double().T).softmax(1).mean(0) for b in range(B)]
@@ -112,6 +129,8 @@ OTHERS = {
     "transition": _turned,
     "head_output": _spoken,
     "rope_weight": _rotated,
+    "rope_cos": lambda: _turns(_angles(), 0),
+    "rope_sin": lambda: _turns(_angles(), 1),
     "relevance": _relevant,
     "hidden": _handed_on,
     "layer_change": _changed,
@@ -142,6 +161,32 @@ def test_every_signal_equals_its_formula(row: SignalKind) -> None:
                     continue
                 inside = c.asked.bool()[:, row.of_cls :]
                 torch.testing.assert_close(got.double()[inside], want[inside], rtol=1e-5, atol=1e-6)
+
+
+def test_keys_are_measured_as_if_no_padding_stood_before_them() -> None:
+    """The sizes of a row behind padding are those it has from position 0 on; channels that do not turn stay."""
+    g = torch.Generator().manual_seed(5)
+    plain, angle, pads = torch.randn(1, G, N, 6, generator=g), _angles(), 3
+    half = torch.cat([-plain[..., 2:4], plain[..., :2]], -1)
+
+    def turned(at: Tensor) -> Tensor:
+        return torch.cat([plain[..., :4] * at.cos() + half * at.sin(), plain[..., 4:]], -1)
+
+    class Alone(Words):
+        batch = 1
+
+        def real(self) -> Tensor:
+            return (torch.arange(N) >= pads)[None]
+
+        def text_slots(self, row: int, device: torch.device) -> Tensor:
+            return torch.tensor([6, 8])
+
+    step = torch.tensor([1.0, 0.3]).repeat(2)
+    keys, rope = turned(angle), (1.5 * angle.cos(), 1.5 * angle.sin())
+    a = LayerAttention(keys.repeat(1, 2, 1, 1), 1.5 * keys, keys, None, 0.5, 0, Alone(), rope=rope)
+    want = 1.5 * turned((torch.arange(N) - pads)[None, :, None] * step).abs().sum((1, 3))
+    torch.testing.assert_close(kind_of("key_size")(a)[:, pads:], want[:, pads:])
+    torch.testing.assert_close(kind_of("text_key_size")(a)[0], want[0, [6, 8]])
 
 
 @ROWS

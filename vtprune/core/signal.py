@@ -12,8 +12,9 @@ from .errors import VtpruneError
 
 Place = Literal["tower", "llm", "vit"]
 Source = Literal["attention", "states", "modules", "layer", "rotary", "embeddings", "heads", "carried"]
-# One of N tokens, of their C or d channels, of the T tokens of the text behind the first image, of the H query heads.
-SHAPES = ("[N]", "[N, C]", "[N, d]", "[N, T]", "[N, H, T]", "[T]", "[T, C]", "[H]")
+# One of N tokens, of their C or d channels, of the T tokens of the text behind the first image, of the H query heads or
+# of the G groups of them that share keys and values.
+SHAPES = ("[N]", "[N, C]", "[N, d]", "[N, G]", "[N, T]", "[N, H, T]", "[T]", "[T, C]", "[H]")
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class SignalKind:
     @property
     def per_token_only(self) -> bool:
         """True if it is of the tokens alone, and not of text or heads beside them."""
-        return self.shape in ("[N]", "[N, C]", "[N, d]")
+        return self.shape in ("[N]", "[N, C]", "[N, d]", "[N, G]")
 
     @property
     def vector(self) -> bool:
