@@ -30,14 +30,15 @@ class IVCPrune(Method):
        largest mean sine, so many of each.
     4. Foreground and anchors stay.
 
-    Without keep the shares count, of the n tokens that reach the layer: max(1, round(seeds * n)) seeds, round(foreground
-    * n) tokens of the foreground (at least one) and round(anchors * n) anchors of each kind, half to even. How many
-    there are together depends on the image, so the host waits for the device once. With keep exactly that many stay:
-    anchors / (anchors + foreground) of the budget are anchors of each kind, half of it at most, and the rest is the best
-    foreground beside them. The official code drops the other tokens from the caches of the layers before too; here
-    these keep theirs. Position ids are kept. Decoder layers of linear attention have no values to read, and are refused
-    by name; so are rotary embeddings of several axes that the decoder layers merge by themselves (Qwen-VL in old
-    releases of transformers).
+    Without keep the shares are of the n tokens that reach the layer: max(1, round(seeds * n)) seeds, round(foreground *
+    n) tokens of the foreground (at least one) and round(anchors * n) anchors of each kind, half to even. How many there
+    are together depends on the image, so the host waits for the device once. With keep exactly that many stay: of the
+    budget anchors / (anchors + foreground), but half at most, are anchors of each kind, and the rest is the best
+    foreground beside them. The official code drops the other tokens from the caches of the layers before, too; here
+    these keep theirs. Position ids are kept.
+
+    Layers of linear attention have no values to read, and are refused by name; so are rotary embeddings of several axes
+    that decoder layers merge by themselves (Qwen2-VL in old releases of transformers).
 
     seeds, foreground, anchors: shares of the tokens.
     skip: tokens behind the image that are not of the question, such as line breaks; 2 in the prompt of LLaVA-1.5. A

@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ...core.visual import Assignment
+from ...kernels import to_device
+from .density_peaks import cluster_weights, clusters
+from .frames import places
 from .segments import Segment
 
 Counts = Literal["all", "direct"]
@@ -29,6 +33,37 @@ class Trees(NamedTuple):
         """x [T, P, D] -> the same, with each tree merged where it begins and zeros at its other tokens."""
         flat = (x * self.w[..., None]).flatten(0, 1)
         return torch.zeros_like(flat).index_add(0, self.root.flatten(), flat).view_as(x)
+
+    def clustered(
+        self,
+        x: Tensor,
+        picked: Tensor,
+        number: int,
+        sets: Tensor,
+        counts: Sequence[int],
+        neighbours: int,
+        scores: Tensor,
+    ) -> Assignment:
+        """The tokens that are picked [T, P] bool, `number` of them, as they are, and means of clusters of trees.
+
+        sets: [T, P] bool, the trees that are clustered frame by frame, by where they begin; counts: clusters of each
+        frame, around density peaks of so many neighbours at most. A mean stands at its centre. A centre that is picked
+        already moves to a free place of its frame, the first one first.
+        """
+        t, p = picked.shape
+        wanted = to_device(torch.tensor(counts), x.device)
+        centre, member = clusters(self.merged(x), sets, wanted, wanted.clamp(1, neighbours), neighbours)
+        share = cluster_weights(centre, member, sets, None).masked_fill(~sets | (wanted == 0)[:, None], 0)
+        seat = _seats(centre, picked)
+        kept = picked | (torch.zeros_like(member).scatter_add(1, seat, centre.long()) > 0)
+        idx, own = places(kept, number + sum(counts)), places(picked, number)
+        row, root = kept.flatten().cumsum(0) - 1, self.root.flatten()
+        to = torch.arange(t, device=x.device)[:, None] * p + seat.gather(1, member)
+        # What belongs to no cluster weighs 0 where it goes, so that nobody has to count it.
+        dst = torch.cat([row[own], row[to.flatten()[root]].clamp(min=0)])
+        w = torch.cat([torch.ones_like(own, dtype=torch.float32), self.w.flatten() * share.flatten()[root]])
+        src = torch.cat([own, torch.arange(t * p, device=x.device)])
+        return Assignment(idx, None, src, dst, w, scores.flatten())
 
 
 def grow(
@@ -59,10 +94,10 @@ def grow(
             continue
         bar = torch.where((mine <= tau).sum() < want, order[most - 1], tau)
         linked[a : b + 1] = mine > bar
-    places = torch.arange(t * p, device=device).view(t, p)
-    root = [places[0]]
+    flat = torch.arange(t * p, device=device).view(t, p)
+    root = [flat[0]]
     for i in range(1, t):
-        root.append(torch.where(linked[i], root[-1].gather(0, parent[i]), places[i]))
+        root.append(torch.where(linked[i], root[-1].gather(0, parent[i]), flat[i]))
     of, ones = torch.stack(root), torch.ones(t * p, device=device)
     if counts == "all":
         size = torch.zeros_like(ones).index_add(0, of.flatten(), ones)
@@ -70,3 +105,11 @@ def grow(
         before = (torch.arange(t, device=device)[:, None] - 1).clamp(min=0) * p + torch.stack(parent)
         size = ones.index_add(0, before.flatten(), linked.flatten().float())
     return Trees(~linked & ~apart, of, 1 / size[of])
+
+
+def _seats(centre: Tensor, picked: Tensor) -> Tensor:
+    """[T, P] int64: where in its frame a token stands; centres that are picked already move to places that are free."""
+    clash, taken = centre & picked, centre | picked
+    free = taken.to(torch.int8).argsort(dim=1, stable=True)  # the free places first
+    moved = free.gather(1, (clash.cumsum(1) - 1).clamp(min=0))
+    return torch.where(clash, moved, torch.arange(centre.shape[1], device=centre.device))

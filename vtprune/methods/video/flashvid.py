@@ -13,18 +13,17 @@ from torch import Tensor
 from ...core.method import Method, Newlines, Stage, spread
 from ...core.signal import Signal
 from ...core.visual import Assignment, Visual
-from ...kernels import check_finite, farthest_point, to_device
+from ...kernels import check_finite, to_device
 from ...registry import register_own as register
 from .. import check_choices, check_cosine, check_counts, check_parts, signal_of
 from ..in_llm.flashvid_inner import FlashVIDInner
 from ..shared.clips import Clip, by_clip, check_ratio
-from ..shared.density_peaks import cluster_weights, clusters
-from ..shared.frames import likeness, places, ranks_in_rows
+from ..shared.frames import likeness
+from ..shared.salient import Salient, salient_places
 from ..shared.scenes import cut_at
 from ..shared.segments import Segment
-from ..shared.trees import Counts, Trees, grow
+from ..shared.trees import Counts, grow
 
-Salient = Literal["attn_div", "attn_div_v2", "div", "attn"]
 Single = Literal["rest", "whole"]
 RECEIVED = Signal("received", None)
 
@@ -64,7 +63,8 @@ class FlashVID(Method):
         one place).
     inner: the second stage.
 
-    The official code breaks ties between equally dense tokens at random; here the lower index wins.
+    The official code breaks ties between equally dense tokens at random; here the lower index wins. Its "attn_div_v2"
+    may pick a token twice where no weight is positive; here never.
     """
 
     video: ClassVar[bool] = True
@@ -121,7 +121,7 @@ class FlashVID(Method):
         if self.segments is not None:
             found = cut_at(likeness(frames[1:], frames[:-1]).tolist(), self.threshold, self.segments)
         salient, others = self._shares(found, t, p, budget)
-        picked = self._salient(clip.x, frames, seen, found, salient)
+        picked = salient_places(clip.x, frames, seen, found, salient, self.salient)
         wanted = [sum(salient[a : b + 1]) + other for (a, b), other in zip(found, others)]
         trees = grow(clip.x, picked, found, wanted, self.tau, self.counts)
         sets = trees.begins
@@ -129,7 +129,7 @@ class FlashVID(Method):
             alone = torch.tensor([a == b for a, b in found for _ in range(a, b + 1)])
             sets = sets | to_device(alone, seen.device)[:, None]
         counts = self._clusters(found, others, sets.sum(1).tolist(), budget)
-        return self._merged(clip.x, seen, picked, sum(salient), trees, sets, counts)
+        return trees.clustered(clip.x, picked, sum(salient), sets, counts, self.neighbours, seen)
 
     def _shares(self, found: Sequence[Segment], t: int, p: int, budget: int | None) -> tuple[list[int], list[int]]:
         """Salient tokens of each frame, and clusters of each segment."""
@@ -140,23 +140,6 @@ class FlashVID(Method):
         most = math.ceil(round(budget * self.alpha, 9))
         counts = [(i + 1) * most // t - i * most // t for i in range(t)]
         return counts, list(spread(budget - most, [(b - a + 1) * p - sum(counts[a : b + 1]) for a, b in found]))
-
-    def _salient(
-        self, x: Tensor, frames: Tensor, seen: Tensor, found: Sequence[Segment], counts: Sequence[int]
-    ) -> Tensor:
-        """[T, P] bool."""
-        if self.salient == "attn":
-            return ranks_in_rows(seen) < to_device(torch.tensor(counts), seen.device)[:, None]
-        weights = torch.ones_like(seen) if self.salient == "div" else seen
-        if self.salient == "attn_div_v2":
-            means = torch.cat([frames[a : b + 1].mean(0, keepdim=True).expand(b - a + 1, -1) for a, b in found])
-            weights = weights * (x * means[:, None]).sum(-1)
-        some = [i for i, count in enumerate(counts) if count]
-        picks = farthest_point([x[i] for i in some], [counts[i] for i in some], weights=[weights[i] for i in some])
-        picked = torch.zeros_like(seen, dtype=torch.bool)
-        for i, pick in zip(some, picks):
-            picked[i].index_fill_(0, pick, True)
-        return picked
 
     def _clusters(
         self, found: Sequence[Segment], others: Sequence[int], sizes: list[int], budget: int | None
@@ -171,30 +154,3 @@ class FlashVID(Method):
                 share = min(1.0, other / max(1, sum(mine)))
                 counts += [math.ceil(size * share) for size in mine]
         return counts
-
-    def _merged(
-        self, x: Tensor, seen: Tensor, picked: Tensor, salient: int, trees: Trees, sets: Tensor, counts: Sequence[int]
-    ) -> Assignment:
-        """The salient tokens as they are, and the means of clusters of trees."""
-        t, p = seen.shape
-        number = to_device(torch.tensor(counts), seen.device)
-        centre, member = clusters(trees.merged(x), sets, number, number.clamp(1, self.neighbours), self.neighbours)
-        share = cluster_weights(centre, member, sets, None).masked_fill(~sets | (number == 0)[:, None], 0)
-        seat = _seats(centre, picked) if self.single == "whole" else torch.arange(p, device=seen.device).expand(t, p)
-        kept = picked | (torch.zeros_like(member).scatter_add(1, seat, centre.long()) > 0)
-        idx, own = places(kept, salient + sum(counts)), places(picked, salient)
-        row = kept.flatten().cumsum(0) - 1
-        to = torch.arange(t, device=seen.device)[:, None] * p + seat.gather(1, member)
-        root = trees.root.flatten()  # what belongs to no cluster weighs 0 where it goes
-        dst = torch.cat([row[own], row[to.flatten()[root]].clamp(min=0)])
-        w = torch.cat([torch.ones_like(own, dtype=torch.float32), trees.w.flatten() * share.flatten()[root]])
-        src = torch.cat([own, torch.arange(t * p, device=seen.device)])
-        return Assignment(idx, None, src, dst, w, seen.flatten())
-
-
-def _seats(centre: Tensor, picked: Tensor) -> Tensor:
-    """[T, P] int64: where in its frame a token stands; centres that are picked already move to places that are free."""
-    clash, free = centre & picked, ~(centre | picked)
-    places_ = (~free).to(torch.int8).argsort(dim=1, stable=True)  # the free ones first
-    moved = places_.gather(1, (clash.cumsum(1) - 1).clamp(min=0))
-    return torch.where(clash, moved, torch.arange(centre.shape[1], device=centre.device))
