@@ -31,7 +31,7 @@ def visual(n: int, budget: int | None, seed: int = 0, dtype: torch.dtype = torch
     x = torch.randn(n, 16, generator=g).to(dtype)
     row = torch.rand(n, generator=g)
     asked = {need for method in vtprune.methods() for need in method().needs}
-    sizes = {"N": n, "C": 8, "d": 8, "T": 8, "H": 2}
+    sizes = {"N": n, "C": 8, "d": 8, "G": 2, "T": 8, "H": 2}
     signals = {}
     for need in asked | {CLS, LAST_ROW}:
         shape = kind_of(need).shape
