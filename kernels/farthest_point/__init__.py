@@ -21,6 +21,7 @@ def farthest_point(
     *,
     objective: Objective = "maxmin",
     first: Sequence[int | Tensor] | None = None,
+    weights: Sequence[Tensor] | None = None,
     memory: Memory = "auto",
 ) -> list[Tensor]:
     """Pick budgets[i] rows of features[i] greedily, each as unlike the rows picked before as possible.
@@ -33,19 +34,22 @@ def farthest_point(
         ones (ToDRE, https://arxiv.org/abs/2505.18757).
     first: first pick per problem, an int or a 0-d tensor (never read on the host, so not checked either).
         None: the row whose nearest neighbour is farthest.
+    weights: one [N_i] tensor per problem on the device of the features, for "maxmin" only: the distance 1 - cosine to
+        row j counts weights[i][j] times, also for the first pick (FlashVID, https://arxiv.org/abs/2602.08024). Rows of
+        negative weight are picked last. None: all count alike.
     memory: "fast" holds an N x N float32 Gram matrix per problem; "low" never does and computes one row per
         pick; "auto" is "fast" up to 1 GiB per problem.
     Returns one int64 tensor [budgets[i]] per problem: distinct indices in pick order. Ties go to the lower
     index. A batch gives what its problems give one by one (half precision on CUDA: where cuBLAS rounds a batch of
     equal problems as it rounds one). The device is waited for once at most, to check for NaN and Inf.
     CUDA tensors take Triton, up to 16384 rows with a Gram matrix; all others, and use("reference"), plain torch.
-    Raises ValueError for NaN or Inf features, and for budgets, first picks or options out of range.
+    Raises ValueError for NaN or Inf features or weights, and for budgets, first picks or options out of range.
     """
-    reference.check_arguments(features, budgets, objective, first, memory)
+    reference.check_arguments(features, budgets, objective, first, memory, weights)
     limit, rows = "", reference.most_rows_with_gram(features, memory)
     if rows > TRITON_ROWS:
         limit = f"{rows} rows with memory={memory!r}, and one program holds {TRITON_ROWS}: choose memory='low'"
     run = reference.farthest_point
     if features and backend_for("farthest_point", *map(Tensor.detach, features), limit=limit) == "triton":
         from .triton import farthest_point as run
-    return run(features, budgets, objective=objective, first=first, memory=memory)
+    return run(features, budgets, objective=objective, first=first, weights=weights, memory=memory)

@@ -104,12 +104,14 @@ def greedy(
     gram,
     nearest,
     first,
+    weights,
     picks,
     budget,
     width,
     gram_unit,
     gram_row,
     GIVEN: tl.constexpr,
+    WEIGHED: tl.constexpr,
     MAXMIN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -120,15 +122,21 @@ def greedy(
     unit = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     inside = lanes < width
+    if WEIGHED:
+        weight = tl.load(weights + unit * width + lanes, mask=inside, other=0.0)
     if GIVEN:
         pick = tl.load(first + unit)
     else:
         near = tl.load(nearest + unit * width + lanes, mask=inside, other=float("inf"))
+        if WEIGHED:
+            near = tl.where(near == float("inf"), near, (tl.maximum(near, -1.0) - 1) * weight)
         pick = tl.argmin(near, axis=0).to(tl.int64)
     running = tl.full([BLOCK], -float("inf") if MAXMIN else 0.0, tl.float32)
     for step in range(0, budget):
         tl.store(picks + unit * budget + step, pick)
         row = tl.load(gram + unit * gram_unit + pick * gram_row + lanes, mask=inside, other=float("inf"))
+        if WEIGHED:
+            row = tl.where(row == float("inf"), row, (tl.maximum(row, -1.0) - 1) * weight)
         running = tl.maximum(running, row) if MAXMIN else running + row
         pick = tl.argmin(running, axis=0).to(tl.int64)
 
@@ -138,6 +146,7 @@ def step(
     rows,
     inverse,
     running,
+    weights,
     best,
     where,
     picks,
@@ -148,6 +157,7 @@ def step(
     d,
     parts,
     MAXMIN: tl.constexpr,
+    WEIGHED: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     PARTS: tl.constexpr,
@@ -176,6 +186,8 @@ def step(
         dot += tl.sum(ours * theirs[None, :], axis=1)
     scale = tl.load(inverse + unit * padded + pick) * tl.load(inverse + unit * padded + i, mask=i < n, other=0.0)
     dot = tl.where(scale > 0, dot * scale, 0.0)
+    if WEIGHED:
+        dot = (tl.maximum(dot, -1.0) - 1) * tl.load(weights + unit * padded + i, mask=i < n, other=0.0)
     score = tl.load(running + unit * padded + i, mask=i < n, other=float("inf"))
     score = tl.maximum(score, dot) if MAXMIN else score + dot
     score = tl.where(i == pick, float("inf"), score)

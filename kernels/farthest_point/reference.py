@@ -26,13 +26,18 @@ def farthest_point(
     *,
     objective: Objective = "maxmin",
     first: Sequence[int | Tensor] | None = None,
+    weights: Sequence[Tensor] | None = None,
     memory: Memory = "auto",
 ) -> list[Tensor]:
     """As `vtprune.kernels.farthest_point`, in plain torch on any device; see there."""
-    check_arguments(features, budgets, objective, first, memory)
+    check_arguments(features, budgets, objective, first, memory, weights)
     pairs = [unit_rows(x) for x in features]
     check_finite([largest for _, largest in pairs], "feature rows")
     rows = [unit for unit, _ in pairs]
+    scale: Sequence[Tensor | None] = [None] * len(rows)
+    if weights is not None:
+        scale = [weight.float() for weight in weights]
+        check_finite([weight.float() for weight in weights], "weights")
     starts: list[Tensor | None] = [None] * len(rows)
     if first is not None:
         starts = [first_pick(index, unit) for index, unit in zip(first, rows)]
@@ -40,12 +45,13 @@ def farthest_point(
     with_gram: list[int] = []
     for i, unit in enumerate(rows):
         if without_gram(unit.shape[0], memory):
-            picks[i] = _without_gram(unit, budgets[i], objective, starts[i])
+            picks[i] = _without_gram(unit, budgets[i], objective, starts[i], scale[i])
         else:
             with_gram.append(i)
     for group in groups(with_gram, [unit.shape[0] for unit in rows]):
         longest = max(budgets[i] for i in group)
-        picked = _with_gram([rows[i] for i in group], longest, objective, [starts[i] for i in group])
+        given = [starts[i] for i in group], [scale[i] for i in group]
+        picked = _with_gram([rows[i] for i in group], longest, objective, *given)
         picks.update({i: order[: budgets[i]] for i, order in zip(group, picked)})
     return [picks[i] for i in range(len(rows))]
 
@@ -56,6 +62,7 @@ def check_arguments(
     objective: str,
     first: Sequence[int | Tensor] | None,
     memory: str,
+    weights: Sequence[Tensor] | None = None,
 ) -> None:
     """Raise ValueError for anything wrong that the host can see without waiting for the device."""
     if objective not in get_args(Objective):
@@ -66,6 +73,13 @@ def check_arguments(
         raise ValueError(
             f"{len(features)} feature tensors need as many budgets and first picks, "
             f"got {len(budgets)} and {'none' if first is None else len(first)}"
+        )
+    if weights is not None and objective != "maxmin":
+        raise ValueError(f"weights= multiply distances, and objective={objective!r} sums similarities: use 'maxmin'")
+    if weights is not None and [w.shape for w in weights] != [x.shape[:1] for x in features]:
+        raise ValueError(
+            f"weights of shapes {[tuple(w.shape) for w in weights]} for features of "
+            f"{[tuple(x.shape) for x in features]}: give one [N_i] tensor for each [N_i, D_i]"
         )
     for i, (unit, budget) in enumerate(zip(features, budgets)):
         if unit.dim() != 2 or not unit.is_floating_point():
@@ -133,18 +147,31 @@ def groups(members: list[int], sizes: list[int]) -> list[list[int]]:
     return found
 
 
-def _with_gram(rows: Sequence[Tensor], budget: int, objective: Objective, starts: Sequence[Tensor | None]) -> Tensor:
+def weighed(cosine: Tensor, weight: Tensor | None) -> Tensor:
+    """What the loop minimises: cosines, or minus the weighed distances."""
+    return cosine if weight is None else (cosine.clamp(min=-1) - 1) * weight
+
+
+def _with_gram(
+    rows: Sequence[Tensor],
+    budget: int,
+    objective: Objective,
+    starts: Sequence[Tensor | None],
+    weights: Sequence[Tensor | None],
+) -> Tensor:
     """[B, budget] picks; the tail of a problem with fewer rows than that is meaningless."""
     width = max(r.shape[0] for r in rows)
     gram = rows[0].new_empty(len(rows), width, width)
     chosen: list[Tensor] = []
-    for table, unit, start in zip(gram, rows, starts):
+    for table, unit, start, weight in zip(gram, rows, starts, weights):
         n = unit.shape[0]
         table[:, n:] = torch.inf
         own = fill_gram(unit, table[:n, :n])
         if start is None:
             own.diagonal().fill_(-torch.inf)
-            start = own.amax(dim=1).argmin()
+            start = weighed(own.amax(dim=1), weight).argmin()
+        if weight is not None:
+            own.copy_(weighed(own, weight))
         own.diagonal().fill_(torch.inf)
         chosen.append(start)
     return greedy(gram, torch.stack(chosen), budget, objective)
@@ -187,22 +214,24 @@ def greedy(gram: Tensor, first: Tensor, budget: int, objective: Objective) -> Te
     return picks.T
 
 
-def _without_gram(rows: Tensor, budget: int, objective: Objective, start: Tensor | None) -> Tensor:
+def _without_gram(
+    rows: Tensor, budget: int, objective: Objective, start: Tensor | None, weight: Tensor | None
+) -> Tensor:
     """[budget] picks of one problem; the similarities of a pick are computed when it is made."""
     combine = torch.maximum if objective == "maxmin" else torch.add
     picks = torch.empty(budget, 1, dtype=torch.int64, device=rows.device)
-    picks[0] = most_isolated(rows) if start is None else start
+    picks[0] = most_isolated(rows, weight) if start is None else start
     running = rows.new_full(rows.shape[:1], -torch.inf if objective == "maxmin" else 0.0)
     for step in range(1, budget):
-        row = torch.mv(rows, rows.index_select(0, picks[step - 1])[0])
+        row = weighed(torch.mv(rows, rows.index_select(0, picks[step - 1])[0]), weight)
         combine(running, row, out=running)
         running.index_fill_(0, picks[step - 1], torch.inf)
         torch.argmin(running, dim=0, keepdim=True, out=picks[step])
     return picks[:, 0]
 
 
-def most_isolated(rows: Tensor) -> Tensor:
-    """Index of the row whose nearest neighbour but itself is least similar, a block of rows at a time."""
+def most_isolated(rows: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Index of the row whose nearest neighbour but itself is least similar (weighed), a block of rows at a time."""
     n = rows.shape[0]
     step = max(1, BLOCK_BYTES // (4 * n))
     nearest = []
@@ -211,4 +240,4 @@ def most_isolated(rows: Tensor) -> Tensor:
             block = rows[start : start + step] @ rows.T
         block.diagonal(start).fill_(-torch.inf)
         nearest.append(block.amax(dim=1))
-    return torch.cat(nearest).argmin()
+    return weighed(torch.cat(nearest), weight).argmin()

@@ -47,6 +47,7 @@ def farthest_point(
     *,
     objective: Objective = "maxmin",
     first: Sequence[int | Tensor] | None = None,
+    weights: Sequence[Tensor] | None = None,
     memory: Memory = "auto",
 ) -> list[Tensor]:
     """As `vtprune.kernels.farthest_point`, by Triton; see there.
@@ -54,7 +55,7 @@ def farthest_point(
     float16 and bfloat16 rows are multiplied as they are (exact products, summed in float32) and divided by their
     lengths afterwards. A first pick given as a tensor is brought into range. With memory="fast" at most MAX_ROWS rows.
     """
-    reference.check_arguments(features, budgets, objective, first, memory)
+    reference.check_arguments(features, budgets, objective, first, memory, weights)
     sizes = [x.shape[0] for x in features]
     low = [i for i, n in enumerate(sizes) if reference.without_gram(n, memory)]
     fast = reference.groups([i for i, n in enumerate(sizes) if not reference.without_gram(n, memory)], sizes)
@@ -69,10 +70,13 @@ def farthest_point(
             if first is not None:
                 given = [reference.first_pick(first[i], features[i]) for i in order]
                 starts = torch.stack([index.clamp(0, sizes[i] - 1) for i, index in zip(order, given)])
-            table = form(prepared, max(budgets[i] for i in members), objective, starts)
+            scale = None if weights is None else _side_by_side([weights[i] for i in order], prepared)
+            table = form(prepared, max(budgets[i] for i in members), objective, starts, scale)
         picks.update({i: row[: budgets[i]] for i, row in zip(order, table)})
         runs += prepared
     _check_finite(runs)
+    if weights is not None:
+        reference.check_finite([weight.float() for weight in weights], "weights")
     return [picks[i] for i in range(len(sizes))]
 
 
@@ -82,6 +86,14 @@ def _alike(members: Sequence[int], features: Sequence[Tensor]) -> list[list[int]
     for i in members:
         alike.setdefault((features[i].shape, features[i].dtype), []).append(i)
     return list(alike.values())
+
+
+def _side_by_side(weights: Sequence[Tensor], runs: Sequence[Run]) -> Tensor:
+    """[units, width] float32: the weights of problems in the order of the runs, 0 behind their ends."""
+    out = runs[0].inverse.new_zeros(len(weights), max(run.rows.shape[1] for run in runs))
+    for row, weight in zip(out, weights):
+        row[: len(weight)] = weight
+    return out
 
 
 def _prepare(members: list[int], features: Sequence[Tensor]) -> Run:
@@ -146,7 +158,9 @@ def _to_cosines(run: Run, product: Tensor, gram: Tensor, nearest: Tensor, start:
     )
 
 
-def _with_gram(runs: Sequence[Run], budget: int, objective: Objective, starts: Tensor | None) -> Tensor:
+def _with_gram(
+    runs: Sequence[Run], budget: int, objective: Objective, starts: Tensor | None, weights: Tensor | None
+) -> Tensor:
     """[units, budget] picks; the tail of a problem with fewer rows than that is meaningless, but in range."""
     units = sum(len(run.members) for run in runs)
     width = max(run.rows.shape[1] for run in runs)
@@ -164,11 +178,13 @@ def _with_gram(runs: Sequence[Run], budget: int, objective: Objective, starts: T
         table,
         nearest,
         nearest if starts is None else starts,
+        nearest if weights is None else weights,
         picks,
         budget,
         width,
         *table.stride()[:2],
         GIVEN=starts is not None,
+        WEIGHED=weights is not None,
         MAXMIN=objective == "maxmin",
         BLOCK=block,
         num_warps=min(16, max(4, block // 512)),
@@ -176,7 +192,9 @@ def _with_gram(runs: Sequence[Run], budget: int, objective: Objective, starts: T
     return picks
 
 
-def _without_gram(runs: Sequence[Run], budget: int, objective: Objective, starts: Tensor | None) -> Tensor:
+def _without_gram(
+    runs: Sequence[Run], budget: int, objective: Objective, starts: Tensor | None, weights: Tensor | None
+) -> Tensor:
     """[units, budget] picks of one run, one launch per pick."""
     (run,) = runs
     units, padded, d = run.rows.shape
@@ -187,13 +205,14 @@ def _without_gram(runs: Sequence[Run], budget: int, objective: Objective, starts
     best = running.new_full((2, units, parts), torch.inf)
     where = torch.zeros(2, units, parts, dtype=torch.int64, device=best.device)
     best[1, :, 0] = -torch.inf
-    where[1, :, 0] = _most_isolated(run) if starts is None else starts
+    where[1, :, 0] = _most_isolated(run, weights) if starts is None else starts
     picks = torch.empty(units, budget, dtype=torch.int64, device=best.device)
     for step in range(budget):
         _step[(parts, units)](
             run.rows,
             run.inverse,
             running,
+            running if weights is None else weights,
             best,
             where,
             picks,
@@ -204,6 +223,7 @@ def _without_gram(runs: Sequence[Run], budget: int, objective: Objective, starts
             d,
             parts,
             MAXMIN=maxmin,
+            WEIGHED=weights is not None,
             ROWS=STEP_ROWS,
             COLS=STEP_COLS,
             PARTS=_block(parts),
@@ -212,8 +232,8 @@ def _without_gram(runs: Sequence[Run], budget: int, objective: Objective, starts
     return picks
 
 
-def _most_isolated(run: Run) -> Tensor:
-    """[units] index of the row whose nearest other row is least similar, a block of rows at a time."""
+def _most_isolated(run: Run, weights: Tensor | None) -> Tensor:
+    """[units] index of the row whose nearest other row is least similar (weighed), a block of rows at a time."""
     units, n = run.largest.shape
     padded = run.rows.shape[1]
     nearest = run.inverse.new_empty(units, n)
@@ -221,7 +241,7 @@ def _most_isolated(run: Run) -> Tensor:
     for start in range(0, n, rows):
         product = _products(run.rows[:, start : start + rows], run.rows)
         _to_cosines(run, product, product, nearest, start)
-    return nearest.argmin(dim=1)
+    return reference.weighed(nearest, None if weights is None else weights[:, :n]).argmin(dim=1)
 
 
 def _block(size: int, most: int | None = None) -> int:

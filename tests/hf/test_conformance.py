@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import vtprune
+from vtprune.signals import kind_of
 
 METHODS = [cls.name for cls in vtprune.methods()]
 IN_TOWER = {cls.name for cls in vtprune.methods() if cls.seam == "in_vit"}
@@ -92,7 +93,8 @@ def pruned(family: str, method: str, keep: float | int, attention: str = "sdpa")
 def _reads_linear(model: Any, stages: Sequence[vtprune.Stage]) -> bool:
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
     inside = [s for s in stages if isinstance(s.where, int)]
-    read = [s.where + need.layer for s in inside for need in s.method.needs if need.kind != "relevance"]
+    needs = [(s.where, need) for s in inside for need in s.method.needs]
+    read = [at + need.layer for at, need in needs if kind_of(need).source not in ("embeddings", "layer")]
     return any(kinds[layer] == "linear_attention" for layer in read if kinds)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 import vtprune
 from vtprune import Assignment, Method, Signal, Stage, UnsupportedModel, Visual, VtpruneError
 from vtprune.registry import SIGNALS
-from vtprune.signals import LayerAttention, SignalKind, kind_of, kinds, signal
+from vtprune.signals import LayerAttention, LayerPass, SignalKind, kind_of, kinds, signal
 
 
 def case(place: str, heads: int = 4, masked: bool = True) -> tuple[Case, LayerAttention]:
@@ -72,10 +72,51 @@ def _rotated() -> tuple[Any, Any]:
     return kind_of("rope_weight")(angle.cos(), angle.sin(), Words()), want
 
 
+def _turns(angle: Tensor, table: int) -> tuple[Any, Any]:
+    """Rows whose first real token stands at another place than 0 have the means that they would have from 0 on."""
+
+    class Later(Words):
+        def real(self) -> Tensor:
+            return torch.arange(N) >= torch.tensor([[0], [2]])
+
+    tables = angle.cos(), angle.sin()
+    name, turn = (("rope_cos", torch.cos), ("rope_sin", torch.sin))[table]
+    want = [turn(angle[0].double() - angle[0, first].double()).mean(-1) for first in (0, 2)]
+    return kind_of(name)(*tables, Later()), torch.stack(want)
+
+
+def _angles() -> Tensor:
+    return torch.arange(N)[None, :, None] * torch.tensor([1.0, 0.3]).repeat(2)
+
+
 def _relevant() -> tuple[Any, Any]:
     x = torch.randn(B, N, D, generator=torch.Generator().manual_seed(3))
     want = [(x[b, VISUAL[b]].double() @ x[b, TEXT[b]].double().T).softmax(1).mean(0) for b in range(B)]
     return torch.stack(kind_of("relevance")(x, Words())), torch.stack(want)
+
+
+def _passed() -> LayerPass:
+    """A layer that did something, and a norm that stretches channels."""
+    g = torch.Generator().manual_seed(4)
+    before, after, weight = torch.randn(B, N, D, generator=g), torch.randn(B, N, D, generator=g), torch.arange(1.0, 5.0)
+    return LayerPass(before, after, lambda x: x * weight, Words())
+
+
+def _changed() -> tuple[Any, Any]:
+    run = _passed()
+    pairs = zip(run.before.double().flatten(0, 1).tolist(), run.after.double().flatten(0, 1).tolist())
+    want = [sum((a - b) ** 2 for a, b in zip(before, after)) ** 0.5 for before, after in pairs]
+    return kind_of("layer_change")(run), torch.tensor(want).double().view(B, N)
+
+
+def _normed() -> tuple[Any, Any]:
+    run = _passed()
+    return kind_of("final_states")(run), run.after.double() * torch.arange(1, 5).double()
+
+
+def _normed_text() -> tuple[Any, Any]:
+    _, want = _normed()
+    return torch.stack(kind_of("text_final_states")(_passed())), torch.stack([want[b, TEXT[b]] for b in range(B)])
 
 
 def _handed_on() -> tuple[Any, Any]:
@@ -88,8 +129,13 @@ OTHERS = {
     "transition": _turned,
     "head_output": _spoken,
     "rope_weight": _rotated,
+    "rope_cos": lambda: _turns(_angles(), 0),
+    "rope_sin": lambda: _turns(_angles(), 1),
     "relevance": _relevant,
     "hidden": _handed_on,
+    "layer_change": _changed,
+    "final_states": _normed,
+    "text_final_states": _normed_text,
 }
 PLAIN = vits.NAMES[0]
 ROWS = pytest.mark.parametrize("row", kinds(), ids=lambda row: row.name)
@@ -108,9 +154,39 @@ def test_every_signal_equals_its_formula(row: SignalKind) -> None:
         for place in {"llm" if place == "llm" else "tower" for place in row.where}:
             for masked in (True,) if place == "llm" else (False, True):
                 c, attention = case(place, masked=masked)
-                got, want = row(attention), ORACLES[row.name](c)
+                got: Any = row(attention)
+                want = ORACLES[row.name](c)
+                if row.of_words:
+                    torch.testing.assert_close(torch.stack(got).double(), want, rtol=1e-5, atol=1e-6)
+                    continue
                 inside = c.asked.bool()[:, row.of_cls :]
                 torch.testing.assert_close(got.double()[inside], want[inside], rtol=1e-5, atol=1e-6)
+
+
+def test_keys_are_measured_as_if_no_padding_stood_before_them() -> None:
+    """The sizes of a row behind padding are those it has from position 0 on; channels that do not turn stay."""
+    g = torch.Generator().manual_seed(5)
+    plain, angle, pads = torch.randn(1, G, N, 6, generator=g), _angles(), 3
+    half = torch.cat([-plain[..., 2:4], plain[..., :2]], -1)
+
+    def turned(at: Tensor) -> Tensor:
+        return torch.cat([plain[..., :4] * at.cos() + half * at.sin(), plain[..., 4:]], -1)
+
+    class Alone(Words):
+        batch = 1
+
+        def real(self) -> Tensor:
+            return (torch.arange(N) >= pads)[None]
+
+        def text_slots(self, row: int, device: torch.device) -> Tensor:
+            return torch.tensor([6, 8])
+
+    step = torch.tensor([1.0, 0.3]).repeat(2)
+    keys, rope = turned(angle), (1.5 * angle.cos(), 1.5 * angle.sin())
+    a = LayerAttention(keys.repeat(1, 2, 1, 1), 1.5 * keys, keys, None, 0.5, 0, Alone(), rope=rope)
+    want = 1.5 * turned((torch.arange(N) - pads)[None, :, None] * step).abs().sum((1, 3))
+    torch.testing.assert_close(kind_of("key_size")(a)[:, pads:], want[:, pads:])
+    torch.testing.assert_close(kind_of("text_key_size")(a)[0], want[0, [6, 8]])
 
 
 @ROWS
@@ -298,6 +374,12 @@ def test_a_name_that_nobody_registered_lists_the_names(where: Any) -> None:
         ({"shape": "[N, T]", "where": ("tower",)}, "stands inside the LLM only"),
         ({"shape": "[H]", "where": ("llm",)}, "go together"),
         ({"source": "modules", "where": ("llm",), "so_far": True}, "so_far=True"),
+        (
+            {"shape": "[T]", "source": "rotary", "where": ("llm",)},
+            "for the sources 'embeddings', 'attention' and 'layer'",
+        ),
+        ({"source": "embeddings", "where": ("llm",)}, "a shape of words"),
+        ({"shape": "[T]", "where": ("llm",), "so_far": True}, "not for words"),
         ({"name": "cls"}, "the name is taken by vtprune.signals.attention.cls"),
     ],
 )

@@ -30,7 +30,7 @@ WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero
 # These make their picks on the host, from the grid or a seed, where a pretended tensor has no values to work with.
 WAITING = ("average_pool", "random", "uniform")
 # These cut a video into segments on the host, at the price of one transfer a video (two where it is said).
-SEGMENTING = ("fastvid", "holitom", "prunevid")
+SEGMENTING = ("fastvid", "flashvid", "holitom", "prunevid")
 # Of the others, those that wait on purpose. A method that joins them says so in its docstring and tells here why.
 ON_PURPOSE = {
     "dycoke_kv": "whether the gaze has moved decides whether there is anything to choose at a decode step",

@@ -139,6 +139,59 @@ def test_given_first_picks(kind: str, memory: str, device: torch.device) -> None
     assert picks == [oracles.diverse(x.cpu(), k, "maxmin", i) for x, k, i in zip(units, (5, 9), (39, 0))]
 
 
+def weighed_by_hand(x: Tensor, weight: Tensor, k: int, first: int | None = None) -> list[int]:
+    """Each pick has the largest weighed distance to the nearest pick, the first to its nearest neighbour; float64."""
+    n, unit, w = len(x), torch.nn.functional.normalize(x.double(), dim=1).tolist(), weight.double().tolist()
+    far = [[(1 - sum(a * b for a, b in zip(unit[i], unit[j]))) * w[j] for j in range(n)] for i in range(n)]
+    alone = [min((far[i][j] for i in range(n) if i != j), default=2 * w[j]) for j in range(n)]
+    picks = [max(range(n), key=lambda j: (alone[j], -j)) if first is None else first]
+    while len(picks) < k:
+        picks.append(max(set(range(n)) - set(picks), key=lambda j: (min(far[i][j] for i in picks), -j)))
+    return picks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize(("n", "d", "k"), [(1, 3, 1), (2, 7, 2), (31, 9, 31), (63, 20, 9)])
+def test_weighed_distances(n: int, d: int, k: int, memory: str, dtype: torch.dtype, device: torch.device) -> None:
+    x, weight = clustered(n, d).to(device, dtype), torch.rand(n, generator=torch.Generator().manual_seed(n)) + 0.1
+    k = min(k, 9) if memory == "low" else k
+    given = {"weights": [weight.to(device)], "memory": memory}
+    picks = by_triton([x], [k], **given)
+    assert picks == by_reference([x], [k], **given)
+    assert picks == [weighed_by_hand(x.cpu(), weight, k)]
+    assert by_triton([x], [k], first=[n - 1], **given) == [weighed_by_hand(x.cpu(), weight, k, n - 1)]
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_weights_of_a_ragged_batch(memory: str, device: torch.device) -> None:
+    """Zero weights are all equally near, negative ones are picked last, and nothing is picked twice."""
+    sizes, budgets = [33, 5, 33, 1], [6, 5, 3, 1]
+    units = [clustered(n, 24, seed).to(device) for seed, n in enumerate(sizes)]
+    weights = [torch.rand(n, device=device) + 0.1 for n in sizes]
+    weights[1][:2] = torch.tensor([-1.0, 0.0])
+    picks = by_triton(units, budgets, weights=weights, memory=memory)
+    assert picks == by_reference(units, budgets, weights=weights, memory=memory)
+    assert picks == [weighed_by_hand(x.cpu(), w.cpu(), k) for x, w, k in zip(units, weights, budgets)]
+    assert picks[1][-2:] == [1, 0]
+    nothing = [torch.zeros_like(w) for w in weights]
+    expected = [list(range(k)) for k in budgets]
+    assert by_triton(units, budgets, weights=nothing, memory=memory) == expected
+    assert by_reference(units, budgets, weights=nothing, memory=memory) == expected
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_weights_that_fit_nothing(backend: str, device: torch.device) -> None:
+    x = clustered(5, 4).to(device)
+    with kernels.use(backend):
+        with pytest.raises(ValueError, match=r"weights of shapes \[\(4,\)\]"):
+            farthest_point([x], [2], weights=[torch.ones(4, device=device)])
+        with pytest.raises(ValueError, match="objective='maxsum' sums similarities"):
+            farthest_point([x], [2], weights=[torch.ones(5, device=device)], objective="maxsum")
+        with pytest.raises(ValueError, match="weights of unit 0 hold 1 NaN or Inf"):
+            farthest_point([x], [2], weights=[torch.tensor([1.0, torch.nan, 1, 1, 1], device=device)])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -259,7 +312,10 @@ def test_offsets_beyond_two_to_the_31(device: torch.device) -> None:
     table.copy_(gram)
     picks = torch.empty(1, 5, dtype=torch.int64, device=device)
     first = torch.tensor([4], device=device)
-    triton_form._greedy[(1,)](table, table, first, picks, 5, 5, *table.stride()[:2], GIVEN=True, MAXMIN=True, BLOCK=16)
+    sizes = 5, 5, *table.stride()[:2]
+    triton_form._greedy[(1,)](
+        table, table, first, table, picks, *sizes, GIVEN=True, WEIGHED=False, MAXMIN=True, BLOCK=16
+    )
     assert picks.tolist() == [oracles.diverse(x.cpu(), 5, "maxmin", 4)]
 
 
@@ -324,12 +380,12 @@ from importlib import import_module
 
 kernels = import_module("vtprune.kernels.farthest_point.triton")
 types = {"x": "*bf16", "rows": "*bf16", "first": "*i64", "picks": "*i64", "where": "*i64"}
-types |= dict.fromkeys(["inverse", "largest", "product", "gram", "nearest", "running", "best"], "*fp32")
+types |= dict.fromkeys(["inverse", "largest", "product", "gram", "nearest", "running", "best", "weights"], "*fp32")
 for name, constants in {
     "_measure": {"SCALE": True, "ROWS": kernels.TILE_ROWS, "COLS": kernels.TILE_COLS, "x_col": 1},
     "_cosines": {"ROWS": kernels.TILE_ROWS, "COLS": kernels.TILE_COLS},
-    "_greedy": {"GIVEN": False, "MAXMIN": True, "BLOCK": 16384},
-    "_step": {"MAXMIN": False, "ROWS": kernels.STEP_ROWS, "COLS": kernels.STEP_COLS, "PARTS": 512},
+    "_greedy": {"GIVEN": False, "WEIGHED": True, "MAXMIN": True, "BLOCK": 16384},
+    "_step": {"MAXMIN": True, "WEIGHED": True, "ROWS": kernels.STEP_ROWS, "COLS": kernels.STEP_COLS, "PARTS": 512},
 }.items():
     kernel = getattr(kernels, name)
     signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in kernel.arg_names}

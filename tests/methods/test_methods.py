@@ -15,6 +15,7 @@ from torch import Tensor
 import vtprune
 from vtprune import Assignment, Method, Signal, Span, Visual
 from vtprune.methods.raster import blocks
+from vtprune.signals import kind_of
 
 ALL = [cls.name for cls in vtprune.methods()]
 PRE_LLM = [cls.name for cls in vtprune.methods() if cls.seam == "pre_llm"]
@@ -30,14 +31,12 @@ def visual(n: int, budget: int | None, seed: int = 0, dtype: torch.dtype = torch
     x = torch.randn(n, 16, generator=g).to(dtype)
     row = torch.rand(n, generator=g)
     asked = {need for method in vtprune.methods() for need in method().needs}
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
-        ("queries", "keys", "mean_keys", "values", "hidden", "text_rows"), (n, 8)
-    )
-    shapes["relevance"] = (8,)
-    signals = {
-        need: torch.rand(shapes[need.kind], generator=g) if need.kind in shapes else row
-        for need in asked | {CLS, LAST_ROW}
-    }
+    sizes = {"N": n, "C": 8, "d": 8, "G": 2, "T": 8, "H": 2}
+    signals = {}
+    for need in asked | {CLS, LAST_ROW}:
+        shape = kind_of(need).shape
+        dims = [sizes[dim] for dim in shape.strip("[]").split(", ")]
+        signals[need] = row if shape == "[N]" else torch.rand(dims, generator=g)
     return Visual(x, budget, **{"signals": signals, **fields})
 
 

@@ -93,6 +93,12 @@ def _among_visual(rows: Tensor) -> Tensor:
     return (rows / rows.sum(-1, keepdim=True)).mean(1)
 
 
+def _alike_values(c: Case) -> Tensor:
+    """[B, G, N, N]: products of values, without the columns of padding."""
+    logits = c.own[1] @ c.own[1].mT * D**-0.5
+    return logits.masked_fill(~c.asked.bool()[:, None, None], -math.inf)
+
+
 def _walk(c: Case) -> Tensor:
     steps = c.logits[..., c.past :] * 10 * D**-0.5
     steps = steps.masked_fill(~c.seen[:, None, :, c.past :], -math.inf).softmax(-1)
@@ -148,9 +154,13 @@ ORACLES: dict[str, Callable[[Case], Tensor]] = {
     "values": lambda c: _flat(c.own[1]),
     "mean_keys": lambda c: c.own[0].sum(1) / c.own[0].shape[1],
     "value_norm": lambda c: (c.own[1].sum(1) / c.own[1].shape[1]).norm(p=1, dim=-1),
+    "key_size": lambda c: _flat(c.own[0]).abs().sum(-1),
+    "text_key_size": lambda c: torch.stack([_flat(c.own[0])[b, TEXT[b]].abs().sum(-1) for b in range(B)]),
     "last_row": lambda c: c.at_last(c.weights).mean(1),
     "last_visual": lambda c: _among_visual(c.at_last(c.weights)),
     "last_value": lambda c: _among_visual(c.at_last(c.softmax(c.own[1] @ c.v.double().mT * D**-0.5))),
+    "value_logsum": lambda c: _alike_values(c).logsumexp(-1).transpose(1, 2),
+    "value_rows": lambda c: torch.stack([_alike_values(c)[b].softmax(-1).mean(0)[TEXT[b]].T for b in range(B)]),
     "page_rank": _walk,
     "received_so_far": lambda c: (c.weights * c.asked[:, None, :, None]).sum(2).mean(1),
     "from_text": lambda c: _by_text(c, lambda rows: rows.mean((0, 1))),

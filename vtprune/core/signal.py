@@ -11,9 +11,10 @@ from torch import Tensor
 from .errors import VtpruneError
 
 Place = Literal["tower", "llm", "vit"]
-Source = Literal["attention", "states", "modules", "rotary", "embeddings", "heads", "carried"]
-# One of N tokens, of their C or d channels, of the T tokens of the text behind the first image, of the H query heads.
-SHAPES = ("[N]", "[N, C]", "[N, d]", "[N, T]", "[N, H, T]", "[T]", "[H]")
+Source = Literal["attention", "states", "modules", "layer", "rotary", "embeddings", "heads", "carried"]
+# One of N tokens, of their C or d channels, of the T tokens of the text behind the first image, of the H query heads or
+# of the G groups of them that share keys and values.
+SHAPES = ("[N]", "[N, C]", "[N, d]", "[N, G]", "[N, T]", "[N, H, T]", "[T]", "[T, C]", "[H]")
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,12 @@ class SignalKind:
         later block; "llm": a decoder layer, for a stage at that layer or a later one; "vit": a block of a plain vision
         transformer, which shows no values.
     source: what `read` is given, of a batch of B rows, and what it returns:
-        "attention": a `LayerAttention`; a tensor [B, *shape], where N are the tokens of the layer.
+        "attention": a `LayerAttention`; a tensor [B, *shape], where N are the tokens of the layer, or B tensors [T].
         "states": the hidden states [B, N, C] that the projector reads ("tower" only); [B, *shape].
         "modules": what enters and what leaves a module [B, N, D] twice, and which tokens are real [B, N]; [B, *shape].
             It is read of the layer's attention and of its MLP, and the two are added ("llm" only).
+        "layer": a `LayerPass`, what enters and what leaves the layer; [B, *shape], or B tensors for "[T]" and "[T, C]"
+            ("llm" only).
         "rotary": (cos, sin) [B or 1, N, d] and the `Prompt`; [B, *shape] ("llm" only).
         "embeddings": what enters the first decoder layer [B, N, D] and the `Prompt`; B tensors [T] ("llm" only).
         "heads": the output of every head [B, N, H, d] and which tokens are real [B, N]; [B, H] ("llm" only).
@@ -84,6 +87,7 @@ class SignalKind:
     over_queries: it is a mean over the queries of one attention product. Where a tower packs windows and images of
         different sizes, such means are comparable only as sums.
     so_far: it is the sum over that layer and all layers before it.
+    rope: its function asks for `LayerAttention.rope` ("attention" inside the LLM).
     vit: which quantity of `vtprune.reduction.Tokens` stands for it in a plain vision transformer, in place of `read`.
 
     Raises ValueError or TypeError where these do not fit together.
@@ -98,6 +102,7 @@ class SignalKind:
     of_cls: bool = False
     over_queries: bool = False
     so_far: bool = False
+    rope: bool = False
     vit: str | None = None
 
     def __post_init__(self) -> None:
@@ -122,11 +127,16 @@ class SignalKind:
             )
         if not set(self.where) <= {"llm"} and not self.per_token_only:
             raise ValueError(f"{told}: shape={self.shape!r} stands inside the LLM only, where is {self.where!r}")
-        for source, shape in (("heads", "[H]"), ("embeddings", "[T]")):
-            if (self.source == source) != (self.shape == shape):
-                raise ValueError(f"{told}: source={source!r} and shape={shape!r} go together")
-        if self.so_far and self.source not in ("attention", "heads"):
-            raise ValueError(f"{told}: so_far=True is for the sources 'attention' and 'heads'")
+        if (self.source == "heads") != (self.shape == "[H]"):
+            raise ValueError(f"{told}: source='heads' and shape='[H]' go together")
+        if self.source == "embeddings" and not self.of_words:
+            raise ValueError(f"{told}: source='embeddings' and a shape of words, '[T]' or '[T, C]', go together")
+        if self.of_words and self.source not in ("embeddings", "attention", "layer"):
+            raise ValueError(f"{told}: shape={self.shape!r} is for the sources 'embeddings', 'attention' and 'layer'")
+        if self.so_far and (self.source not in ("attention", "heads") or self.of_words):
+            raise ValueError(f"{told}: so_far=True is for the sources 'attention' and 'heads', and not for words")
+        if self.rope and (self.source, self.where) != ("attention", ("llm",)):
+            raise ValueError(f"{told}: rope=True is for the source 'attention' inside the LLM")
         if not self.doc:
             raise ValueError(f"{told}: its function has no docstring, which says what the signal is")
 
@@ -136,9 +146,14 @@ class SignalKind:
         return self.shape.startswith("[N")
 
     @property
+    def of_words(self) -> bool:
+        """True if it is of the text behind the row's first image alone."""
+        return self.shape.startswith("[T")
+
+    @property
     def per_token_only(self) -> bool:
         """True if it is of the tokens alone, and not of text or heads beside them."""
-        return self.shape in ("[N]", "[N, C]", "[N, d]")
+        return self.shape in ("[N]", "[N, C]", "[N, d]", "[N, G]")
 
     @property
     def vector(self) -> bool:
@@ -153,7 +168,7 @@ class SignalKind:
     def __call__(self, *given: Any) -> Any:
         """What `read` makes of its source; VtpruneError, naming the signal, if that has not the shape it should."""
         x = self.read(*given)
-        if self.source == "attention":
+        if self.source == "attention" and not self.of_words:
             (attention,) = given
             n, dims = attention.n - self.of_cls, 1 + len(self.shape.split(","))
             if not isinstance(x, Tensor) or x.dim() != dims or (x.shape[0], x.shape[1]) != (attention.q.shape[0], n):

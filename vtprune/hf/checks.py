@@ -151,7 +151,7 @@ def check_reads(adapter: Adapter, plan: Plan) -> None:
         for need in stage.method.needs:
             _check_offset(stage, need)
             _check_keys(adapter, plan, stage, need)
-            if kind_of(need).source == "modules" and need.offset == 0:
+            if kind_of(need).source in ("modules", "layer") and need.offset == 0:
                 raise ValueError(
                     f"{stage.method.name} at layer {stage.where} reads the {need.kind} of that layer, which has not "
                     "run yet: use a negative offset"
@@ -187,11 +187,12 @@ def _check_keys(adapter: Adapter, plan: Plan, stage: Stage, need: Signal) -> Non
     """Linear attention has a state in place of attention rows."""
     kinds, layer = plan.layer_types, layer_of(stage)
     found = [i for i in layers_read(need, layer) if kinds[i] == LINEAR]
-    if not found:
+    if not found or kind_of(need).source == "layer":  # which asks for no attention
         return
     needs = stage.method.needs
     first = max(-other.offset for other in needs)
-    read = {k: [i for other in needs for i in layers_read(other, k)] for k in range(first, len(kinds))}
+    rows = [other for other in needs if kind_of(other).source != "layer"]
+    read = {k: [i for other in rows for i in layers_read(other, k)] for k in range(first, len(kinds))}
     fit = [k for k, layers in read.items() if all(kinds[i] != LINEAR for i in layers)]
     raise UnsupportedModel(
         f"{stage.method.name} at layer {layer} reads layer {found[0]} of {adapter.model_type}, whose "

@@ -102,7 +102,7 @@ def _prune(patch: Patch, prefill: Prefill, call: dict[str, Any], elsewhere: list
     if (patch.plan.before or patch.plan.in_tower) and run_before_llm(prefill):
         call = cut_text_call(prefill, call)
     for kind in patch.plan.of_words:
-        prefill.readings.words[kind.name] = kind(call["inputs_embeds"], PromptSlots(prefill))
+        prefill.readings.words[kind.name, None] = kind(call["inputs_embeds"], PromptSlots(prefill))
     return call
 
 

@@ -71,10 +71,10 @@ def _signals(
     """What was read in the layers before, of the tokens of a unit."""
     row, found, readings = unit[0].unit.row, {}, prefill.readings
     for need in stage.needs:
-        if need.kind in readings.words:
-            found[need] = readings.words[need.kind][row]
-            continue
         layer: Any = stage.where + need.layer  # type: ignore[operator]  # both are ints inside the LLM
+        if kind_of(need).of_words:
+            found[need] = readings.words[need.kind, None if kind_of(need).source == "embeddings" else layer][row]
+            continue
         rows = readings.rows[need.kind, layer][row].index_select(0, slots)
         if rows.dim() > 1 and kind_of(need).per_word:
             rows = rows[..., : sum(length for _, length in text_behind(prefill, row))]

@@ -57,12 +57,14 @@ class LayerStates:
 class Readings:
     """Signals that were read inside the LLM, by kind and layer: [B, n, ..] of the current slots.
 
-    words: signals of words by kind, a tensor [T] each row. heads: signals of query heads by kind, [B, H].
+    words: signals of words by kind and layer (None: of the embeddings), a tensor [T, ..] each row. heads: signals of
+    query heads by kind, [B, H]. rope: rotary embeddings (cos, sin) of layers whose attention signals ask for them.
     """
 
     rows: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    words: dict[str, list[Tensor]] = field(default_factory=dict)
+    words: dict[tuple[str, int | None], list[Tensor]] = field(default_factory=dict)
     heads: dict[str, Tensor] = field(default_factory=dict)
+    rope: dict[int, tuple[Tensor, Tensor] | None] = field(default_factory=dict)
 
 
 @dataclass

@@ -16,7 +16,7 @@ from ..core.errors import UnsupportedModel
 from ..core.signal import SignalKind
 from ..kernels import recording
 from ..kernels.clock import Clock
-from ..signals import LayerAttention, kind_of
+from ..signals import LayerAttention, LayerPass, kind_of
 from .attention_probe import DryRunDone, Reader, probe, probe_change, reweighed
 from .checks import layers_read
 from .hooks import untraced_while_pruning
@@ -59,7 +59,13 @@ def _read(patch: Patch, kind: SignalKind, i: int, dry: bool) -> None:
             hook = module.register_forward_hook(partial(module_reader, patch, kind, i), with_kwargs=True)
             patch.undo(hook.remove)
             patch.announce(module)
+    elif source == "layer":
+        patch.undo(layer.register_forward_hook(partial(layer_reader, patch, kind, i), with_kwargs=True).remove)
+        patch.announce(layer)
     elif source == "attention":
+        if kind.rope:
+            hook = attention_of(layer).register_forward_pre_hook(partial(rope_keeper, patch, i), with_kwargs=True)
+            patch.undo(hook.remove)
         _probe(patch, i, partial(attention_reader, patch, kind, i, dry), before=dry)
 
 
@@ -95,7 +101,8 @@ def attention_reader(
     prefill = _acting(patch)
     if prefill is not None and q.shape[2] > 1 and patch.local.dry_running == dry:
         past, prompt = prefill.past_at(layer) if prefill.past else 0, PromptSlots(prefill)
-        read_attention(prefill, kind, layer, LayerAttention(q, k, v, mask, scaling, past, prompt))
+        rope = prefill.readings.rope.get(layer)
+        read_attention(prefill, kind, layer, LayerAttention(q, k, v, mask, scaling, past, prompt, rope=rope))
 
 
 def read_step(patch: Patch, layer: int, module: nn.Module, *product: Any) -> None:
@@ -142,10 +149,34 @@ def module_reader(
 
 
 @untraced_while_pruning
+def layer_reader(
+    patch: Patch, kind: SignalKind, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+) -> None:
+    """Read what layer i makes of its input."""
+    prefill = _acting(patch)
+    before = args[0] if args else kwargs["hidden_states"]
+    if prefill is not None and before.shape[1] > 1:
+        after, norm = out[0] if isinstance(out, tuple) else out, partial(final_norm, patch.adapter.text)
+        with torch.no_grad():
+            read_layer(prefill, kind, i, LayerPass(before, after, norm, PromptSlots(prefill)))
+
+
+@untraced_while_pruning
 def stop_dry_run(patch: Patch, *_: Any) -> None:
     """End a dry run once the readers before have seen its queries and keys."""
     if patch.local.dry_running:
         raise DryRunDone
+
+
+@untraced_while_pruning
+def rope_keeper(patch: Patch, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Keep the rotary embeddings that layer i was given, for signals of its attention; those of several axes are not.
+
+    Positions of several axes are counted from the mask, so that they begin with 0 behind the padding.
+    """
+    prefill, rope = _acting(patch), kwargs.get("position_embeddings")
+    if prefill is not None:
+        prefill.readings.rope[i] = rope if isinstance(rope, tuple) and rope[0].dim() == 3 else None
 
 
 @untraced_while_pruning
@@ -159,7 +190,7 @@ def rope_reader(
     if not isinstance(rope, tuple) or rope[0].dim() != 3:
         raise UnsupportedModel(
             f"{type(module).__name__} has no rotary embedding [B, n, d] of a single axis, which the signal "
-            f"{kind.name!r} divides out: choose a method or version without it"
+            f"{kind.name!r} is made of: choose a method or version without it"
         )
     read_rope(prefill, kind, layer, rope)
 
@@ -173,7 +204,7 @@ def read_attention(prefill: Prefill, kind: SignalKind, layer: int, attention: La
     with recording(prefill.prompt.kernels):
         found = kind(attention)
         before = rows.pop((kind.name, layer - 1), None) if kind.so_far else None  # read by now, if a stage stands here
-        rows[kind.name, layer] = found if before is None else found + before.to(found.device)
+        keep_reading(prefill, kind, layer, found if before is None else found + before.to(found.device))
     prefill.prompt.clocks.append(clock.stop())
 
 
@@ -183,6 +214,21 @@ def read_module(prefill: Prefill, kind: SignalKind, layer: int, before: Tensor, 
     found = kind(before, after, prompt_slots(prefill).to(before.device))
     rows[kind.name, layer] = rows[kind.name, layer] + found if (kind.name, layer) in rows else found
     prefill.prompt.clocks.append(clock.stop())
+
+
+def read_layer(prefill: Prefill, kind: SignalKind, layer: int, run: LayerPass) -> None:
+    """Keep a signal of what enters and leaves a layer, of the tokens of this call."""
+    clock = Clock(run.before.device)
+    keep_reading(prefill, kind, layer, kind(run))
+    prefill.prompt.clocks.append(clock.stop())
+
+
+def keep_reading(prefill: Prefill, kind: SignalKind, layer: int, found: Any) -> None:
+    """Keep what was read of one layer: [B, n, ...] for the slots of this call, or a tensor [T, ...] each row."""
+    if kind.of_words:
+        prefill.readings.words[kind.name, layer] = found
+    else:
+        prefill.readings.rows[kind.name, layer] = found
 
 
 def read_rope(prefill: Prefill, kind: SignalKind, layer: int, rope: tuple[Tensor, Tensor]) -> None:
@@ -198,7 +244,18 @@ def read_heads(prefill: Prefill, kinds: Iterable[SignalKind], out: Tensor) -> No
         heads[known.name] = found if before is None else before.to(out.device) + found
 
 
-# -- modules of a layer -----------------------------------------------------------------------------------------------
+# -- modules of a text model -------------------------------------------------------------------------------------------
+
+
+def final_norm(text: nn.Module, x: Tensor) -> Tensor:
+    """x [.., D] through the norm that stands behind the last layer of a text model."""
+    norm = getattr(text, "norm", None)
+    if not isinstance(norm, nn.Module):
+        raise UnsupportedModel(
+            f"{type(text).__name__} has no norm behind its last layer that could be found (no module `norm`), which a "
+            "signal of this method asks for: choose another method"
+        )
+    return norm.forward(x)  # not a call: hooks on the module are for what the model itself computes
 
 
 def mlp_of(layer: nn.Module) -> nn.Module:

@@ -7,13 +7,14 @@ entry-point group "vtprune.signals".
 
 from ..core.signal import SignalKind
 from . import attention, prompt, text
-from .product import MASKED, ROWS, LayerAttention, Prompt, bias_of
+from .product import MASKED, ROWS, LayerAttention, LayerPass, Prompt, bias_of
 from .row import kind_of, kinds, signal
 
 __all__ = [
     "MASKED",
     "ROWS",
     "LayerAttention",
+    "LayerPass",
     "Prompt",
     "SignalKind",
     "attention",

@@ -78,7 +78,7 @@ def mean_keys(a: LayerAttention) -> Tensor:
     return a.keys.float().mean(1)
 
 
-@signal("values", shape="[N, C]", where=("tower",))
+@signal("values", shape="[N, C]", where=("tower", "llm"))
 def values(a: LayerAttention) -> Tensor:
     """The values, heads concatenated, in the model's dtype."""
     return a.values.transpose(1, 2).flatten(2)

@@ -1,7 +1,8 @@
-"""What a signal may ask: `LayerAttention`, the attention of one layer, and `Prompt`, what stands where in it."""
+"""What a signal may ask: `LayerAttention` and `LayerPass` of one layer, and `Prompt`, what stands where in it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -53,6 +54,8 @@ class LayerAttention:
         lets every token see all, and a decoder layer those up to itself. scaling: the factor on q.k.
     past: tokens of earlier calls among the keys, which a prompt continues. prompt: inside the LLM, who is who.
     block: queries handled at a time where all are asked; None chooses by memory.
+    rope: for signals that ask for it, (cos, sin) [B or 1, n, d'] that turned the first d' channels of queries and keys;
+        None where there is no rotary embedding of a single axis.
     """
 
     q: Tensor
@@ -63,6 +66,7 @@ class LayerAttention:
     past: int = 0
     prompt: Prompt | None = None
     block: int | None = None
+    rope: tuple[Tensor, Tensor] | None = None
 
     @property
     def n(self) -> int:
@@ -73,6 +77,21 @@ class LayerAttention:
     def keys(self) -> Tensor:
         """[B, G, n, d]: those of this call's tokens."""
         return self.k if self.prompt is None else self.k[:, :, self.past : self.past + self.n]
+
+    @property
+    def keys_from_start(self) -> Tensor:
+        """[B, G, n, d] float32: those of this call's tokens as if positions began with 0 at a row's first real token.
+
+        Without padding they do, and products of queries and keys do not tell the difference.
+        """
+        keys = self.keys.float()
+        if self.rope is None:
+            return keys
+        cos, sin = (x[:, None] for x in at_first(*self.rope, self.words))
+        length, width = (cos.square() + sin.square()).sqrt(), cos.shape[-1]
+        low, high = keys[..., :width].chunk(2, dim=-1)
+        turned = (keys[..., :width] * cos - torch.cat([-high, low], dim=-1) * sin) / length
+        return torch.cat([turned, keys[..., width:]], dim=-1)
 
     @property
     def all_values(self) -> Tensor:
@@ -152,6 +171,20 @@ class LayerAttention:
         return out
 
 
+@dataclass(frozen=True)
+class LayerPass:
+    """What one decoder layer does to the tokens of this call.
+
+    before, after: [B, n, D] what enters and what leaves it. norm: the norm behind the last layer, [.., D] -> [.., D].
+    words: who is who.
+    """
+
+    before: Tensor
+    after: Tensor
+    norm: Callable[[Tensor], Tensor]
+    words: Prompt
+
+
 def bias_of(mask: Tensor | None, slots: Tensor, queries: int, keys: int) -> Tensor:
     """What masks the queries at slots [B, R] of all that there are, over so many keys: [B, 1 or H, R, keys].
 
@@ -165,6 +198,13 @@ def bias_of(mask: Tensor | None, slots: Tensor, queries: int, keys: int) -> Tens
     if mask is not None:
         allowed = allowed & mask.reshape(batch, -1)[:, None, :keys].bool()
     return allowed[:, None]
+
+
+def at_first(cos: Tensor, sin: Tensor, words: Prompt) -> tuple[Tensor, Tensor]:
+    """(cos, sin) [B, 1, d] float32 at the first real token of each row, of tables [B or 1, n, d]."""
+    first = words.real().to(cos.device).to(torch.int8).argmax(1)[:, None, None]
+    cos, sin = (x.float().expand(len(first), -1, -1) for x in (cos, sin))
+    return tuple(x.gather(1, first.expand(-1, 1, x.shape[-1])) for x in (cos, sin))  # type: ignore[return-value]
 
 
 def shown(mask: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import page_rank as walk
-from .product import LayerAttention
+from .product import ROWS, LayerAttention, LayerPass, Prompt, at_first
 from .row import signal
 
 SHARPNESS, STEPS = 10, 5  # of the PageRank in AIM (https://arxiv.org/abs/2412.03248)
@@ -34,6 +34,31 @@ def last_value(a: LayerAttention) -> Tensor:
     """The softmax of v_last . v_j / sqrt(d) over the visual tokens j of the sample, mean over heads."""
     by_values = replace(a, q=a.values, k=a.all_values, scaling=a.values.shape[-1] ** -0.5)
     return _among_visual(a, by_values.last_rows()).mean(1)
+
+
+@signal("value_logsum", shape="[N, G]", where=("llm",))
+def value_logsum(a: LayerAttention) -> Tensor:
+    """The logarithm of the sum of exp(v . v_j / sqrt(d)) over all tokens j of this call, of every key-value head."""
+    values = a.values.float()
+    real, parts = a.words.real().to(values.device)[:, None, None], []
+    for some in values.split(ROWS, dim=2):
+        logits = some @ values.mT * values.shape[-1] ** -0.5
+        parts.append(logits.masked_fill(~real, -torch.inf).logsumexp(-1))
+    return torch.cat(parts, dim=2).transpose(1, 2)
+
+
+@signal("rope_cos", shape="[N]", where=("llm",), source="rotary")
+def rope_cos(cos: Tensor, sin: Tensor, prompt: Prompt) -> Tensor:
+    """The mean over channels of the cosines of a token's rotary embedding, as if no padding stood before the row."""
+    first = at_first(cos, sin, prompt)
+    return (cos.float() * first[0] + sin.float() * first[1]).mean(-1)
+
+
+@signal("rope_sin", shape="[N]", where=("llm",), source="rotary")
+def rope_sin(cos: Tensor, sin: Tensor, prompt: Prompt) -> Tensor:
+    """The mean over channels of the sines of a token's rotary embedding, as if no padding stood before the row."""
+    first = at_first(cos, sin, prompt)
+    return (sin.float() * first[0] - cos.float() * first[1]).mean(-1)
 
 
 @signal("page_rank", shape="[N]", where=("llm",))
@@ -69,6 +94,24 @@ def transition(before: Tensor, after: Tensor, real: Tensor) -> Tensor:
     ratio: Tensor = y.norm(dim=-1) / x.norm(dim=-1).clamp(min=torch.finfo(x.dtype).tiny)
     turned: Tensor = 1 - torch.cosine_similarity(x, y, dim=-1)
     return ratio.masked_fill(~real, 0) * turned.masked_fill(~real, -torch.inf).softmax(-1)
+
+
+@signal("layer_change", shape="[N]", where=("llm",), source="layer")
+def layer_change(run: LayerPass) -> Tensor:
+    """The L2 norm of the difference between what leaves the layer and what enters it."""
+    return (run.after.float() - run.before.float()).norm(dim=-1)
+
+
+@signal("final_states", shape="[N, C]", where=("llm",), source="layer")
+def final_states(run: LayerPass) -> Tensor:
+    """What leaves the layer, through the norm that stands behind the last layer, in the model's dtype."""
+    return run.norm(run.after)
+
+
+@signal("key_size", shape="[N]", where=("llm",), rope=True)
+def key_size(a: LayerAttention) -> Tensor:
+    """The L1 norm of the keys of a token, heads concatenated, turned as if no padding stood before the row."""
+    return a.keys_from_start.abs().sum((1, 3))
 
 
 @signal("head_output", shape="[H]", where=("llm",), source="heads", so_far=True)

@@ -20,6 +20,7 @@ def signal(
     of_cls: bool = False,
     over_queries: bool = False,
     so_far: bool = False,
+    rope: bool = False,
     vit: str | None = None,
 ) -> Callable[[Callable[..., Any]], SignalKind]:
     """Decorator: make a function known as the signal `name`, which any method may then list in `needs`.
@@ -35,7 +36,7 @@ def signal(
 
     def add(read: Callable[..., Any]) -> SignalKind:
         doc = inspect.cleandoc(read.__doc__ or "")
-        row = SignalKind(name, shape, where, source, read, doc, of_cls, over_queries, so_far, vit)
+        row = SignalKind(name, shape, where, source, read, doc, of_cls, over_queries, so_far, rope, vit)
         SIGNALS.add(name, row, f"@signal({name!r})")
         return row
 

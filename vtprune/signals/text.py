@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .product import ROWS, LayerAttention, Prompt, padded
+from ..kernels import attention_rows
+from .product import ROWS, LayerAttention, LayerPass, Prompt, padded
 from .row import signal
 
 
@@ -56,6 +57,37 @@ def relevance(x: Tensor, prompt: Prompt) -> list[Tensor]:
             total = total + (some.float() @ text.T).softmax(1).sum(0)
         found.append(total / max(1, len(visual)))
     return found
+
+
+@signal("value_rows", shape="[N, T]", where=("llm",))
+def value_rows(a: LayerAttention) -> Tensor:
+    """The softmax of v_t . v_j / sqrt(d) of each token of that text over all tokens j of this call, mean over heads.
+
+    There is no causal mask, and the heads are those of the values.
+    """
+    real, out = a.words.real().to(a.values.device), []
+    for row, values in enumerate(a.values):
+        texts = a.words.text_slots(row, values.device)
+        parts = [values.new_zeros(0, a.n, dtype=torch.float32)]
+        for some in texts.split(ROWS) if len(texts) else ():
+            queries, scale = values.index_select(1, some)[None], values.shape[-1] ** -0.5
+            parts.append(attention_rows(queries, values[None], real[row, None, None, None], scale)[0].mean(0))
+        out.append(torch.cat(parts).T)
+    return padded(out)
+
+
+@signal("text_key_size", shape="[T]", where=("llm",), rope=True)
+def text_key_size(a: LayerAttention) -> list[Tensor]:
+    """The L1 norm of the keys of each token of that text, heads concatenated, turned as for "key_size"."""
+    sizes = a.keys_from_start.abs().sum((1, 3))
+    return [size.index_select(0, a.words.text_slots(row, size.device)) for row, size in enumerate(sizes)]
+
+
+@signal("text_final_states", shape="[T, C]", where=("llm",), source="layer")
+def text_final_states(run: LayerPass) -> list[Tensor]:
+    """What leaves the layer at that text, through the norm that stands behind the last layer."""
+    x = run.after
+    return [run.norm(x[row].index_select(0, run.words.text_slots(row, x.device))) for row in range(run.words.batch)]
 
 
 def _from_text(a: LayerAttention, row: int) -> Tensor:
