@@ -207,6 +207,13 @@ def normaliser(p: Problem, cosines: Tensor) -> Tensor | None:
     return (cosines / p.temperature).logsumexp(-1, keepdim=True).sub_(math.log(p.scale / p.n))
 
 
+def normalisers(p: Problem) -> Tensor:
+    """[N]: `normaliser` of all rows of the features, a block of rows at a time."""
+    assert p.unit is not None
+    parts = [normaliser(p, block) for block in _products(p.unit, p.unit.split(BLOCK))]
+    return torch.cat([part for part in parts if part is not None])[:, 0]
+
+
 def fill(p: Problem, out: Tensor) -> None:
     """Write the whole matrix into out [M, N]."""
     if p.unit is not None:
@@ -280,10 +287,7 @@ def _on_demand(p: Problem, budget: int, combine: Combine) -> Tensor:
     unit, n = p.unit, p.n
     free, weight = unit.new_zeros(1, n), None if p.weight is None else p.weight[None]
     excluded = None if p.excluded is None else p.excluded[None]
-    log = None
-    if p.temperature is not None:
-        parts = [normaliser(p, block) for block in _products(unit, unit.split(BLOCK))]
-        log = torch.cat([part for part in parts if part is not None])
+    log = None if p.temperature is None else normalisers(p)[:, None]
     picks = torch.empty(budget, 1, dtype=torch.int64, device=unit.device)
     best = unit.new_zeros(p.m, 1)
     cover = _all_gains(p, log, best)
