@@ -38,7 +38,7 @@ def facility_greedy(
         cosine 0 with everything. None for a problem whose matrix is rows[i] alone.
     budgets: picks per problem, 1 <= budgets[i] <= N_i.
     rows: further rows of M, one float tensor [M_i, N_i] per problem or None; entries below 0 count as 0.
-    weights: w, one float tensor [N_i] of finite numbers >= 0 per problem. Where they multiply, only their ratios matter.
+    weights: w, one float tensor [N_i] of finite numbers >= 0 per problem; where they multiply, only ratios matter.
     temperature, scale: finite and > 0.
     excluded: one bool tensor [N_i] per problem: columns that are picked last, when all others have been picked.
     memory: "fast" holds M, (M_i + N_i) x N_i in float32; "low" makes rows of features again whenever their best
