@@ -20,7 +20,7 @@ def hidden_need(fallback: FeaturesFallback) -> tuple[Signal, ...]:
 
 
 def hidden_states(v: Visual, fallback: FeaturesFallback, name: str) -> Tensor:
-    """[N, C]: the tower's states as the projector reads them; with fallback "features" v.x [N, D], where there are none.
+    """[N, C]: the tower's states as the projector reads them; fallback "features" takes v.x [N, D] without any.
 
     fallback: "features" notes in `Visual.state["note"]` what was taken; "error" raises UnsupportedModel.
     """

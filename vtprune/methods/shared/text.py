@@ -35,11 +35,12 @@ def note(v: Visual, what: str) -> None:
 
 # Words that say little about what to look for: articles, be, have and do, pronouns, question words, conjunctions and
 # some prepositions. "in", "on", "of" and negations do say where to look.
-STOP_WORDS: tuple[str, ...] = tuple(
-    "a an the is are was were be been being am have has had having do does did doing i you he she it we they me him her "
-    "us them my your his its our their this that these those what which who whom whose when where why how and or but so "
-    "if then question answer to for with by from at into onto upon".split()
-)
+_STOP = """
+a an the is are was were be been being am have has had having do does did doing i you he she it we they me him her us
+them my your his its our their this that these those what which who whom whose when where why how and or but so if then
+question answer to for with by from at into onto upon
+"""
+STOP_WORDS = tuple(_STOP.split())
 ANSWER_FORMATS = (
     "Answer the question using a single word or phrase.",
     "Answer with the option's letter from the given choices directly.",
