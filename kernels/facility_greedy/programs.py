@@ -30,6 +30,7 @@ def pick(
     best,
     picks,
     factor,
+    slack,
     step,
     budget,
     n,
@@ -47,7 +48,7 @@ def pick(
     """Pick number `step`, and how well it covers every row: best [units, 2, pairs + m], of which a half is written.
 
     score [units, n] and top [units, parts], the largest score in every COLS columns, are of the launch before and are
-    read by all programs alike: the first score within MARGIN of the largest stands in the first part whose top is.
+    read by all programs alike: the first score within MARGIN of the largest, and slack, stands in the first part whose top is.
     The rows of the matrix are `pairs` ones that are made of rows [units, n, d], as log [units, n] and factor say, and
     those of table [units, m, n] behind them.
     """
@@ -56,7 +57,7 @@ def pick(
     lanes = tl.arange(0, PARTS)
     tops = tl.load(top + unit * parts + lanes, mask=lanes < parts, other=-float("inf"))
     most = tl.max(tops, axis=0)
-    least = most - MARGIN * tl.abs(most)
+    least = most - MARGIN * tl.abs(most) - slack
     start = tl.argmax((tops >= least).to(tl.int32), axis=0) * COLS
     mine = start + tl.arange(0, COLS)
     scored = tl.load(score + unit * n + mine, mask=mine < n, other=-float("inf"))

@@ -16,6 +16,7 @@ from ..volume_coverage.reference import BLOCK, LEAST, TOGETHER, best_row, column
 Combine = Literal["multiply", "add"]
 
 MARGIN = 3e-7  # scores closer than this, in proportion to the largest, tie
+SLACK = 3e-7  # two tokens that cover nothing but each other have equal sums of cosines, up to rounding
 TABLE_BYTES = 1 << 26  # memory="auto": the whole matrix of a problem
 OF_COSINES = 1e-7  # what rounding leaves of a gain, in proportion to N rows of cosines
 OF_SOFTMAX = 1e-6  # the same, in proportion to a column of mean weight
@@ -43,6 +44,11 @@ class Problem(NamedTuple):
     def n(self) -> int:
         """Columns."""
         return self.given.shape[1]
+
+    @property
+    def slack(self) -> float:
+        """Scores closer than this tie: sums of cosines, where they are the score."""
+        return 0.0 if self.unit is None or self.temperature or self.weight is not None else SLACK * self.scale
 
     @property
     def pairs(self) -> int:
@@ -260,9 +266,9 @@ def greedy(problems: Sequence[Problem], budget: int, combine: Combine) -> Tensor
     picks = torch.empty(budget, count, dtype=torch.int64, device=one.device)
     best = one.new_zeros(count, m, 1)
     cover = gains(table, best)
-    floor = floors(problems, cover)
+    floor, slack = floors(problems, cover), problems[0].slack
     for step, pick in enumerate(picks):
-        pick.copy_(best_row(scores(cover, floor, weight, excluded, combine).add_(free), MARGIN))
+        pick.copy_(best_row(scores(cover, floor, weight, excluded, combine).add_(free), MARGIN, slack))
         if step + 1 == budget:
             break
         free.scatter_(1, pick[:, None], -torch.inf)
@@ -291,9 +297,9 @@ def _on_demand(p: Problem, budget: int, combine: Combine) -> Tensor:
     picks = torch.empty(budget, 1, dtype=torch.int64, device=unit.device)
     best = unit.new_zeros(p.m, 1)
     cover = _all_gains(p, log, best)
-    floor = floors([p], cover)
+    floor, slack = floors([p], cover), p.slack
     for step, pick in enumerate(picks):
-        pick.copy_(best_row(scores(cover, floor, weight, excluded, combine).add_(free), MARGIN))
+        pick.copy_(best_row(scores(cover, floor, weight, excluded, combine).add_(free), MARGIN, slack))
         if step + 1 == budget:
             break
         free.scatter_(1, pick[:, None], -torch.inf)

@@ -98,7 +98,7 @@ def _greedy(problems: Sequence[Problem], budget: int, combine: Combine) -> Tenso
     left(0, anew=True)
     for step in range(budget):
         _pick[(max(1, triton.cdiv(pairs + m, ROWS)), units)](
-            table, rows, log, score, top, best, picks, factor, step, budget, n, m, d, pairs, parts,
+            table, rows, log, score, top, best, picks, factor, one.slack, step, budget, n, m, d, pairs, parts,
             MARGIN=reference.MARGIN, SOFTMAX=soft, ROWS=ROWS, COLS=COLS, DIMS=DIMS,
             PARTS=max(16, triton.next_power_of_2(parts)),
         )  # fmt: skip

@@ -183,10 +183,10 @@ def greedy(problems: Sequence[Problem], budget: int, ridge: float) -> Tensor:
     return picks.T
 
 
-def best_row(score: Tensor, margin: float = MARGIN) -> Tensor:
-    """[B] int64: the lowest index of those with the largest score [B, N], up to `margin` of it."""
+def best_row(score: Tensor, margin: float = MARGIN, slack: float = 0.0) -> Tensor:
+    """[B] int64: the lowest index of those with the largest score [B, N], up to `margin` of it and `slack`."""
     top = score.amax(1, keepdim=True)
-    return (score >= top - margin * top.abs()).view(torch.uint8).argmax(1)
+    return (score >= top - margin * top.abs() - slack).view(torch.uint8).argmax(1)
 
 
 def _row(problems: Sequence[Problem], table: Tensor, pick: Tensor, offset: Tensor) -> Tensor:

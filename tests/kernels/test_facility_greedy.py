@@ -70,12 +70,14 @@ def arguments(x: Tensor, kind: dict[str, Any], seed: int = 0) -> dict[str, Any]:
 def expected(x: Tensor | None, k: int, given: dict[str, Any]) -> list[int]:
     m = oracles.facility_matrix(x, given.get("rows"), given.get("temperature"), given.get("scale", 1.0))
     weights, out = given.get("weights"), given.get("excluded")
+    sums = x is not None and weights is None and "temperature" not in given
     return oracles.facility(
         m,
         k,
         None if weights is None else weights.tolist(),
         given.get("combine", "multiply"),
         () if out is None else out.nonzero()[:, 0].tolist(),
+        3e-7 * given.get("scale", 1.0) if sums else 0.0,
     )
 
 
@@ -292,7 +294,7 @@ from triton.compiler import ASTSource
 from importlib import import_module
 
 kernels = import_module("vtprune.kernels.facility_greedy.triton")
-types = {"picks": "*i64", "cover": "*fp64", "floor": "*fp64", "excluded": "*i8", "factor": "fp32"}
+types = {"picks": "*i64", "cover": "*fp64", "floor": "*fp64", "excluded": "*i8", "factor": "fp32", "slack": "fp32"}
 types |= dict.fromkeys(["table", "rows", "log", "score", "top", "best", "free", "weight"], "*fp32")
 sizes = {"COLS": kernels.COLS, "ROWS": kernels.ROWS, "MADE": kernels.MADE, "DIMS": kernels.DIMS}
 for name in ("_pick", "_leave"):

@@ -164,11 +164,16 @@ def facility_matrix(
 
 
 def facility(
-    m: Tensor, k: int, weights: list[float] | None = None, combine: str = "multiply", excluded: Sequence[int] = ()
+    m: Tensor,
+    k: int,
+    weights: list[float] | None = None,
+    combine: str = "multiply",
+    excluded: Sequence[int] = (),
+    slack: float = 0.0,
 ) -> list[int]:
     """Greedy coverage of the rows of m, every gain summed again at every step; excluded columns only when none is left.
 
-    Scores within 3e-7 of the best tie, and the first of them wins.
+    Scores within 3e-7 of the best, and slack, tie, and the first of them wins.
     """
     picks: list[int] = []
     n = m.shape[1]
@@ -182,5 +187,5 @@ def facility(
             weight = (1.0 if combine == "multiply" else 0.0) if weights is None else weights[j]
             scores[j] = gain * weight if combine == "multiply" else gain + weight
         top = max(scores.values())
-        picks.append(min(j for j in free if scores[j] >= top - 3e-7 * abs(top)))
+        picks.append(min(j for j in free if scores[j] >= top - 3e-7 * abs(top) - slack))
     return picks

@@ -85,7 +85,7 @@ class Scope(Method):
         orders = facility_greedy(
             [self._compared(v) for v in units],
             budgets,
-            weights=[(row.clamp(min=0) * self.heads) ** self.alpha for row in attention],
+            weights=[(row.clamp(min=0) * self.heads) ** self.alpha for row in attention] if self.alpha else None,
             combine=self.combine,
             memory=self.memory,
         )
