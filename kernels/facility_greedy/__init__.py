@@ -46,8 +46,8 @@ def facility_greedy(
         "low" beyond it. The picks are the same.
     Returns one int64 tensor [budgets[i]] per problem: distinct indices in pick order. Scores that differ by less than
     3e-7 of the largest tie, or without weights and temperature by less than 3e-7 * scale (two tokens that cover nothing
-    but each other gain the same), and ties go to the lower index. A gain that rounding leaves counts as none. The device
-    is waited for once at most, to check for NaN and Inf; on the CPU there is nothing to wait for.
+    but each other gain the same), and ties go to the lower index. A gain that rounding leaves counts as none. The
+    device is waited for once at most, to check for NaN and Inf; on the CPU there is nothing to wait for.
     CUDA tensors take Triton; all others, and use("reference"), plain torch.
     Raises ValueError for NaN or Inf, and for budgets, shapes or options out of range.
     """
