@@ -49,8 +49,8 @@ def pick(
 
     score [units, n] and top [units, parts], the largest score in every COLS columns, are of the launch before and are
     read by all programs alike: the first score within MARGIN of the largest, and slack, stands in the first part whose
-    top is. The rows of the matrix are `pairs` ones that are made of rows [units, n, d], as log [units, n] and factor say, and
-    those of table [units, m, n] behind them.
+    top is. The rows of the matrix are `pairs` ones that are made of rows [units, n, d], as log [units, n] and factor
+    say, and those of table [units, m, n] behind them.
     """
     unit = tl.program_id(1).to(tl.int64)
     part = tl.program_id(0)
