@@ -81,10 +81,10 @@ def facility_greedy(
     for group in groups(problems):
         members = [problems[i] for i in group]
         longest = max(budgets[i] for i in group)
-        if members[0].whole:
-            table = greedy(members, longest, combine)
+        if not members[0].given.is_cuda and (members[0].n > TOGETHER or not members[0].whole):
+            table = _on_host(members[0], longest, combine)
         else:
-            table = _on_demand(members[0], longest, combine)
+            table = greedy(members, longest, combine) if members[0].whole else _on_demand(members[0], longest, combine)
         picks.update({i: order[: budgets[i]] for i, order in zip(group, table)})
     return [picks[i] for i in range(len(problems))]
 
@@ -276,48 +276,87 @@ def greedy(problems: Sequence[Problem], budget: int, combine: Combine) -> Tensor
             near = table.index_select(2, pick)
         else:
             near = table.gather(2, pick.view(-1, 1, 1).expand(-1, m, 1))
-        nearer = torch.maximum(best, near)
-        if step and width > TOGETHER and not one.is_cuda:  # choosing rows waits for the device
-            for at in (nearer > best)[0, :, 0].nonzero()[:, 0].split(BLOCK):
-                own = table[0].index_select(0, at)
-                cover[0] -= lower(own, best[0].index_select(0, at), nearer[0].index_select(0, at))
-        else:  # the first pick covers all rows better
-            cover = gains(table, nearer)
-        best = nearer
+        best = torch.maximum(best, near)
+        cover = gains(table, best)  # of all rows: choosing those that have changed would wait for the device
     return picks.T
 
 
+def _on_host(p: Problem, budget: int, combine: Combine) -> Tensor:
+    """[1, budget] picks of one problem on the CPU, where the rows that have changed can be told from the others."""
+    made = 0 if p.whole else p.n  # rows of the matrix that are made when they are needed; the table holds the others
+    table = p.given
+    if p.whole and p.unit is not None:
+        table = table.new_empty(p.m, p.n)
+        fill(p, table)
+    log = normalisers(p)[:, None] if made and p.temperature is not None else None
+    weight, free = None if p.weight is None else p.weight.double(), torch.zeros(p.n, dtype=torch.float64)
+    picks: list[int] = []
+    best = table.new_zeros(p.m)
+    cover = _all_gains(p, table, log, best)
+    floor, value = floors([p], cover[None])[0], torch.empty_like(cover)
+    while len(picks) < budget:
+        if picks:
+            free[picks[-1]] = -torch.inf
+            column = table[:, picks[-1]]
+            if made:
+                column = torch.cat([_made_column(p, log, picks[-1]), column])
+            nearer = torch.maximum(best, column)
+            if len(picks) == 1:  # the first pick covers nearly all rows better
+                cover = _all_gains(p, table, log, nearer)
+            else:
+                for at in (nearer > best).nonzero()[:, 0].split(BLOCK):
+                    old, new = (t.index_select(0, at)[:, None] for t in (best, nearer))
+                    cover -= lower(_some(p, table, log, at), old, new)
+            best = nearer
+        torch.maximum(cover, floor, out=value)
+        if weight is not None:
+            value = value.mul_(weight) if combine == "multiply" else value.add_(weight)
+        if p.excluded is not None:  # as in `scores`
+            value = torch.where(p.excluded, -value.reciprocal(), value)
+        value.add_(free)
+        top = value.amax().item()
+        picks.append(int((value >= top - MARGIN * abs(top) - p.slack).view(torch.uint8).argmax()))
+    return torch.tensor([picks])
+
+
+def _made_column(p: Problem, log: Tensor | None, pick: int) -> Tensor:
+    """[N]: one column of the rows that are made of features."""
+    assert p.unit is not None
+    with full_precision(p.unit.device):
+        column = torch.mv(p.unit, p.unit[pick])
+    return shaped(p, column[:, None], log)[:, 0]
+
+
+def _some(p: Problem, table: Tensor, log: Tensor | None, at: Tensor) -> Tensor:
+    """Rows `at` (ascending) of the matrix, copied from the table or made: log says how."""
+    if p.whole:
+        return table.index_select(0, at)
+    assert p.unit is not None
+    held = at[at >= p.n] - p.n
+    first = at[: len(at) - len(held)]
+    (block,) = _products(p.unit, [p.unit.index_select(0, first)])
+    block = shaped(p, block, None if log is None else log.index_select(0, first))
+    return torch.cat([block, table.index_select(0, held)]) if len(held) else block
+
+
 def _on_demand(p: Problem, budget: int, combine: Combine) -> Tensor:
-    """[1, budget] picks of one problem, whose rows of features are made when they are needed."""
+    """[1, budget] picks of one problem on a device that is not waited for: all rows are made anew for every pick."""
     assert p.unit is not None
     unit, n = p.unit, p.n
     free, weight = unit.new_zeros(1, n), None if p.weight is None else p.weight[None]
     excluded = None if p.excluded is None else p.excluded[None]
     log = None if p.temperature is None else normalisers(p)[:, None]
     picks = torch.empty(budget, 1, dtype=torch.int64, device=unit.device)
-    best = unit.new_zeros(p.m, 1)
-    cover = _all_gains(p, log, best)
-    floor, slack = floors([p], cover), p.slack
+    best = unit.new_zeros(p.m)
     for step, pick in enumerate(picks):
-        pick.copy_(best_row(scores(cover, floor, weight, excluded, combine).add_(free), MARGIN, slack))
-        if step + 1 == budget:
-            break
+        cover = _all_gains(p, p.given, log, best)[None]
+        if not step:
+            floor = floors([p], cover)
+        pick.copy_(best_row(scores(cover, floor, weight, excluded, combine).add_(free), MARGIN, p.slack))
         free.scatter_(1, pick[:, None], -torch.inf)
         with full_precision(unit.device):
             column = torch.mv(unit, unit.index_select(0, pick)[0])[:, None]
-        nearer = torch.maximum(best, torch.cat([shaped(p, column, log), p.given.index_select(1, pick)]))
-        if step and not unit.is_cuda:
-            changed = (nearer > best)[:, 0]
-            for at in changed[n:].nonzero()[:, 0].split(BLOCK):
-                own = p.given.index_select(0, at)
-                cover[0] -= lower(own, best.index_select(0, at + n), nearer.index_select(0, at + n))
-            for at in changed[:n].nonzero()[:, 0].split(BLOCK):
-                (block,) = _products(unit, [unit.index_select(0, at)])
-                block = shaped(p, block, None if log is None else log.index_select(0, at))
-                cover[0] -= lower(block, best.index_select(0, at), nearer.index_select(0, at))
-        else:
-            cover = _all_gains(p, log, nearer)
-        best = nearer
+        best = torch.maximum(best, torch.cat([shaped(p, column, log), p.given.index_select(1, pick)])[:, 0])
     return picks.T
 
 
@@ -329,12 +368,13 @@ def _products(unit: Tensor, some: Sequence[Tensor]) -> Iterator[Tensor]:
         yield made
 
 
-def _all_gains(p: Problem, log: Tensor | None, best: Tensor) -> Tensor:
-    """[1, N] float64 gains where best [M, 1] has been reached; a block of rows at a time."""
-    assert p.unit is not None
-    cover = gains(p.given[None], best[None, p.n :])
-    for start, block in zip(range(0, p.n, BLOCK), _products(p.unit, p.unit.split(BLOCK))):
-        at = slice(start, start + BLOCK)
-        block = shaped(p, block, None if log is None else log[at])
-        cover += column_sums(block.sub_(best[: p.n][at]).clamp_(min=0))
+def _all_gains(p: Problem, table: Tensor, log: Tensor | None, best: Tensor) -> Tensor:
+    """[N] float64 gains where best [M] has been reached; a block of rows at a time. table: the rows that are held."""
+    made = p.m - len(table)
+    cover = gains(table[None], best[None, made:, None])[0]
+    if made and p.unit is not None:
+        for start, block in zip(range(0, made, BLOCK), _products(p.unit, p.unit.split(BLOCK))):
+            at = slice(start, start + BLOCK)
+            block = shaped(p, block, None if log is None else log[at])
+            cover += column_sums(block.sub_(best[:made][at, None]).clamp_(min=0))
     return cover

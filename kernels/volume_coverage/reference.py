@@ -133,6 +133,8 @@ def gains(table: Tensor, best: Tensor) -> Tensor:
 
 def column_sums(x: Tensor) -> Tensor:
     """[..., N] float64: the sums over the rows of x [..., M, N]; eight at a time in float32, which is much faster."""
+    if x.shape[-2] <= 16:
+        return x.sum(-2, dtype=torch.float64)
     whole = x.shape[-2] // 8 * 8
     eights = x[..., :whole, :].unflatten(-2, (whole // 8, 8)).sum(-2)
     return eights.sum(-2, dtype=torch.float64) + x[..., whole:, :].sum(-2)
