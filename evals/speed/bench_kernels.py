@@ -1,4 +1,4 @@
-"""What `merge`, `compact` and ToMe's merge step cost beside the plain way.
+"""What `merge`, `compact`, `facility_greedy` and ToMe's merge step cost beside the plain way.
 
     python -m vtprune.evals.speed.bench_kernels [--device cuda]
 
@@ -20,19 +20,22 @@ from torch import Tensor
 
 from vtprune.compact import Compaction
 from vtprune.evals.speed.meter import one_thread
-from vtprune.kernels import Compacted, compact, merge, use
+from vtprune.kernels import Compacted, compact, facility_greedy, merge, use
+
+COVERED = (576, 2880, 6272)  # tokens of an image of LLaVA-1.5, of LLaVA-NeXT, and of a video
+TIMED = 32  # picks of the plain loop that are timed; each of the others takes as long
 
 
 def kernels(device: str = "cpu") -> list[dict[str, Any]]:
     """One row per comparison this device allows; seconds are the best seen. RuntimeError if "cuda" is not there."""
     if device == "cpu":
-        return [merge_against_loop(), *tome_against_scatter()]
+        return [merge_against_loop(), *tome_against_scatter(), *map(coverage_against_loop, COVERED)]
     if not torch.cuda.is_available():
         raise RuntimeError(f"device={device!r}: no CUDA device is visible to torch; use 'cpu'")
     rows = [merge_against_index_add(device)]
     for batch in (1, 8):
         rows += compact_against_gathers(device, batch)
-    return rows
+    return rows + [coverage_against_loop(n, device=device) for n in COVERED]
 
 
 def merge_against_loop(n: int = 6272, d: int = 896, k: int = 627, repeats: int = 9) -> dict[str, Any]:
@@ -64,6 +67,50 @@ def merge_against_index_add(device: str, n: int = 6272, d: int = 896, k: int = 6
         same = torch.allclose(merge(x, src, dst, w, k).float(), plain().float(), rtol=2e-2, atol=2e-2)
         ours, theirs = _race(lambda: merge(x, src, dst, w, k), plain, 50, _device_seconds)
     return _row("merge", "index_add_", same, ours, theirs, n=n, d=d, k=k, dtype="bfloat16", device=device)
+
+
+def coverage_against_loop(n: int, d: int = 1024, keep: float = 0.11, device: str = "cpu") -> dict[str, Any]:
+    """Greedy coverage of weighted cosines, against a loop that sums all gains again at every step.
+
+    Both make the cosines from features [n, d] around a few dozen centres. The loop holds all of them; it makes its
+    first TIMED picks, which have to be ours, and its seconds are scaled to all picks.
+    """
+    g = torch.Generator().manual_seed(0)
+    centres, of = torch.randn(48, d, generator=g), torch.randint(48, (n,), generator=g)
+    x = (0.7 * centres[of] + 0.6 * torch.randn(n, d, generator=g) + torch.randn(d, generator=g)).to(device)
+    weights = torch.rand(n, generator=g).add(0.1).to(device)
+    k = round(keep * n)
+    timed, seconds = min(k, TIMED), _host_seconds if device == "cpu" else _device_seconds
+    repeats = max(1, 5 * 576 // n)
+    with one_thread():
+        same = torch.equal(facility_greedy([x], [k], weights=[weights])[0][:timed], plain_coverage(x, weights, timed))
+        laps = [
+            (
+                seconds(lambda: facility_greedy([x], [k], weights=[weights])),
+                seconds(lambda: plain_coverage(x, weights, 1)),
+                seconds(lambda: plain_coverage(x, weights, timed)),
+            )
+            for _ in range(repeats)
+        ]
+    ours, first, some = (min(lap) for lap in zip(*laps))
+    theirs = first + (some - first) / (timed - 1) * (k - 1)
+    shape = {"n": n, "d": d, "k": k, "rival_picks_timed": timed, "device": device}
+    return _row("facility_greedy", "loop with all gains at each step", same, ours, theirs, **shape)
+
+
+def plain_coverage(x: Tensor, weights: Tensor, k: int) -> Tensor:
+    """[k] picks by the rule as it is written down: all gains [N] anew from all cosines [N, N]."""
+    unit = torch.nn.functional.normalize(x, dim=1)
+    cosines = unit @ unit.T
+    best, taken = x.new_zeros(len(x), 1), torch.zeros_like(weights)
+    picks = []
+    for _ in range(k):
+        gain = (cosines - best).clamp(min=0).sum(0)
+        pick = (gain * weights + taken).argmax().view(1)
+        taken = taken.index_fill(0, pick, -torch.inf)
+        best = torch.maximum(best, cosines.index_select(1, pick))
+        picks.append(pick)
+    return torch.cat(picks)
 
 
 def tome_against_scatter(

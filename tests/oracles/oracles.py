@@ -145,3 +145,47 @@ def volume_coverage(
         top = max(score.values())
         picked.append(min(j for j, s in score.items() if s >= top * (1 - 1e-5)))
     return picked
+
+
+def facility_matrix(
+    x: Tensor | None, rows: Tensor | None = None, temperature: float | None = None, scale: float = 1.0
+) -> Tensor:
+    """[M, N] float64: cosines of x [N, D], or their softmax, and further rows behind them."""
+    parts = []
+    if x is not None:
+        s = torch.tensor(cosines(x), dtype=torch.float64)
+        if temperature is not None:
+            e = (s / temperature).exp()
+            s = e / e.sum(1, keepdim=True) / len(s)
+        parts.append(scale * s)
+    if rows is not None:
+        parts.append(rows.double())
+    return torch.cat(parts)
+
+
+def facility(
+    m: Tensor,
+    k: int,
+    weights: list[float] | None = None,
+    combine: str = "multiply",
+    excluded: Sequence[int] = (),
+    slack: float = 0.0,
+) -> list[int]:
+    """Greedy coverage of the rows of m, every gain summed again at every step; excluded columns only when none is left.
+
+    Scores within 3e-7 of the best, and slack, tie, and the first of them wins.
+    """
+    picks: list[int] = []
+    n = m.shape[1]
+    while len(picks) < k:
+        best = m[:, picks].amax(1).clamp(min=0) if picks else torch.zeros(len(m), dtype=torch.float64)
+        free = [j for j in range(n) if j not in picks]
+        free = [j for j in free if j not in excluded] or free
+        scores = {}
+        for j in free:
+            gain = float((m[:, j] - best).clamp(min=0).sum())
+            weight = (1.0 if combine == "multiply" else 0.0) if weights is None else weights[j]
+            scores[j] = gain * weight if combine == "multiply" else gain + weight
+        top = max(scores.values())
+        picks.append(min(j for j in free if scores[j] >= top - 3e-7 * abs(top) - slack))
+    return picks

@@ -98,3 +98,23 @@ def _axis(n: int, m: int, mode: Mode) -> Taps:
     part = at - low
     taps = torch.cat([low, (low + 1).clamp_max(n - 1)])
     return Taps(taps, torch.cat([dst, dst]), torch.cat([1 - part, part]), low + (part > 0.5))
+
+
+def square_border(v: Visual, size: tuple[int, int], name: str, patch: int = 14) -> Tensor:
+    """[N] bool: which tokens of a square unit lie wholly in the border that squares a picture of `size`.
+
+    size: height and width of the picture, which was padded to a square on both sides alike and then resized. patch:
+    pixels along a token. Raises ValueError for a unit that is no single square raster.
+    """
+    t, side, other = v.grid or (0, 0, 0)
+    if t != 1 or side != other or min(size) < 1:
+        raise ValueError(
+            f"padding={size}: {name} knows the border of a picture of height and width >= 1 that was padded to a "
+            f"square raster of tokens, not of a unit of grid {v.grid}; pass a function unit -> [N] bool, or None"
+        )
+    pixels = side * patch
+    border = (pixels - round(pixels * min(size) / max(size))) // 2 // patch
+    at = torch.arange(side, device=v.x.device)
+    outside = (at < border) | (at >= side - border)
+    wide = size[1] > size[0]
+    return (outside[:, None] if wide else outside[None]).expand(side, side).flatten()
