@@ -24,6 +24,7 @@ if __name__ != "kernels" or not _step_aside():
     from .attention import attention_received, attention_rows
     from .compact import Compacted, compact
     from .dispatch import best_first, full_precision, recorded, recording, use
+    from .dpp_greedy import dpp_greedy
     from .farthest_point import farthest_point
     from .host import DeferredChecks, HostCopy, check, check_finite, deferring, to_device
     from .merge import merge
@@ -41,6 +42,7 @@ if __name__ != "kernels" or not _step_aside():
         "check_finite",
         "compact",
         "deferring",
+        "dpp_greedy",
         "farthest_point",
         "full_precision",
         "merge",
