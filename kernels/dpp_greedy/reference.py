@@ -21,6 +21,7 @@ MARGIN = 1e-6  # residuals closer than this, in proportion to the largest, tie
 RANK = 1e-5  # of a row's own length squared: a smaller residual says that the picked rows span the row
 TOGETHER = 256  # problems of at most so many rows share one loop on the CPU, others take theirs in turn
 FEW, MANY = 64, 256  # rows looked at to foresee picks
+TINY = 1e-30  # pivots are at least this, where there is nothing to divide
 GROUP_BYTES = 1 << 28  # rows and factors of the problems in one loop
 
 
@@ -47,9 +48,7 @@ def dpp_greedy(
     return [picks[i] for i in range(len(problems))]
 
 
-def check_arguments(
-    features: Sequence[Tensor], budgets: Sequence[int], relevance: Sequence[Tensor] | None
-) -> None:
+def check_arguments(features: Sequence[Tensor], budgets: Sequence[int], relevance: Sequence[Tensor] | None) -> None:
     """Raise ValueError for anything wrong that the host can see without waiting for the device."""
     farthest.check_arguments(features, budgets, "maxmin", None, "auto")
     if relevance is None:
@@ -72,7 +71,7 @@ def prepare(features: Sequence[Tensor], relevance: Sequence[Tensor] | None) -> l
     for i, (rows, _) in enumerate(pairs):
         if relevance is not None:
             r = relevance[i].float()
-            rows = rows * (r / r.amax().clamp(min=torch.finfo(torch.float32).tiny))[:, None]
+            rows = rows * (r / r.amax().clamp(min=TINY))[:, None]
         found.append(Problem(rows, torch.linalg.vector_norm(rows, dim=1).square()))
     if relevance:
         check_finite(relevance, "relevances")
@@ -138,7 +137,7 @@ def _together(problems: Sequence[Problem], budget: int) -> Tensor:
                 column = factor[:, :step].gather(2, at.expand(-1, step, 1))
                 column = torch.where((steps[:step] >= begun)[:, :, None], column, 0.0)
                 row = torch.baddbmm(row, factor[:, :step].mT, column, alpha=-1)
-            own = left.gather(1, pick[:, None]).clamp_(min=torch.finfo(torch.float32).tiny)
+            own = left.gather(1, pick[:, None]).clamp_(min=TINY)
             factor[:, step] = taken = row[:, :, 0] * own.rsqrt_()
             whole.scatter_(1, pick[:, None], -torch.inf)
             left = left.addcmul(taken, taken, value=-1)
@@ -176,13 +175,13 @@ def _foresee(rows: Tensor, left: Tensor, least: Tensor, past: Tensor, most: int)
 
     Only rows with the most left are looked at; what any row outside has left bounds how far they are certain.
     """
-    n, tiny = len(rows), torch.finfo(torch.float32).tiny
+    n = len(rows)
     width = min(n, max(FEW, min(MANY, most)))
     best = left.topk(min(n, width + 1))
     bound = float(best.values[width]) if width < n else -torch.inf
     if _ties(float(best.values[0]), bound):  # more rows tie than are looked at
         pick = best_row(left[None])
-        return pick, left.index_select(0, pick).clamp(min=tiny).sqrt()[:, None]
+        return pick, left.index_select(0, pick).clamp(min=TINY).sqrt()[:, None]
     at = best.indices[:width].sort().values
     some, before = rows.index_select(0, at), past.index_select(1, at)
     kernel = torch.addmm(some @ some.T, before.T, before, alpha=-1) if len(past) else some @ some.T
@@ -193,7 +192,7 @@ def _foresee(rows: Tensor, left: Tensor, least: Tensor, past: Tensor, most: int)
         own = float(score[j])
         if h and (own <= 0 or _ties(own, bound)):
             break
-        roots.append(max(own, tiny) ** 0.5)
+        roots.append(max(own, TINY) ** 0.5)
         row = torch.addmv(kernel[j], factor[:h].T, factor[:h, j], alpha=-1) if h else kernel[j]
         torch.div(row, roots[h], out=factor[h])
         found.append(j)

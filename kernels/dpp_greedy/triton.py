@@ -59,7 +59,7 @@ def _greedy(problems: Sequence[Problem], budget: int) -> Tensor:
     for step in range(budget):
         _pick[(parts, units)](
             rows, own, state, top, begun, factor, picks, step, budget, n, d, parts,
-            MARGIN=reference.MARGIN, RANK=reference.RANK, TINY=torch.finfo(torch.float32).tiny,
+            MARGIN=reference.MARGIN, RANK=reference.RANK, TINY=reference.TINY,
             COLS=COLS, STEPS=STEPS, DIMS=DIMS, PARTS=max(16, triton.next_power_of_2(parts)),
         )  # fmt: skip
     return picks
@@ -103,13 +103,13 @@ def _pick(
     first_step = tl.where(over, step, tl.load(begun + unit * 2 + half))
     tl.store(begun + unit * 2 + 1 - half, first_step, mask=part == 0)
     most = tl.max(best, axis=0)
-    least = most - MARGIN * tl.abs(most)
-    start = tl.argmax((best >= least).to(tl.int32), axis=0) * COLS
+    least = most - MARGIN * tl.abs(most)  # of NaN alone nothing is at least that, and the picks are still in range
+    start = tl.argmax(((best >= least) & (lanes < parts)).to(tl.int32), axis=0) * COLS
     mine = start + tl.arange(0, COLS)
     scores = tl.load(source + mine, mask=mine < n, other=-float("inf"))
     anew = tl.load(source + n + mine, mask=mine < n, other=-float("inf"))
     scores = tl.where(over, anew, scores)
-    pick = (start + tl.argmax((scores >= least).to(tl.int32), axis=0)).to(tl.int64)
+    pick = (start + tl.argmax(((scores >= least) & (mine < n)).to(tl.int32), axis=0)).to(tl.int64)
     tl.store(picks + unit * budget + step, pick, mask=part == 0)
     j = part.to(tl.int64) * COLS + tl.arange(0, COLS)
     inside = j < n
