@@ -1,4 +1,4 @@
-"""What `merge`, `compact` and ToMe's merge step cost beside the plain way.
+"""What `merge`, `compact`, `dpp_greedy` and ToMe's merge step cost beside the plain way.
 
     python -m vtprune.evals.speed.bench_kernels [--device cuda]
 
@@ -20,16 +20,20 @@ from torch import Tensor
 
 from vtprune.compact import Compaction
 from vtprune.evals.speed.meter import one_thread
-from vtprune.kernels import Compacted, compact, merge, use
+from vtprune.kernels import Compacted, compact, dpp_greedy, merge, use
 
 
 def kernels(device: str = "cpu") -> list[dict[str, Any]]:
     """One row per comparison this device allows; seconds are the best seen. RuntimeError if "cuda" is not there."""
     if device == "cpu":
-        return [merge_against_loop(), *tome_against_scatter()]
+        return [
+            merge_against_loop(),
+            *tome_against_scatter(),
+            *(dpp_against_whole_kernel(n) for n in (576, 2880, 6272)),
+        ]
     if not torch.cuda.is_available():
         raise RuntimeError(f"device={device!r}: no CUDA device is visible to torch; use 'cpu'")
-    rows = [merge_against_index_add(device)]
+    rows = [merge_against_index_add(device), *(dpp_against_whole_kernel(n, device=device) for n in (576, 2880, 6272))]
     for batch in (1, 8):
         rows += compact_against_gathers(device, batch)
     return rows
@@ -64,6 +68,50 @@ def merge_against_index_add(device: str, n: int = 6272, d: int = 896, k: int = 6
         same = torch.allclose(merge(x, src, dst, w, k).float(), plain().float(), rtol=2e-2, atol=2e-2)
         ours, theirs = _race(lambda: merge(x, src, dst, w, k), plain, 50, _device_seconds)
     return _row("merge", "index_add_", same, ours, theirs, n=n, d=d, k=k, dtype="bfloat16", device=device)
+
+
+def dpp_against_whole_kernel(
+    n: int, d: int = 1024, keep: float = 0.11, device: str = "cpu", repeats: int = 5
+) -> dict[str, Any]:
+    """Greedy MAP of a DPP on features that are alike in clusters, against a plain loop over the whole N x N kernel.
+
+    On the CPU it runs on one core; on a GPU by the Triton kernel.
+    """
+    k, g = round(keep * n), torch.Generator().manual_seed(0)
+    centres = torch.randn(n // 8, d, generator=g) + 1.5 * torch.randn(d, generator=g)
+    x = centres[torch.randint(n // 8, (n,), generator=g)] + 0.7 * torch.randn(n, d, generator=g)
+    x, r = x.to(device), torch.rand(n, generator=g).add(1e-3).to(device)
+
+    def ours() -> Tensor:
+        return dpp_greedy([x], [k], relevance=[r])[0]
+
+    def plain() -> Tensor:
+        return dpp_with_whole_kernel(x, r, k)
+
+    if device != "cpu":
+        same = torch.equal(ours(), plain())
+        seconds = _race(ours, plain, repeats, _device_seconds)
+        return _row("dpp_greedy", "loop with the whole kernel", same, *seconds, n=n, d=d, k=k, device=device)
+    with one_thread():
+        same = torch.equal(ours(), plain())
+        seconds = _race(ours, plain, repeats, _host_seconds)
+    return _row("dpp_greedy", "loop with the whole kernel", same, *seconds, n=n, d=d, k=k, device="cpu", threads=1)
+
+
+def dpp_with_whole_kernel(x: Tensor, r: Tensor, k: int) -> Tensor:
+    """The plain way: all similarities, all of the kernel, and one row of it a pick."""
+    unit = x / x.norm(dim=1, keepdim=True)
+    kernel = r[:, None] * (unit @ unit.T) * r
+    left, factor = kernel.diagonal().clone(), torch.zeros(k, len(x), device=x.device)
+    picks = torch.empty(k, dtype=torch.int64, device=x.device)
+    for step in range(k):
+        pick = picks[step] = left.argmax()
+        taken = kernel.index_select(0, pick.view(1))[0]
+        taken = taken - factor[:step].T @ factor[:step].index_select(1, pick.view(1))[:, 0]
+        factor[step] = taken / left.index_select(0, pick.view(1)).sqrt()
+        left -= factor[step].square()
+        left.index_fill_(0, pick, -torch.inf)
+    return picks
 
 
 def tome_against_scatter(

@@ -42,7 +42,7 @@ class HoloV(Method):
     alpha: weight of the diversity v.
     inside: what ranks the tokens of a run: "attention", as officially, or the "score" in which v has a say.
     redistribute: give what exceeds the size of a run to the other runs. False repeats the official code, which loses
-        it, so that fewer tokens than the budget may stay (it fills up with rows of zeros); the host then reads how many.
+        it: fewer tokens than the budget may stay (there it fills up with rows of zeros), and the host reads how many.
     order: "positional", or "official": the kept places are filled run by run, the highest attention first.
     fallback: as for `cls_topk`.
     """
