@@ -68,11 +68,12 @@ def prepare(features: Sequence[Tensor], relevance: Sequence[Tensor] | None) -> l
     pairs = [unit_rows(x) for x in features]
     check_finite([largest for _, largest in pairs], "feature rows")
     found = []
-    for i, (rows, _) in enumerate(pairs):
+    for i, (rows, largest) in enumerate(pairs):
+        length = (largest[:, 0] > 0).float()
         if relevance is not None:
             r = relevance[i].float()
-            rows = rows * (r / r.amax().clamp(min=TINY))[:, None]
-        found.append(Problem(rows, torch.linalg.vector_norm(rows, dim=1).square()))
+            length = length * (r / r.amax().clamp(min=TINY))
+        found.append(Problem(rows.mul_(length[:, None]), length.square()))
     if relevance:
         check_finite(relevance, "relevances")
         check(torch.stack([(r >= 0).all() for r in relevance]).all(), lambda: _negative(relevance))
@@ -185,21 +186,31 @@ def _foresee(rows: Tensor, left: Tensor, least: Tensor, past: Tensor, most: int)
     at = best.indices[:width].sort().values
     some, before = rows.index_select(0, at), past.index_select(1, at)
     kernel = torch.addmm(some @ some.T, before.T, before, alpha=-1) if len(past) else some @ some.T
-    score, floor = left.index_select(0, at), least.index_select(0, at)
+    floor, score = least.index_select(0, at).tolist(), left.index_select(0, at)
+    kernel.diagonal().copy_(score)  # from here on it is what the picks found leave of the kernel
     factor, found, roots = rows.new_empty(min(most, width), width), list[int](), list[float]()
     while len(found) < len(factor):
-        j, h = int(best_row(score[None])), len(found)
-        own = float(score[j])
-        if h and (own <= 0 or _ties(own, bound)):
+        j, own = _first_of_largest(kernel.diagonal().tolist(), floor)
+        if found and (own <= 0 or _ties(own, bound)):
             break
+        row = factor[len(found)]
         roots.append(max(own, TINY) ** 0.5)
-        row = torch.addmv(kernel[j], factor[:h].T, factor[:h, j], alpha=-1) if h else kernel[j]
-        torch.div(row, roots[h], out=factor[h])
         found.append(j)
-        score.addcmul_(factor[h], factor[h], value=-1).masked_fill_(score < floor, 0.0)[found] = -torch.inf
+        torch.div(kernel[j], roots[-1], out=row)
+        kernel.addr_(row, row, alpha=-1)
     lower = factor[: len(found), found].T.tril()
     lower.diagonal().copy_(torch.tensor(roots))
     return at[found], lower
+
+
+def _first_of_largest(values: list[float], floor: list[float]) -> tuple[int, float]:
+    """As `best_row`, with 0 for values below their floor."""
+    while True:
+        top = max(values)
+        j, value = next(((i, x) for i, x in enumerate(values) if x >= top - MARGIN * abs(top)), (0, 0.0))
+        if value >= floor[j] or value <= 0:
+            return j, value
+        values[j] = 0.0
 
 
 def _ties(score: float, bound: float) -> bool:

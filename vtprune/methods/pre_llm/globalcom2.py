@@ -85,6 +85,10 @@ class GlobalCom2(Method):
         return self.inside is None or self._inner.exact
 
     @property
+    def trusted(self) -> bool:
+        return super().trusted and (self.inside is None or self._inner.trusted)
+
+    @property
     def reads_text(self) -> bool:  # type: ignore[override]
         """As of the method that chooses inside the parts."""
         return self.inside is not None and self._inner.reads_text
