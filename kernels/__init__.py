@@ -24,6 +24,7 @@ if __name__ != "kernels" or not _step_aside():
     from .attention import attention_received, attention_rows
     from .compact import Compacted, compact
     from .dispatch import best_first, full_precision, recorded, recording, use
+    from .dpp_greedy import dpp_greedy
     from .facility_greedy import facility_greedy
     from .farthest_point import farthest_point
     from .host import DeferredChecks, HostCopy, check, check_finite, deferring, to_device
@@ -42,6 +43,7 @@ if __name__ != "kernels" or not _step_aside():
         "check_finite",
         "compact",
         "deferring",
+        "dpp_greedy",
         "facility_greedy",
         "farthest_point",
         "full_precision",

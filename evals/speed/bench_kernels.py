@@ -1,4 +1,4 @@
-"""What `merge`, `compact`, `facility_greedy` and ToMe's merge step cost beside the plain way.
+"""What `merge`, `compact`, `facility_greedy`, `dpp_greedy` and ToMe's merge step cost beside the plain way.
 
     python -m vtprune.evals.speed.bench_kernels [--device cuda]
 
@@ -20,22 +20,23 @@ from torch import Tensor
 
 from vtprune.compact import Compaction
 from vtprune.evals.speed.meter import one_thread
-from vtprune.kernels import Compacted, compact, facility_greedy, merge, use
+from vtprune.kernels import Compacted, compact, dpp_greedy, facility_greedy, merge, use
 
-COVERED = (576, 2880, 6272)  # tokens of an image of LLaVA-1.5, of LLaVA-NeXT, and of a video
+SIZES = (576, 2880, 6272)  # tokens of an image of LLaVA-1.5, of LLaVA-NeXT, and of a video of LLaVA-OneVision
 TIMED = 32  # picks of the plain loop that are timed; each of the others takes as long
 
 
 def kernels(device: str = "cpu") -> list[dict[str, Any]]:
     """One row per comparison this device allows; seconds are the best seen. RuntimeError if "cuda" is not there."""
     if device == "cpu":
-        return [merge_against_loop(), *tome_against_scatter(), *map(coverage_against_loop, COVERED)]
+        greedy = [race(n) for race in (coverage_against_loop, dpp_against_whole_kernel) for n in SIZES]
+        return [merge_against_loop(), *tome_against_scatter(), *greedy]
     if not torch.cuda.is_available():
         raise RuntimeError(f"device={device!r}: no CUDA device is visible to torch; use 'cpu'")
     rows = [merge_against_index_add(device)]
     for batch in (1, 8):
         rows += compact_against_gathers(device, batch)
-    return rows + [coverage_against_loop(n, device=device) for n in COVERED]
+    return rows + [race(n, device=device) for race in (coverage_against_loop, dpp_against_whole_kernel) for n in SIZES]
 
 
 def merge_against_loop(n: int = 6272, d: int = 896, k: int = 627, repeats: int = 9) -> dict[str, Any]:
@@ -111,6 +112,51 @@ def plain_coverage(x: Tensor, weights: Tensor, k: int) -> Tensor:
         best = torch.maximum(best, cosines.index_select(1, pick))
         picks.append(pick)
     return torch.cat(picks)
+
+
+def dpp_against_whole_kernel(
+    n: int, d: int = 1024, keep: float = 0.11, device: str = "cpu", repeats: int = 5
+) -> dict[str, Any]:
+    """Greedy MAP of a DPP on features that are alike in clusters, against a plain loop over the whole N x N kernel.
+
+    On the CPU it runs on one core; on a GPU by the Triton kernel. Both keep the same tokens; two that float32 cannot
+    tell apart may come in another order.
+    """
+    k, g = round(keep * n), torch.Generator().manual_seed(0)
+    centres = torch.randn(n // 8, d, generator=g) + 1.5 * torch.randn(d, generator=g)
+    x = centres[torch.randint(n // 8, (n,), generator=g)] + 0.7 * torch.randn(n, d, generator=g)
+    x, r = x.to(device), torch.rand(n, generator=g).add(1e-3).to(device)
+
+    def ours() -> Tensor:
+        return dpp_greedy([x], [k], relevance=[r])[0]
+
+    def plain() -> Tensor:
+        return dpp_with_whole_kernel(x, r, k)
+
+    if device != "cpu":
+        same = torch.equal(ours().sort().values, plain().sort().values)
+        seconds = _race(ours, plain, repeats, _device_seconds)
+        return _row("dpp_greedy", "loop with the whole kernel", same, *seconds, n=n, d=d, k=k, device=device)
+    with one_thread():
+        same = torch.equal(ours().sort().values, plain().sort().values)
+        seconds = _race(ours, plain, repeats, _host_seconds)
+    return _row("dpp_greedy", "loop with the whole kernel", same, *seconds, n=n, d=d, k=k, device="cpu", threads=1)
+
+
+def dpp_with_whole_kernel(x: Tensor, r: Tensor, k: int) -> Tensor:
+    """The plain way: all similarities, all of the kernel, and one row of it a pick."""
+    unit = x / x.norm(dim=1, keepdim=True)
+    kernel = r[:, None] * (unit @ unit.T) * r
+    left, factor = kernel.diagonal().clone(), torch.zeros(k, len(x), device=x.device)
+    picks = torch.empty(k, dtype=torch.int64, device=x.device)
+    for step in range(k):
+        pick = picks[step] = left.argmax()
+        taken = kernel.index_select(0, pick.view(1))[0]
+        taken = taken - factor[:step].T @ factor[:step].index_select(1, pick.view(1))[:, 0]
+        factor[step] = taken / left.index_select(0, pick.view(1)).sqrt()
+        left -= factor[step].square()
+        left.index_fill_(0, pick, -torch.inf)
+    return picks
 
 
 def tome_against_scatter(

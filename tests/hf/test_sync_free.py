@@ -210,7 +210,7 @@ def test_no_host_waits_on_the_pre_llm_path(method: str, monkeypatch: pytest.Monk
 
 
 def _signal(need: Signal, n: int) -> Tensor:
-    return torch.rand(*(n, 8)[: 1 if need.kind in ("cls", "cls_full", "received") else 2], device="cuda")
+    return torch.rand(*(n, 8)[: 1 if need.kind in ("cls", "cls_full", "cls_logits", "received") else 2], device="cuda")
 
 
 class _NoClock:

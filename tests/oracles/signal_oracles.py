@@ -146,6 +146,7 @@ def _to_text(c: Case) -> Tensor:
 ORACLES: dict[str, Callable[[Case], Tensor]] = {
     "cls": lambda c: c.weights.mean(1)[:, 0, 1:],
     "cls_full": _wide,
+    "cls_logits": lambda c: (c.logits * c.scaling).mean(1)[:, 0, 1:],
     "cls_value": lambda c: c.softmax(c.own[1] @ c.own[1].mT).mean(1)[:, 0, 1:],
     "received": lambda c: (c.weights * c.asked[:, None, :, None]).sum(2).mean(1) / c.asked.sum(1, keepdim=True),
     "mean_query": _mean_query,

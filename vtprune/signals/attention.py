@@ -28,6 +28,13 @@ def cls_full(a: LayerAttention) -> Tensor:
     return attention_rows(query[:, None], keys[:, None], row, query.shape[-1] ** -0.5)[:, 0, 0, 1:]
 
 
+@signal("cls_logits", shape="[N]", where=("tower",), of_cls=True)
+def cls_logits(a: LayerAttention) -> Tensor:
+    """The CLS token's row before the softmax, scaling * q.k, mean over heads; of a masked token, too."""
+    keys = a.k.repeat_interleave(a.q.shape[1] // a.k.shape[1], dim=1)
+    return ((a.q[:, :, :1].float() * a.scaling) @ keys.float().mT)[:, :, 0, 1:].mean(1)
+
+
 @signal("cls_value", shape="[N]", where=("tower",), of_cls=True)
 def cls_value(a: LayerAttention) -> Tensor:
     """The softmax of v_CLS . v_j, not scaled, over all tokens j, mean over heads."""
