@@ -19,6 +19,7 @@ from test_volume_coverage import FORMS, Watch, clustered, weights_of
 from torch import Tensor
 
 from vtprune import kernels
+from vtprune.evals.speed import bench_kernels
 from vtprune.kernels import dispatch, facility_greedy
 from vtprune.kernels.facility_greedy import reference
 from vtprune.kernels.volume_coverage import reference as volume
@@ -139,8 +140,8 @@ def test_nothing_to_choose_by(memory: str, form: Form) -> None:
 @pytest.mark.parametrize("memory", MEMORY)
 def test_excluded_columns_come_last(memory: str, form: Form) -> None:
     x, out = clustered(30, 8), torch.ones(30, dtype=torch.bool)
-    everything = picks_of(form, [x], [30], excluded=[out], memory=memory)[0]
-    assert everything == picks_of(form, [x], [30], memory=memory)[0]
+    everything = picks_of(form, [x], [30], excluded=[out], memory=memory, temperature=0.2)[0]
+    assert everything == picks_of(form, [x], [30], memory=memory, temperature=0.2)[0]
     out[[3, 7, 20]] = False
     picks = picks_of(form, [x], [30], excluded=[out], memory=memory)[0]
     assert set(picks[:3]) == {3, 7, 20}
@@ -280,6 +281,13 @@ def test_bad_arguments_name_the_way_out(change: dict[str, Any], message: str) ->
     call: dict[str, Any] = {"features": [clustered(6, 2)], "budgets": [3], **change}
     with pytest.raises(ValueError, match=message):
         facility_greedy(call.pop("features"), call.pop("budgets"), **call)
+
+
+def test_the_benchmark_compares_equal_picks() -> None:
+    row = bench_kernels.coverage_against_loop(300, 16)
+    assert row["same"]
+    assert (row["k"], row["rival_picks_timed"]) == (33, 32)
+    assert row["speedup"] > 0
 
 
 def test_empty_batch_and_gradients() -> None:
