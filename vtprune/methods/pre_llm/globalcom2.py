@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate, normalize
 
 from vtprune.kernels import check_finite
 
-from ...core.method import Method, Newlines, Positions
+from ...core.method import Method, Newlines, Positions, Rounding
 from ...core.signal import Signal
 from ...core.visual import Assignment, Visual
 from ...registry import create
@@ -36,9 +36,10 @@ class GlobalCom2(Method):
     int(n R) tokens of largest l. Crop p of n_p tokens keeps int(n_p min(1, R s_p)), s the shares that the scores of the
     overview give to its cells (`shares_of_cells`): those of largest l / |l| + g / |g|, norms over the crop, g the
     scores of the overview enlarged to the mosaic. With a budget, n and n_p s_p share it (`quota`), and what a crop
-    cannot take goes to the others. An image without crops, and a video, is an overview alone. Newlines are kept
-    beside the budget; the official code also has those of rows that are padding. The official code renumbers position
-    ids, positions="compact". Several images of a prompt each go by their own overview, officially by that of the first.
+    cannot take goes to the others; a share of all tokens is cut off to a count. An image without crops, and a video,
+    is an overview alone. Newlines are kept beside the budget; the official code also has those of rows that are
+    padding. The official code renumbers position ids, positions="compact". Several images of a prompt each go by their
+    own overview, officially by that of the first.
 
     ratio: R without keep; the counts then need one transfer to the host per batch. At least one token stays.
     temperature: of the softmax over cells; the smaller it is, the more the best cell takes.
@@ -52,6 +53,7 @@ class GlobalCom2(Method):
     """
 
     newlines: ClassVar[Newlines] = "keep"
+    rounding: ClassVar[Rounding] = "down"
     official_positions: ClassVar[Positions] = "compact"
 
     ratio: float = 0.25

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtprune.kernels import check_finite
 
-from ...core.method import Method, Newlines
+from ...core.method import Method, Newlines, Rounding
 from ...core.signal import Signal
 from ...core.visual import Assignment, Visual
 from ...registry import register_own as register
@@ -35,7 +35,8 @@ class HoloV(Method):
     budget in proportion to their mean scores, rounded down, and the highest scores get one more each. The mean of the
     second term is alpha times that of the first by construction, so alpha changes no share.
 
-    Newlines are dropped, as there are none in the official code. Official position ids are renumbered for LLaVA
+    Newlines are dropped, as there are none in the official code. A share is cut off to a count, as officially for
+    Qwen2.5-VL; the official code for LLaVA always keeps 64 tokens. Official position ids are renumbered for LLaVA
     (positions="compact") and kept for Qwen2.5-VL.
 
     runs: how many; None takes int(1024 / 576 * N / budget), as the official code for Qwen2.5-VL.
@@ -48,6 +49,7 @@ class HoloV(Method):
     """
 
     newlines: ClassVar[Newlines] = "drop"
+    rounding: ClassVar[Rounding] = "down"
 
     runs: int | None = 16
     alpha: float = 0.09
