@@ -19,7 +19,7 @@ from .. import Fallback, best_first, budget_of, check_fallback, cls_attention, c
 class ClsTopK(Method):
     """Keep the tokens that the tower's CLS token attends to most, mean over heads.
 
-    layer: tower layer as in `Signal`; -1 is the last, None the one that feeds the projector.
+    layer: tower layer as in `Signal`; -1 is the last, None the one that feeds the projector, as in FasterVLM's code.
     fallback: on towers without a CLS token, "received" ranks by the mean attention that every token receives
         (noted in `Visual.state["note"]`), "error" raises UnsupportedModel.
     """

@@ -40,7 +40,7 @@ class _Plan(NamedTuple):
     """All tokens of a unit, those first that stay."""
 
     order: Tensor  # [N] int64: the centres, then the others by score
-    count: Tensor  # [] int64: how many centres there are
+    centres: Tensor  # [] int64: how many
 
 
 @register("prumerge", paper="https://arxiv.org/abs/2403.15388", seam="pre_llm")
@@ -102,7 +102,7 @@ class PruMerge(Method):
         keys = [signal_of(v, KEYS, self.name) for v in units]
         check_finite([*scores, *keys], "attention rows and keys")
         plans = [self._plan(v, a) for v, a in zip(units, scores)]
-        own = [plan.count for v, plan in zip(units, plans) if v.budget is None]
+        own = [plan.centres for v, plan in zip(units, plans) if v.budget is None]
         read = iter(torch.stack(own).tolist() if own else [])
         answers = []
         for v, a, key, plan in zip(units, scores, keys, plans):

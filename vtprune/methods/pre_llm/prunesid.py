@@ -164,7 +164,8 @@ def _random_parts(rows: Tensor, count: int, seed: int) -> Tensor:
     for _ in range(2):
         basis = torch.linalg.qr(tall @ torch.linalg.qr(tall.T @ basis).Q).Q
     left, _, right = torch.linalg.svd(basis.T @ tall, full_matrices=False)
-    return (basis @ left if n > c else right.T).abs()
+    found: Tensor = basis @ left if n > c else right.T
+    return found.abs()
 
 
 def _survivors(doubles: Tensor) -> Tensor:

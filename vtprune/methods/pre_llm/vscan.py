@@ -134,7 +134,8 @@ class VScan(Method):
 
     def _windows(self, v: Visual) -> tuple[Tensor, list[int]]:
         """The window [N] int64 that each token is in, -1 outside the rasters, and how many tokens each window has."""
-        number, sizes = torch.full((v.n,), -1, device=v.x.device), []
+        number = torch.full((v.n,), -1, device=v.x.device)
+        sizes: list[int] = []
         rasters = views(v, number)
         if not rasters:
             note(v, f"{self.name}: the raster is unknown, windows are runs of the sequence")
