@@ -129,14 +129,16 @@ def greedy(
     else:
         near = tl.load(nearest + unit * width + lanes, mask=inside, other=float("inf"))
         if WEIGHED:
-            near = tl.where(near == float("inf"), near, (tl.maximum(near, -1.0) - 1) * weight)
+            cost = (tl.minimum(tl.maximum(near, -1.0), 2.0) - 1) * weight  # inf * 0 would be NaN
+            near = tl.where(near == float("inf"), near, cost)
         pick = tl.argmin(near, axis=0).to(tl.int64)
     running = tl.full([BLOCK], -float("inf") if MAXMIN else 0.0, tl.float32)
     for step in range(0, budget):
         tl.store(picks + unit * budget + step, pick)
         row = tl.load(gram + unit * gram_unit + pick * gram_row + lanes, mask=inside, other=float("inf"))
         if WEIGHED:
-            row = tl.where(row == float("inf"), row, (tl.maximum(row, -1.0) - 1) * weight)
+            cost = (tl.minimum(tl.maximum(row, -1.0), 2.0) - 1) * weight  # inf * 0 would be NaN
+            row = tl.where(row == float("inf"), row, cost)
         running = tl.maximum(running, row) if MAXMIN else running + row
         pick = tl.argmin(running, axis=0).to(tl.int64)
 
