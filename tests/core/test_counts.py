@@ -16,7 +16,9 @@ from vtprune.reduction import Reducer
 from vtprune.types import budget
 
 # Where the official code cuts a share off to a count; elsewhere it rounds half to even, or states counts itself.
-CUT_OFF = {"pyramiddrop", "transprune", "aim_inllm", "dycoke_kv", "prumerge", "vscan"}
+CUT_OFF = {
+    "aim_inllm", "dycoke_kv", "globalcom2", "holov", "mmtok", "prumerge", "pyramiddrop", "transprune", "v2drop", "vscan"
+}  # fmt: skip
 SIZES = (5, 7, 24, 30, 35, 100, 140, 576)
 SHARES = (0.05, 0.1, 0.29, 1 / 3, 0.5, 0.57, 1 - 0.8, 0.85, 1.0)
 

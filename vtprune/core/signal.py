@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -145,7 +146,7 @@ class SignalKind:
         """True if it has a row for each of the unit's tokens."""
         return self.shape.startswith("[N")
 
-    @property
+    @cached_property
     def of_words(self) -> bool:
         """True if it is of the text behind the row's first image alone."""
         return self.shape.startswith("[T")

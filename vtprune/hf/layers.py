@@ -72,8 +72,9 @@ def _signals(
     row, found, readings = unit[0].unit.row, {}, prefill.readings
     for need in stage.needs:
         layer: Any = stage.where + need.layer  # type: ignore[operator]  # both are ints inside the LLM
-        if kind_of(need).of_words:
-            found[need] = readings.words[need.kind, None if kind_of(need).source == "embeddings" else layer][row]
+        words = readings.words.get((need.kind, layer), readings.words.get((need.kind, None)))
+        if words is not None:
+            found[need] = words[row]
             continue
         rows = readings.rows[need.kind, layer][row].index_select(0, slots)
         if rows.dim() > 1 and kind_of(need).per_word:
