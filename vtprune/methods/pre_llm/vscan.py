@@ -90,12 +90,12 @@ class VScan(Method):
 
     def stages(self, keep: float | int | None, depth: int) -> list[Stage]:
         first = Stage("llm", self, keep=keep)
-        if not self.inner or keep is None or (isinstance(keep, float) and keep == 1.0):  # nothing may change then
+        if not self.inner or (isinstance(keep, float) and keep == 1.0):  # nothing may change then
             return [first]
-        share = tidy(keep * self.inner_share)
-        # A count is one of each crop, as in the first stage.
-        left = max(1, int(share)) if isinstance(keep, int) else share
-        per: Per = "crop" if isinstance(keep, int) else "image"
+        left = None if keep is None else tidy(keep * self.inner_share)
+        per: Per = "image"
+        if isinstance(keep, int):  # a count is one of each crop, as in the first stage
+            left, per = max(1, int(tidy(keep * self.inner_share))), "crop"
         return [first, *(Stage(at, PyramidDrop(), keep=left, per=per) for at in in_proportion(MIDDLE, OF, depth))]
 
     def __call__(self, v: Visual) -> Assignment:
