@@ -12,7 +12,8 @@ from torch import Tensor
 import vtprune
 from vtprune import UnsupportedModel, Visual
 from vtprune.evals import parity
-from vtprune.methods.pre_llm.prunesid import CLS, HIDDEN, PruneSID, principal_parts
+from vtprune.methods.pre_llm.prunesid import CLS, HIDDEN, PruneSID
+from vtprune.methods.shared.principal import principal_parts
 
 
 def unit(n: int, budget: int, seed: int = 0, width: int = 12, offset: float = 0.0) -> Visual:

@@ -168,8 +168,21 @@ def test_the_second_stage_stands_in_the_middle(depth, layer):
 
 
 def test_where_nothing_goes_in_the_second_stage_there_is_none():
-    for method, keep in ((VScan(inner=False), 96), (VScan(), 1.0), (VScan(), None)):
+    for method, keep in ((VScan(inner=False), 96), (VScan(), 1.0), (VScan(inner=False), None)):
         assert [stage.where for stage in method.stages(keep, 32)] == ["llm"]
+
+
+def test_where_the_second_stage_cannot_run_the_error_names_the_option():
+    model = families.model("qwen3_5")
+    with pytest.raises(UnsupportedModel, match=r"linear_attention.*leave this stage out of vscan: inner=False"):
+        vtprune.patch(model, "vscan", keep=0.5)
+    with vtprune.patch(model, "vscan", keep=0.5, inner=False), torch.inference_mode():
+        model(**families.inputs("qwen3_5", rows=(1,)))
+
+
+def test_no_budget_is_refused():
+    with pytest.raises(ValueError, match=r"keep=\.\.\."):
+        VScan()(Visual(torch.zeros(4, 2), None))
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtprune.evals.parity.compare import grid_of, listed, ordered, same
 from vtprune.evals.parity.registry import Arrays, case
-from vtprune.methods.pre_llm.prunesid import principal_parts
+from vtprune.methods.shared.principal import principal_parts
 from vtprune.registry import create
 from vtprune.types import Visual
 

@@ -15,9 +15,10 @@ from ...core.errors import UnsupportedModel
 from ...core.method import Method, Newlines, Per, Positions
 from ...core.signal import Signal
 from ...core.visual import Assignment, Visual
-from ...kernels import check_finite, to_device
+from ...kernels import check_finite
 from ...registry import register_own as register
 from .. import best_first, budget_of, check_choices, select, signal_of
+from ..shared.principal import principal_parts
 from ..shared.text import note
 
 Rule = Literal["auto", "cls", "component"]
@@ -134,38 +135,6 @@ class PruneSID(Method):
         size = empty.scatter_add(0, group, torch.ones_like(group))
         quota = _quota(empty.scatter_add(0, group[order], alive.long()), size, budget, n)
         return ranked[at][best_first((rank < quota[of]).to(torch.int8))[:n]]
-
-
-def principal_parts(x: Tensor, count: int, seed: int | None = None) -> Tensor:
-    """|V| [N, count] float64: how much of each row of x [N, C] float64 is in each principal direction, largest first.
-
-    The matrix is sigmoid(x)^T [C, N] with every column centred. There are no more directions than min(N, C); those in
-    which nothing varies are zero. seed: None for the exact ones, else a randomised decomposition.
-    """
-    rows = x.sigmoid()
-    rows = rows - rows.mean(1, keepdim=True)
-    n, c = rows.shape
-    count = min(count, n, c)
-    if seed is not None:
-        return _random_parts(rows, count, seed)
-    values, found = torch.linalg.eigh(rows @ rows.T if n <= c else rows.T @ rows)
-    values, found = values.flip(0)[:count], found.flip(1)[:, :count]
-    if n > c:
-        found = rows @ found / values.clamp(min=torch.finfo(values.dtype).tiny).sqrt()
-    return torch.where(values > 1e-12 * values[:1], found.abs(), 0.0)
-
-
-def _random_parts(rows: Tensor, count: int, seed: int) -> Tensor:
-    """The randomised form (https://arxiv.org/abs/0909.4061) of rank `count` with two power iterations."""
-    n, c = rows.shape
-    tall = rows if n > c else rows.T
-    draw = torch.randn(tall.shape[1], count, generator=torch.Generator().manual_seed(seed))
-    basis = torch.linalg.qr(tall @ to_device(draw, rows.device).double()).Q
-    for _ in range(2):
-        basis = torch.linalg.qr(tall @ torch.linalg.qr(tall.T @ basis).Q).Q
-    left, _, right = torch.linalg.svd(basis.T @ tall, full_matrices=False)
-    found: Tensor = basis @ left if n > c else right.T
-    return found.abs()
 
 
 def _survivors(doubles: Tensor) -> Tensor:

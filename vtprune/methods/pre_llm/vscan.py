@@ -23,9 +23,9 @@ from ..shared.crops import numbered
 from ..shared.nearest import nearest
 from ..shared.raster import views
 from ..shared.text import note
+from ..shared.windows import parts, ranks_within
 
 Windows = Literal["auto", "4x4_windows", "4x4_tokens"]
-SIDE = 4
 MIDDLE, OF = (16,), 32  # the published layer of the second stage, and the depth it is meant for
 
 
@@ -90,12 +90,12 @@ class VScan(Method):
 
     def stages(self, keep: float | int | None, depth: int) -> list[Stage]:
         first = Stage("llm", self, keep=keep)
-        if not self.inner or keep is None or (isinstance(keep, float) and keep == 1.0):  # nothing may change then
+        if not self.inner or (isinstance(keep, float) and keep == 1.0):  # nothing may change then
             return [first]
-        share = tidy(keep * self.inner_share)
-        # A count is one of each crop, as in the first stage.
-        left = max(1, int(share)) if isinstance(keep, int) else share
-        per: Per = "crop" if isinstance(keep, int) else "image"
+        left = None if keep is None else tidy(keep * self.inner_share)
+        per: Per = "image"
+        if isinstance(keep, int):  # a count is one of each crop, as in the first stage
+            left, per = max(1, int(tidy(keep * self.inner_share))), "crop"
         return [first, *(Stage(at, PyramidDrop(), keep=left, per=per) for at in in_proportion(MIDDLE, OF, depth))]
 
     def __call__(self, v: Visual) -> Assignment:
@@ -114,7 +114,7 @@ class VScan(Method):
         most = half // len(sizes) if self._equal(v) else -(-half // len(sizes))
         found = min(half, sum(min(most, size) for size in sizes))
         low = torch.finfo(torch.float32).min
-        local = best_first(shallow.masked_fill((_ranks_within(number, shallow) >= most) | ~inside, low))[:found]
+        local = best_first(shallow.masked_fill((ranks_within(number, shallow) >= most) | ~inside, low))[:found]
         apart = deep.masked_fill(~inside, low).index_fill(0, local, -torch.inf)
         ranked = torch.cat([local, best_first(apart)[: v.n - found]])
         if not self.exact_budget and n < v.n:
@@ -142,26 +142,9 @@ class VScan(Method):
             rasters = [number.view(1, 1, -1)]
         for raster in rasters:
             t, h, w = raster.shape
-            rows, columns = (_parts(length, self._equal(v)) for length in (h, w))
+            rows, columns = (parts(length, self._equal(v)) for length in (h, w))
             row, column = numbered(rows, number.device), numbered(columns, number.device)
             frame = len(sizes) + torch.arange(t, device=number.device)[:, None, None] * len(rows) * len(columns)
             raster.copy_(frame + row[:, None] * len(columns) + column)
             sizes += [a * b for a, b in product(rows, columns)] * t
         return number, sizes
-
-
-def _parts(length: int, equal: bool) -> list[int]:
-    """A side of the raster in parts: SIDE equal ones, or as many of SIDE tokens as fit, the last one longer."""
-    if equal:
-        count = min(SIDE, length)
-        return [(i + 1) * length // count - i * length // count for i in range(count)]
-    count = max(1, length // SIDE)
-    return [SIDE] * (count - 1) + [length - SIDE * (count - 1)]
-
-
-def _ranks_within(number: Tensor, scores: Tensor) -> Tensor:
-    """[N] int64: the rank of each of scores [N] among those of its window number [N], 0 for the highest."""
-    order = best_first(scores)
-    window, at = number[order].sort(stable=True)
-    rank = torch.arange(len(at), device=at.device) - torch.searchsorted(window, window)
-    return torch.empty_like(rank).scatter(0, order[at], rank)
