@@ -99,7 +99,8 @@ def transition(before: Tensor, after: Tensor, real: Tensor) -> Tensor:
 @signal("layer_change", shape="[N]", where=("llm",), source="layer")
 def layer_change(run: LayerPass) -> Tensor:
     """The L2 norm of the difference between what leaves the layer and what enters it."""
-    return (run.after.float() - run.before.float()).norm(dim=-1)
+    size: Tensor = (run.after.float() - run.before.float()).norm(dim=-1)
+    return size
 
 
 @signal("final_states", shape="[N, C]", where=("llm",), source="layer")

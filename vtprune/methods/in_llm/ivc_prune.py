@@ -103,4 +103,5 @@ def _rows_of(seeds: Tensor, values: Tensor, logsum: Tensor) -> Tensor:
     n, groups = logsum.shape
     by_head = values.view(n, groups, -1).transpose(0, 1)  # [G, n, d]
     logits = by_head[:, seeds] @ by_head.mT * by_head.shape[-1] ** -0.5
-    return (logits - logsum[seeds].T[:, :, None]).exp().mean(0)
+    rows: Tensor = (logits - logsum[seeds].T[:, :, None]).exp().mean(0)
+    return rows
