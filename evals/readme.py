@@ -15,7 +15,8 @@ from typing import Any
 
 import vtprune
 from vtprune.evals import speed
-from vtprune.evals.accuracy import CONTROLS, share
+from vtprune.evals.accuracy import CONTROLS, AccuracyReport, share
+from vtprune.evals.accuracy.paired import paired
 from vtprune.evals.accuracy.rows import COST_HEADER, budget_text, by_cost, cost_cells, difference
 from vtprune.evals.report import Row
 
@@ -24,7 +25,7 @@ BLOCK = re.compile(
     r".*?(\n\n<!-- end of table -->)",
     re.DOTALL,
 )
-LISTS = re.compile(r"(<!-- (vtprune methods|runs) -->\n\n).*?(\n\n<!-- end of table -->)", re.DOTALL)
+LISTS = re.compile(r"(<!-- (vtprune methods|runs|auto) -->\n\n).*?(\n\n<!-- end of table -->)", re.DOTALL)
 COSTS = (
     "LLM, tower: the share of the visual tokens in an average layer of either. FLOPs of the whole prefill and measured "
     "time to the first token (TTFT): of dense = 1."
@@ -41,7 +42,11 @@ def refreshed(text: str, root: Path) -> str:
         only = m[2].split(",") if m[2] else None
         return m[1] + (vit_table(saved) if "-vit" in m[1] else summary(saved, only)) + m[4]
 
-    lists: dict[str, Callable[[], str]] = {"vtprune methods": methods_table, "runs": lambda: runs_table(root)}
+    lists: dict[str, Callable[[], str]] = {
+        "vtprune methods": methods_table,
+        "runs": lambda: runs_table(root),
+        "auto": lambda: auto_table(root),
+    }
     text = LISTS.sub(lambda m: m[1] + lists[m[2]]() + m[3], text)
     return speed.refreshed(BLOCK.sub(table, text), root)
 
@@ -84,6 +89,23 @@ def runs_table(root: Path) -> str:
         machine = f"{env['gpu'] or env['cpu']}, {env['cpu_threads']} thread(s), {env['dtype']}, batch {env['batch']}"
         name = path.relative_to(root)
         lines.append((f"[{name.parent}]({name})", machine, versions, f"{env['commit']}, {env['time'][:16]}"))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def auto_table(root: Path) -> str:
+    """`auto` beside other methods on questions of a fresh seed: a row a model and keep, of folders DAY-auto-MODEL.
+
+    Of a model that was asked on several days the last one counts.
+    """
+    others = "divprune", *reversed(CONTROLS)
+    lines = [("model", "questions", "kept", "`auto`", *(f"over `{name}`" for name in others)), ("---", *["---:"] * 6)]
+    for name, path in {p.parent.name.rpartition("-")[2]: p for p in sorted(root.glob("*-auto-*/eval.json"))}.items():
+        report = AccuracyReport.load(path)
+        over = {(other, row["keep"]): row for other in others for row in paired(report, "auto", other)}
+        for keep in sorted({keep for _, keep in over}, reverse=True):
+            right = f"{100 * over['divprune', keep]['right']:.1f}"
+            apart = (difference(over[other, keep]["over"]).replace("±", " ± ") for other in others)
+            lines.append((f"[{name}]({path.parent.name}/eval.md)", str(len(report.kinds)), share(keep), right, *apart))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
