@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from typing import Any
 
+import families
 import oracles
 import pytest
 import torch
@@ -191,6 +192,26 @@ def test_budget_outside_the_unit_is_refused(name: str, budget: int | None) -> No
         ValueError, match=r"keep=\.\.\." if budget is None else rf"budget={budget}: {name} can keep 1..10"
     ):
         method(visual(10, budget))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_does_not_read_the_question_chooses_the_same_for_another(name: str) -> None:
+    """A server may use the tokens that were kept of an image again where `reads_text` is False."""
+    model, batch = families.model("llava"), families.inputs("llava")
+    stages = vtprune.create(name).stages(0.4, 4)
+    if any(stage.method.reads_text for stage in stages):
+        pytest.skip("its choice depends on the question")
+    ids = batch["input_ids"]
+    asked = torch.where(ids == model.config.image_token_id, ids, (ids + 7) % 40 + 1)
+    behind = (ids == model.config.image_token_id).nonzero()[-1, -1] + 1
+    asked = torch.cat([ids[:, :behind], asked[:, behind:]], 1)
+    assert not torch.equal(asked, ids)
+    kept = []
+    with torch.no_grad(), vtprune.patch(model, stages) as handle:
+        for question in (ids, asked):
+            model(**{**batch, "input_ids": question})
+            kept.append([unit.positions.tolist() for unit in handle.last.units])
+    assert kept[0] == kept[1]
 
 
 @pytest.mark.parametrize("name", ALL)

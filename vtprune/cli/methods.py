@@ -11,9 +11,14 @@ from vtprune.cli.common import sentence, terminal
 from vtprune.cli.options import Json
 
 
+def _reads_question(method: Any) -> bool:
+    """True if a stage of the method's schedule looks at the question (`Method.reads_text`)."""
+    return any(stage.method.reads_text for stage in method.stages(0.25, 32))
+
+
 @sentence
 def methods(as_json: Json = False) -> None:
-    """List every method: where it acts, the signals it reads, and its paper."""
+    """List every method: where it acts, whether its choice depends on the question, the signals it reads, its paper."""
     import warnings
 
     import vtprune
@@ -26,6 +31,7 @@ def methods(as_json: Json = False) -> None:
         {
             "name": cls.name,
             "seam": cls.seam,
+            "reads_question": None if registry.required(cls) else _reads_question(cls()),
             "needs": None if registry.required(cls) else [str(signal) for signal in cls().needs],
             "paper": cls.paper,
         }
@@ -37,10 +43,11 @@ def methods(as_json: Json = False) -> None:
         from rich.markup import escape
         from rich.table import Table
 
-        table = Table("method", "seam", "needs", "paper")
+        table = Table("method", "seam", "question", "needs", "paper")
         for row in found:
             needs = "depends on its options" if row["needs"] is None else ", ".join(row["needs"]) or "nothing"
-            table.add_row(*(escape(cell) for cell in (row["name"], row["seam"], needs, row["paper"])))
+            question = {None: "depends", True: "read", False: "not read"}[row["reads_question"]]
+            table.add_row(*(escape(cell) for cell in (row["name"], row["seam"], question, needs, row["paper"])))
         terminal().print(table)
     for failure in registry.failures():
         typer.secho(failure, err=True, fg="yellow")

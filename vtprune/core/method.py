@@ -41,7 +41,8 @@ class Method(ABC):
     # What the official code does with position ids. A stage keeps them unless it is told to renumber.
     official_positions: ClassVar[Positions] = "keep"
     video: ClassVar[bool] = False
-    # It reads `Visual.text`, so what it keeps of an image depends on the question: nothing to store between questions.
+    # It looks at the question, in `Visual.text` or in what text attends to inside the LLM. So what it keeps of an image
+    # depends on the question, and a server may not use it again for another one.
     reads_text: ClassVar[bool] = False
     # When a stage inside the LLM asks: while the prompt is read, at every step of decoding, or both. At decode a unit
     # is a row, `x` is empty, the signal is the new token's "last_row" of the layer before, and `state` stays with the

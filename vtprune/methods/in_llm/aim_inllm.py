@@ -38,6 +38,7 @@ class AIMInLLM(Method):
     """
 
     per: ClassVar[Per] = "sample"
+    reads_text: ClassVar[bool] = True
     rounding: ClassVar[Rounding] = "down"
     rates: tuple[float, ...] | None = None
 

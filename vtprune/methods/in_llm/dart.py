@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch.nn.functional import normalize
@@ -44,6 +44,7 @@ class DART(Method):
     layer: "K" of the paper; the first decoder layer that runs on the pruned sequence, >= 1.
     """
 
+    reads_text: ClassVar[bool] = True
     layer: int = 2
     pivots: int = 4
     text_pivots: int = 4

@@ -39,6 +39,7 @@ class DyCokeKV(Method):
     layer: the first decoder layer that sees the selection, >= 1; 3 in the official code.
     """
 
+    reads_text: ClassVar[bool] = True
     per: ClassVar[Per] = "sample"
     rounding: ClassVar[Rounding] = "down"
     phases: ClassVar[tuple[Phase, ...]] = ("decode",)

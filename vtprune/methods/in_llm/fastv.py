@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from vtprune.kernels import check_finite
 
@@ -29,6 +30,7 @@ class FastV(Method):
     layer: "K" of the paper; the first decoder layer that runs on the pruned sequence, >= 1.
     """
 
+    reads_text: ClassVar[bool] = True
     layer: int = 2
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ...core.method import Method, Stage
 from ...core.signal import Signal
@@ -27,6 +28,7 @@ class FlashVIDInner(Method):
         rounded. The authors use 20 of 28 layers.
     """
 
+    reads_text: ClassVar[bool] = True
     share: float = 0.3
     layer: int | float = 20 / 28
 

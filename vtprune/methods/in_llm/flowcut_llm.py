@@ -27,6 +27,7 @@ class FlowCutLLM(Method):
     layer: the first decoder layer that runs on the pruned sequence, >= 1.
     """
 
+    reads_text: ClassVar[bool] = True
     per: ClassVar[Per] = "sample"
     layer: int = 2
 

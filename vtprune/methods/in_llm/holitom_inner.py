@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class HoliTomInner(Method):
         rounded. The authors use 18 of 28 layers.
     """
 
+    reads_text: ClassVar[bool] = True
     layer: int | float = 18 / 28
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ class IVCPrune(Method):
         rounded. The authors use 16 of 32 layers, and others by model.
     """
 
+    reads_text: ClassVar[bool] = True
     seeds: float = 0.01
     foreground: float = 0.2
     anchors: float = 0.05

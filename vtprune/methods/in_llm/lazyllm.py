@@ -37,6 +37,7 @@ class LazyLLM(Method):
         stage leaves; the stages before reach it in equal factors, a count is doubled for each.
     """
 
+    reads_text: ClassVar[bool] = True
     per: ClassVar[Per] = "sample"
     phases: ClassVar[tuple[Phase, ...]] = ("prefill", "decode")
     layers: tuple[int, ...] | None = None

@@ -35,6 +35,7 @@ class PyramidDrop(Method):
     ratios: shares that stay at each of `layers`, none above the one before, in place of `keep`.
     """
 
+    reads_text: ClassVar[bool] = True
     official_positions: ClassVar[Positions] = "compact"
     rounding: ClassVar[Rounding] = "down"
     layers: tuple[int, ...] | None = None

@@ -55,6 +55,7 @@ class SparseVLM(Method):
     then answers 92.6 % of its questions at 11 %, renumbered 83.7 %.
     """
 
+    reads_text: ClassVar[bool] = True
     official_positions: ClassVar[Positions] = "compact"
     version: Version = "v1"
     preset: int | None = None

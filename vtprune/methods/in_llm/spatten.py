@@ -49,6 +49,7 @@ class SpAtten(Method):
         weights are not normalised again (from memory of the paper, unverified). The authors use 0.3; None: all.
     """
 
+    reads_text: ClassVar[bool] = True
     per: ClassVar[Per] = "sample"
     layers: tuple[int, ...] | None = None
     ratios: tuple[float, ...] | None = None

@@ -25,6 +25,7 @@ SAID = Signal("head_output", -1)
 class SpAttenHeads(Method):
     """Cascade head pruning: the heads whose |output|, summed over channels, tokens and layers so far, is largest."""
 
+    reads_text: ClassVar[bool] = True
     name: ClassVar[str] = "spatten_heads"
     paper: ClassVar[str] = "https://arxiv.org/abs/2012.09852"
     seam: ClassVar[str] = "in_llm"

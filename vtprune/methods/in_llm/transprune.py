@@ -46,6 +46,7 @@ class TransPrune(Method):
     history: how many layers before a `Stage` of your own TTV sums over, or which (offsets back); set by the schedule.
     """
 
+    reads_text: ClassVar[bool] = True
     official_positions: ClassVar[Positions] = "compact"
     rounding: ClassVar[Rounding] = "down"
     layers: tuple[int, ...] | None = None

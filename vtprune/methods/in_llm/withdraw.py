@@ -33,6 +33,7 @@ class Withdraw(Method):
         what stands behind the first visual token. None drops them without a test. The test waits for the device.
     """
 
+    reads_text: ClassVar[bool] = True
     name: ClassVar[str] = "withdraw"
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.05803"
     seam: ClassVar[str] = "in_llm"
