@@ -105,7 +105,8 @@ def auto_table(root: Path) -> str:
         for keep in sorted({keep for _, keep in over}, reverse=True):
             right = f"{100 * over['divprune', keep]['right']:.1f}"
             apart = (difference(over[other, keep]["over"]).replace("±", " ± ") for other in others)
-            lines.append((f"[{name}]({path.parent.name}/eval.md)", str(len(report.kinds)), share(keep), right, *apart))
+            seen = f"[{name}]({path.parent.name}/eval.md), [plot]({path.parent.name}/pareto.png)"
+            lines.append((seen, str(len(report.kinds)), share(keep), right, *apart))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

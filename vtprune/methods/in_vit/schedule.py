@@ -32,7 +32,8 @@ class AtPlaces(Reducer):
         ahead = [place for place in places(self.at, last + 1) if place >= k]
         if k == last or not ahead:
             return goal
-        return max(goal, round(v.n * (goal / v.n) ** (ahead.count(k) / len(ahead))))
+        share: float = (goal / v.n) ** (ahead.count(k) / len(ahead))
+        return max(goal, round(v.n * share))
 
 
 def stepwise(n: int, goal: int, depth: int, at: Sequence[float]) -> list[int]:
