@@ -122,7 +122,7 @@ def test_bad_options_and_answers() -> None:
     with pytest.raises(ValueError, match=r"relevance answered \[3\]: it owes one value to each of 5 tokens"):
         method(Visual(torch.randn(5, 4), 2))
     method = vtprune.create("cdpruner", relevance=lambda units: [torch.full((5,), torch.nan)])
-    with pytest.raises(ValueError, match="relevances of unit 0 hold 5 NaN or Inf"):
+    with pytest.raises(ValueError, match="relevance scores of unit 0 hold 5 NaN or Inf"):
         method(Visual(torch.randn(5, 4), 2))
 
 

@@ -27,7 +27,7 @@ def test_published_schedule() -> None:
     assert [s.where for s in stages] == [3, 17, 22]
     assert [s.budgets([576])[0] for s in stages] == [288, 144, 1]
     assert [s.budgets([99])[0] for s in stages] == [49, 24, 1]
-    assert [s.where for s in method.stages(None, 28)] == [3, 14, 19]
+    assert [s.where for s in method.stages(None, 28)] == [3, 15, 19]
     assert [s.where for s in method.stages(0.5, 4)] == [2, 3]
     assert [s.keep for s in method.stages(0.2, 32)] == pytest.approx([0.6, 0.4, 0.2])
     assert [s.keep for s in method.stages(32, 32)] == [128, 64, 32]

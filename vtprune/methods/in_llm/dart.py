@@ -77,7 +77,7 @@ class DART(Method):
 
     def __call__(self, v: Visual) -> Assignment:
         size, states, text_size, text_states = (signal_of(v, need, self.name) for need in self.needs)
-        check_finite([size, states, text_size, text_states], "keys and states")
+        check_finite([size, states, text_size, text_states], "signals of keys and states")
         unit, text_unit = normalize(states, dim=1), normalize(text_states, dim=1)
         kept = best_first(size)[: self.pivots if v.budget is None else min(self.pivots, budget_of(v, self.name))]
         text = best_first(text_size)[: self.text_pivots]

@@ -81,7 +81,7 @@ class IVCPrune(Method):
 
     def __call__(self, v: Visual) -> Assignment:
         rows, values, logsum, cos, sin = (signal_of(v, need, self.name) for need in self.needs)
-        check_finite([rows, values, logsum, cos, sin], "values and rotary tables")
+        check_finite([rows, values, logsum, cos, sin], "signals of values and rotary tables")
         question = rows[:, self.skip :] if rows.shape[1] > self.skip else rows  # [n, q]
         seeds = best_first(question.mean(1))[: max(1, round(self.seeds * v.n))]
         of_seeds = _rows_of(seeds, values, logsum)

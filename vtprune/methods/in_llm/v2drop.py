@@ -75,6 +75,6 @@ class V2Drop(Method):
 
     def __call__(self, v: Visual) -> Assignment:
         change = signal_of(v, CHANGE, self.name)
-        check_finite([change], "changes of hidden states")
+        check_finite([change], "signals of changing hidden states")
         count = max(1, v.n // 2) if v.budget is None else budget_of(v, self.name)
         return select(best_first(change)[:count], scores=change)

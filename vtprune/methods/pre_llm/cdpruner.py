@@ -90,7 +90,7 @@ class CDPruner(Method):
         for v, r in zip(units, found, strict=True):
             if r.shape != (v.n,):
                 raise ValueError(f"relevance answered {list(r.shape)}: it owes one value to each of {v.n} tokens")
-        check_finite(found, "relevances")
+        check_finite(found, "relevance scores")
         least = [r.amin() for r in found]
         if self.normalize == "batch":
             least = [torch.stack(least).amin()] * len(found)
