@@ -306,7 +306,7 @@ def _on_host(p: Problem, budget: int, combine: Combine) -> Tensor:
             else:
                 for at in (nearer > best).nonzero()[:, 0].split(BLOCK):
                     old, new = (t.index_select(0, at)[:, None] for t in (best, nearer))
-                    cover -= lower(_some(p, table, log, at), old, new)
+                    cover -= column_sums(lower(_some(p, table, log, at), old, new))
             best = nearer
         torch.maximum(cover, floor, out=value)
         if weight is not None:

@@ -207,15 +207,15 @@ def _lower(cover: Tensor, table: Tensor, old: Tensor, new: Tensor) -> None:
     at = (new > old)[:, 0].nonzero()[:, 0]
     for some in at.split(BLOCK):
         low, high = old.index_select(0, some), new.index_select(0, some)
-        cover -= lower(table.index_select(0, some), low, high)
+        cover -= lower(table.index_select(0, some), low, high).sum(0)
 
 
 def lower(rows: Tensor, old: Tensor, new: Tensor) -> Tensor:
-    """[N] float64: by how much less there is to be gained from rows [M, N], which come closer: old to new [M, 1].
+    """[M, N]: by how much less there is to be gained from each of rows [M, N], which come closer: old to new [M, 1].
 
     The rows are overwritten.
     """
     # In two steps, for which torch has vector code: clamp with two tensors takes ten times as long.
     torch.maximum(rows, old, out=rows)
     torch.minimum(rows, new, out=rows)
-    return column_sums(rows.sub_(old))
+    return rows.sub_(old)
