@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vtprune.evals.accuracy.rows import AccuracyReport, difference, mean_and_draws
+from vtprune.evals.accuracy.rows import AccuracyReport, apart, difference, mean_and_draws
 from vtprune.evals.report import Report, Row, share
 
 
@@ -30,8 +30,7 @@ def paired(report: AccuracyReport, method: str, other: str) -> list[Row]:
     rows = []
     for keep in sorted(keeps, reverse=True):
         a, b = index[method, keep], index[other, keep]
-        low, high = np.percentile(draws[:, a] - draws[:, b], [2.5, 97.5])
-        over = [float(exact[a] - exact[b]), float(low), float(high)]
+        over = apart(exact, draws, a, b)
         rows.append({"keep": keep, "right": float(exact[a]), "other": float(exact[b]), "over": over})
     return rows
 

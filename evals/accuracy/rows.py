@@ -115,9 +115,7 @@ def compare(rows: Sequence[Row], answers: Sequence[Row], asked: NDArray[np.str_]
     def over(mine: int, other: tuple[str, Any] | None) -> list[float] | None:
         if other is None or keys[mine] == other:
             return None
-        theirs = keys.index(other)
-        low, high = np.percentile(draws[:, mine] - draws[:, theirs], [2.5, 97.5])
-        return [float(exact[mine] - exact[theirs]), float(low), float(high)]
+        return apart(exact, draws, mine, keys.index(other))
 
     for i, key in enumerate(keys):
         row = means[key]
@@ -138,6 +136,12 @@ def mean_and_draws(
     parts = [marks[:, asked == name, None] for name in names]
     draws = np.mean([resampled(part, rng)[..., 0] for part in parts], axis=0)
     return np.mean([part.mean((1, 2)) for part in parts], axis=0), draws
+
+
+def apart(exact: Marks, draws: NDArray[np.float64], mine: int, theirs: int) -> list[float]:
+    """[difference, low, high] of two runs of `mean_and_draws`, with the 95 % interval."""
+    low, high = np.percentile(draws[:, mine] - draws[:, theirs], [2.5, 97.5])
+    return [float(exact[mine] - exact[theirs]), float(low), float(high)]
 
 
 def packed(runs: Sequence[tuple[Marks, Marks]]) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..farthest_point import reference as farthest
 from ..farthest_point.reference import full_precision, unit_rows
 from ..host import check, check_finite
+from ..volume_coverage.reference import best_row
 
 MARGIN = 1e-6  # residuals closer than this, in proportion to the largest, tie
 RANK = 1e-5  # of a row's own length squared: a smaller residual says that the picked rows span the row
@@ -105,12 +106,6 @@ def _groups(problems: Sequence[Problem], budgets: Sequence[int]) -> list[list[in
     return found
 
 
-def best_row(score: Tensor) -> Tensor:
-    """[B] int64: the lowest index of those with the largest score [B, N], up to MARGIN of it."""
-    top = score.amax(1, keepdim=True)
-    return (score >= top - MARGIN * top.abs()).view(torch.uint8).argmax(1)
-
-
 def _together(problems: Sequence[Problem], budget: int) -> Tensor:
     """[B, budget] picks; the tail of a problem with fewer rows than that is meaningless, but in range.
 
@@ -131,7 +126,7 @@ def _together(problems: Sequence[Problem], budget: int) -> Tensor:
         for step, pick in enumerate(picks):
             over = left.amax(1, keepdim=True) <= 0  # nothing is left: a new round, among the rows not picked
             left, begun = torch.where(over, whole, left), torch.where(over, step, begun)
-            pick.copy_(best_row(left))
+            pick.copy_(best_row(left, MARGIN))
             at = pick.view(-1, 1, 1)
             row = torch.bmm(rows, rows.gather(1, at.expand(-1, 1, rows.shape[2])).mT)
             if step:
@@ -181,7 +176,7 @@ def _foresee(rows: Tensor, left: Tensor, least: Tensor, past: Tensor, most: int)
     best = left.topk(min(n, width + 1))
     bound = float(best.values[width]) if width < n else -torch.inf
     if _ties(float(best.values[0]), bound):  # more rows tie than are looked at
-        pick = best_row(left[None])
+        pick = best_row(left[None], MARGIN)
         return pick, left.index_select(0, pick).clamp(min=TINY).sqrt()[:, None]
     at = best.indices[:width].sort().values
     some, before = rows.index_select(0, at), past.index_select(1, at)

@@ -12,6 +12,7 @@ from ...core.visual import Assignment, Visual
 from ...kernels import check_finite
 from ...registry import register_own as register
 from .. import best_first, budget_of, select, signal_of
+from .schedule import check_layer, layer_at
 
 LAST_ROW = Signal("last_row", -1)
 
@@ -37,11 +38,7 @@ class FlashVIDInner(Method):
             raise ValueError(
                 f"share={self.share!r}: use a float in (0, 1], the share of the tokens that reach the layer"
             )
-        ways = "use an int >= 1 or a share of the depth in (0, 1)"
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int | float):
-            raise TypeError(f"layer={self.layer!r} is a {type(self.layer).__name__}: {ways}")
-        if not (self.layer >= 1 if isinstance(self.layer, int) else 0.0 < self.layer < 1.0):
-            raise ValueError(f"layer={self.layer}: {self.name} reads the layer before, so {ways}")
+        check_layer(self.name, self.layer)
 
     @property
     def adaptive(self) -> bool:
@@ -52,8 +49,7 @@ class FlashVIDInner(Method):
         return (LAST_ROW,)
 
     def stages(self, keep: float | int | None, depth: int) -> list[Stage]:
-        layer = self.layer if isinstance(self.layer, int) else max(1, min(depth - 1, round(self.layer * depth)))
-        return [Stage(layer, self, keep=keep)]
+        return [Stage(layer_at(self.layer, depth), self, keep=keep)]
 
     def __call__(self, v: Visual) -> Assignment:
         row = signal_of(v, LAST_ROW, self.name)

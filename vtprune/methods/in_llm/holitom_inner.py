@@ -16,6 +16,7 @@ from ...kernels import check_finite
 from ...registry import register_own as register
 from .. import best_first, budget_of, signal_of
 from ..shared.nearest import nearest
+from .schedule import check_layer, layer_at
 
 LAST_ROW = Signal("last_row", -1)
 
@@ -41,11 +42,7 @@ class HoliTomInner(Method):
     layer: int | float = 18 / 28
 
     def __post_init__(self) -> None:
-        ways = "use an int >= 1 or a share of the depth in (0, 1)"
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int | float):
-            raise TypeError(f"layer={self.layer!r} is a {type(self.layer).__name__}: {ways}")
-        if not (self.layer >= 1 if isinstance(self.layer, int) else 0.0 < self.layer < 1.0):
-            raise ValueError(f"layer={self.layer}: {self.name} reads the layer before, so {ways}")
+        check_layer(self.name, self.layer)
 
     @property
     def adaptive(self) -> bool:
@@ -56,8 +53,7 @@ class HoliTomInner(Method):
         return (LAST_ROW,)
 
     def stages(self, keep: float | int | None, depth: int) -> list[Stage]:
-        layer = self.layer if isinstance(self.layer, int) else max(1, min(depth - 1, round(self.layer * depth)))
-        return [Stage(layer, self, keep=keep)]
+        return [Stage(layer_at(self.layer, depth), self, keep=keep)]
 
     def __call__(self, v: Visual) -> Assignment:
         row = signal_of(v, LAST_ROW, self.name)

@@ -21,6 +21,11 @@ def in_proportion(points: Sequence[int], of: int, depth: int, floor: int | None 
     return tuple(layer for layer in layers if layer < depth)
 
 
+def layer_at(layer: int | float, depth: int) -> int:
+    """The layer that an int, or a share of the depth in (0, 1), means in a model of `depth`, at least 1."""
+    return layer if isinstance(layer, int) else max(1, min(depth - 1, round(layer * depth)))
+
+
 def pyramid(keep: float | int, stages: int) -> list[float | int]:
     """What each stage leaves until `keep`: a share is reached in equal factors, a count doubles towards the front."""
     if isinstance(keep, int):
@@ -47,6 +52,15 @@ def in_steps_of(published: Sequence[float], keep: float | int, stages: int) -> l
 def tidy(share: float) -> float:
     """A computed share without the last bits' noise: a share that is cut off to a count must not fall below a whole."""
     return round(share, 12)
+
+
+def check_layer(name: str, layer: int | float) -> None:
+    """Raise unless the layer is an int >= 1 or a share of the depth in (0, 1)."""
+    ways = "use an int >= 1 or a share of the depth in (0, 1)"
+    if isinstance(layer, bool) or not isinstance(layer, int | float):
+        raise TypeError(f"layer={layer!r} is a {type(layer).__name__}: {ways}")
+    if not (layer >= 1 if isinstance(layer, int) else 0.0 < layer < 1.0):
+        raise ValueError(f"layer={layer}: {name} reads the layer before, so {ways}")
 
 
 def check_layers(name: str, layers: Sequence[int] | None, option: str = "layers") -> None:
