@@ -98,6 +98,9 @@ def judged(
     notes = [*NOTES]
     if best is not None and beside["drop"] <= best["drop"]:
         notes.append(f"As many random tokens lose no more here ({percent(beside['drop'])}): the method is not needed.")
+    if best is not None and best["speedup"] <= 1:
+        gain = f"{best['speedup']:.2f}x"
+        notes.append(f"It is no sooner than the dense model here ({gain}): pruning pays where inputs are longer.")
     n = sum(task["n"] - task["n"] // 2 for task in search.subject.tasks)
     if n < 100:
         notes.append(f"Only {n} samples were held back to judge by: the intervals are wide; bring more samples.")

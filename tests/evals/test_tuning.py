@@ -61,7 +61,8 @@ def test_the_drop_on_other_questions_agrees(tmp_path: Path, video: bool) -> None
     found = json.loads((tmp_path / "tune.json").read_text())
     best = found["recommended"]
     assert best["drop"] <= 0.1
-    assert best["speedup"] > 1
+    # A short prompt on a busy machine may gain nothing; then it has to be said.
+    assert (best["speedup"] <= 1) == any("no sooner than the dense model" in note for note in found["notes"])
     assert (tmp_path / "tune.png").stat().st_size > 10_000
     low, high = drop_on_others(tmp_path / "recipe.json", video)
     assert best["low"] <= high
