@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate, normalize
+from torch.nn.functional import normalize
 
 from vtprune.kernels import check_finite
 
@@ -20,7 +20,7 @@ from ...registry import register_own as register
 from .. import Fallback, best_first, budget_of, check_choices, check_fallback, cls_attention
 from ..shared.arrange import Order, arranged
 from ..shared.counting import ranks
-from ..shared.parts import Parts, ask_each, parts_of
+from ..shared.parts import Parts, ask_each, enlarged, parts_of, raster_turns
 from ..shared.quota import quota, shares_of_cells
 
 LOGITS = Signal("cls_logits", -1)
@@ -142,10 +142,8 @@ class GlobalCom2(Method):
         own = [logits[at] for at in parts.at]
         if parts.cells == (0, 0):
             return own
-        size = (sum(parts.heights), sum(parts.widths))
-        seen = interpolate(own[0].view(1, 1, *parts.grids[0]), size, mode="bilinear", align_corners=False)[0, 0]
-        cells = [cell.flatten() for band in seen.split(parts.heights) for cell in band.split(parts.widths, 1)]
-        return [own[0], *(normalize(a, dim=0) + normalize(g, dim=0) for a, g in zip(own[1:-1], cells)), own[-1]]
+        pairs = zip(own[1:-1], enlarged(own[0], parts))
+        return [own[0], *(normalize(a, dim=0) + normalize(g, dim=0) for a, g in pairs), own[-1]]
 
     def _pick(self, logits: Tensor, parts: Parts, counts: Tensor, total: int) -> Assignment:
         scores = self._scores(logits, parts)
@@ -154,17 +152,6 @@ class GlobalCom2(Method):
         # Positions, the overview by score; then how the official code orders those of the crops.
         at = torch.cat([parts.at[0][first], *parts.at[1:]])
         kept = torch.cat([kept[: len(first)][first], kept[len(first) :]])
-        turn = torch.cat([torch.arange(len(first), device=at.device), len(first) + _turns(parts, at.device)])
+        turn = torch.cat([torch.arange(len(first), device=at.device), len(first) + raster_turns(parts, at.device)])
         order = at[torch.where(kept, turn, LAST).argsort(stable=True)[:total]]
         return arranged(order, torch.zeros_like(logits).scatter(0, torch.cat(parts.at), torch.cat(scores)), self.order)
-
-
-def _turns(parts: Parts, device: torch.device) -> Tensor:
-    """[tokens behind the overview] int64: the order in which the official code has those of the crops, then others."""
-    (height, width), columns = parts.grids[0], parts.cells[1]
-    turns = []
-    for number, (h, w) in enumerate(parts.grids[1:]):
-        i = torch.arange(h * w, device=device)
-        turns.append(((number // columns * height + i // width) * columns + number % columns) * width + i % width)
-    last = height * width * parts.cells[0] * columns
-    return torch.cat([*turns, last + torch.arange(len(parts.at[-1]), device=device)])

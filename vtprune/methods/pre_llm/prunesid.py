@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import ClassVar, Literal
 
 import torch
@@ -18,6 +17,7 @@ from ...core.visual import Assignment, Visual
 from ...kernels import check_finite
 from ...registry import register_own as register
 from .. import best_first, budget_of, check_choices, select, signal_of
+from ..shared.doubles import survivor_quota, survivors
 from ..shared.principal import principal_parts
 from ..shared.text import note
 
@@ -127,44 +127,11 @@ class PruneSID(Method):
             score, pairs = scores.double(), len(x) * (len(x) - 1) / 2
             theta = budget / 32 * alike.triu(1).sum() / pairs
         order = best_first(score)
-        alive = _survivors(((alike > theta) & (group[:, None] == group))[order][:, order])
+        alive = survivors(((alike > theta) & (group[:, None] == group))[order][:, order])
         ranked = order[best_first(alive.to(torch.int8))]
         of, at = group[ranked].sort(stable=True)
         rank = torch.arange(len(of), device=of.device) - torch.searchsorted(of, of)
         empty = torch.zeros(parts.shape[1], dtype=torch.int64, device=x.device)
         size = empty.scatter_add(0, group, torch.ones_like(group))
-        quota = _quota(empty.scatter_add(0, group[order], alive.long()), size, budget, n)
+        quota = survivor_quota(empty.scatter_add(0, group[order], alive.long()), size, budget, n)
         return ranked[at][best_first((rank < quota[of]).to(torch.int8))[:n]]
-
-
-def _survivors(doubles: Tensor) -> Tensor:
-    """[N] bool: who is left if each of N in turn, unless it is out, throws out its later doubles [N, N] bool."""
-    alive = torch.ones_like(doubles[0])
-    for i, later in enumerate(doubles.triu(1)):
-        alive = alive & ~(later & alive[i])
-    return alive
-
-
-def _quota(alive: Tensor, size: Tensor, budget: int, n: int) -> Tensor:
-    """[G] int64: tokens of each group, n in all (one for each that has any, if these are more).
-
-    alive, size: [G] int64, survivors and tokens of each group.
-    """
-    least = size.clamp(max=1)
-    most = alive.minimum(size).clamp(max=5 * -(-budget // 64))
-    low = torch.zeros_like(size[0])
-    high = low + budget  # each raise makes room for one token at least
-    for _ in range(budget.bit_length() + 1):
-        middle = (low + high) // 2
-        enough = (most + middle).minimum(size).sum() >= budget
-        low, high = torch.where(enough, low, middle + 1), torch.where(enough, middle, high)
-    most = (most + high).minimum(size)
-    extra = (n - least.sum()).clamp(min=0)
-    # One after the other: a parallel sum rounds in an order of its own, and shares of exactly a half are common.
-    shares = torch.stack(list(accumulate((alive.double() / alive.sum()).unbind())))
-    edges = (shares * extra).round().long()
-    given = (least + edges.diff(prepend=edges.new_zeros(1))).minimum(most)
-    by = best_first(alive)
-    room = (most - given)[by]
-    more = (extra + least.sum() - given.sum() - room.cumsum(0) + room).clamp(min=0).minimum(room)
-    return given.scatter_add(0, by, more)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import ClassVar, Literal
 
 import torch
@@ -19,11 +18,8 @@ from ...registry import register_own as register
 from .. import Fallback, best_first, budget_of, check_choices, check_fallback, cls_attention, cls_needs, select
 from ..in_llm.pyramiddrop import PyramidDrop
 from ..in_llm.schedule import in_proportion, tidy
-from ..shared.crops import numbered
 from ..shared.nearest import nearest
-from ..shared.raster import views
-from ..shared.text import note
-from ..shared.windows import parts, ranks_within
+from ..shared.windows import ranks_within, windows_of
 
 Windows = Literal["auto", "4x4_windows", "4x4_tokens"]
 MIDDLE, OF = (16,), 32  # the published layer of the second stage, and the depth it is meant for
@@ -109,7 +105,7 @@ class VScan(Method):
         return [self._scan(v, n, x, *pair) for v, n, x, pair in zip(units, budgets, xs, scores)]
 
     def _scan(self, v: Visual, n: int, x: Tensor, shallow: Tensor, deep: Tensor) -> Assignment:
-        number, sizes = self._windows(v)
+        number, sizes = windows_of(v, self._equal(v), self.name)
         half, inside = n // 2, number >= 0
         most = half // len(sizes) if self._equal(v) else -(-half // len(sizes))
         found = min(half, sum(min(most, size) for size in sizes))
@@ -131,20 +127,3 @@ class VScan(Method):
     def _equal(self, v: Visual) -> bool:
         """True if a raster has 4 x 4 windows, False if a window has 4 x 4 tokens."""
         return self.windows == "4x4_windows" or (self.windows == "auto" and Signal("cls", None) in v.signals)
-
-    def _windows(self, v: Visual) -> tuple[Tensor, list[int]]:
-        """The window [N] int64 that each token is in, -1 outside the rasters, and how many tokens each window has."""
-        number = torch.full((v.n,), -1, device=v.x.device)
-        sizes: list[int] = []
-        rasters = views(v, number)
-        if not rasters:
-            note(v, f"{self.name}: the raster is unknown, windows are runs of the sequence")
-            rasters = [number.view(1, 1, -1)]
-        for raster in rasters:
-            t, h, w = raster.shape
-            rows, columns = (parts(length, self._equal(v)) for length in (h, w))
-            row, column = numbered(rows, number.device), numbered(columns, number.device)
-            frame = len(sizes) + torch.arange(t, device=number.device)[:, None, None] * len(rows) * len(columns)
-            raster.copy_(frame + row[:, None] * len(columns) + column)
-            sizes += [a * b for a, b in product(rows, columns)] * t
-        return number, sizes

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from ...core.method import Method
 from ...core.visual import Assignment, Visual
@@ -52,6 +53,24 @@ def parts_of(v: Visual) -> Parts:
     inside = torch.cat(at)
     outside = torch.ones_like(positions).index_fill(0, inside, 0)
     return Parts([*at, best_first(outside)[: v.n - len(inside)]], grids, cells)
+
+
+def enlarged(scores: Tensor, parts: Parts) -> list[Tensor]:
+    """Scores [n] of the overview enlarged to the mosaic (bilinear), cut into one [n_p] for each crop."""
+    size = (sum(parts.heights), sum(parts.widths))
+    seen = interpolate(scores.view(1, 1, *parts.grids[0]), size, mode="bilinear", align_corners=False)[0, 0]
+    return [cell.flatten() for band in seen.split(parts.heights) for cell in band.split(parts.widths, 1)]
+
+
+def raster_turns(parts: Parts, device: torch.device) -> Tensor:
+    """[tokens behind the overview] int64: the order in which the official code has those of the crops, then others."""
+    (height, width), columns = parts.grids[0], parts.cells[1]
+    turns = []
+    for number, (h, w) in enumerate(parts.grids[1:]):
+        i = torch.arange(h * w, device=device)
+        turns.append(((number // columns * height + i // width) * columns + number % columns) * width + i % width)
+    last = height * width * parts.cells[0] * columns
+    return torch.cat([*turns, last + torch.arange(len(parts.at[-1]), device=device)])
 
 
 def ask_each(method: Method, v: Visual, parts: Parts, counts: Sequence[int]) -> Assignment:
