@@ -1,4 +1,4 @@
-"""The tables of README.md and benchmarks/README.md, made anew: `python -m vtprune.evals.readme`.
+"""The tables of README.md, the guides and benchmarks/README.md, made anew: `python -m vtprune.evals.readme`.
 
 A comment above each table names what it is made from: the saved files of a run, relative to the file that shows them,
 the registry of methods, or the folders of runs.
@@ -30,7 +30,7 @@ COSTS = (
     "LLM, tower: the share of the visual tokens in an average layer of either. FLOPs of the whole prefill and measured "
     "time to the first token (TTFT): of dense = 1."
 )
-PAGES = ("README.md", "benchmarks/README.md")
+PAGES = ("README.md", "examples/guides/choose.md", "benchmarks/README.md")
 PICTURE = "examples/pictures/ttft.png"
 
 

@@ -677,7 +677,7 @@ def test_tokens_that_are_meant_to_go_need_no_note() -> None:
 def test_the_table_of_families_names_what_is_tested() -> None:
     from vtprune.model_adapters.generic import TESTED
 
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "examples" / "guides" / "choose.md").read_text()
     table = dict(re.findall(r"^\| (images|videos|frames as images) \| ([^|]*) \|$", readme, re.M))
     named = {kind: re.findall(r"`(\w+)`", text.partition(";")[0]) for kind, text in table.items()}
     assert sorted(named["images"]) == sorted(TESTED)
