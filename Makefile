@@ -1,4 +1,4 @@
-# make demo | test | test-whole | test-oldest | test-lmms | test-vllm | coverage | lint | readme | gpu: each works in a fresh clone.
+# make demo | test | test-whole | test-oldest | test-lmms | test-vllm | coverage | lint | readme | docs | gpu: each works in a fresh clone.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
@@ -8,7 +8,7 @@ OLDEST := .venv-oldest/bin
 LMMS := .venv-lmms/bin
 VLLM := .venv-vllm/bin
 
-.PHONY: demo test test-whole test-oldest test-lmms test-vllm coverage gpu readme lint clean
+.PHONY: demo test test-whole test-oldest test-lmms test-vllm coverage gpu readme docs lint clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.evals
@@ -144,6 +144,17 @@ PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 # The tables of README.md and benchmarks/README.md, and the picture of what pruning costs, from the files they name.
 readme: .venv/.evals
 	$(BIN)/python -m vtprune.evals.readme
+
+# The guides and the API reference as a site, out/docs/README.html; a broken link or an unknown name fails.
+docs: .venv/.docs
+	rm -rf out/pages
+	mkdir -p out/pages
+	git ls-files -z ':!tests' ':!:*.safetensors' ':!:*.npz' | xargs -0 cp --parents -t out/pages
+	$(BIN)/mkdocs build -q --strict -f examples/site/mkdocs.yml
+
+.venv/.docs: .venv/.evals
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[docs]'
+	touch $@
 
 clean:
 	rm -rf .venv .venv-oldest .venv-lmms .venv-vllm out build *.egg-info

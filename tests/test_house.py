@@ -109,7 +109,7 @@ def test_the_workflow_runs_what_contributors_run() -> None:
     assert [step["run"] for step in steps if "run" in step] == [".ci/run"]
     assert all(re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step["uses"]) for step in steps if "uses" in step)
     targets = re.findall(r"^make ([\w-]+)", (ROOT / ".ci" / "run").read_text(), re.M)
-    assert targets == ["test", "test-whole", "test-oldest", "test-lmms", "test-vllm"], "and nothing less"
+    assert targets == ["test", "docs", "test-whole", "test-oldest", "test-lmms", "test-vllm"], "and nothing less"
     assert "make test COVERAGE=1\n" in (ROOT / ".ci" / "run").read_text(), "the share that tests reach is reported"
     last = (ROOT / ".ci" / "run").read_text().splitlines()[-1]
     assert last == "tail -n 1 out/pytest.txt", "pytest's summary comes last"
