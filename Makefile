@@ -150,7 +150,7 @@ docs: .venv/.docs
 	rm -rf out/pages
 	mkdir -p out/pages
 	git ls-files -z ':!tests' ':!:*.safetensors' ':!:*.npz' | xargs -0 cp --parents -t out/pages
-	$(BIN)/mkdocs build -q --strict -f examples/site/mkdocs.yml
+	$(BIN)/mkdocs build --strict -f examples/site/mkdocs.yml
 
 .venv/.docs: .venv/.evals
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[docs]'
