@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import vtprune
-from vtprune.evals.accuracy import KEEPS, AccuracyReport, evaluate
-from vtprune.evals.accuracy.table import every_method, keeps_of
+from vtprune.evals.accuracy import AccuracyReport, evaluate
+from vtprune.evals.accuracy.table import every_method
 from vtprune.evals.toys import TOYS, toy
 
+KEEPS = (0.25, 0.11)
+# One of each kind that a newcomer asks about: what to take, what the field knows, inside the LLM, inside the tower.
+FEW = ("auto", "divprune", "visionzip", "fastv", "pyramiddrop", "tome")
+FEW_FILMS = ("auto", "divprune", "holitom", "evs", "vidcom2", "fastv")
 CAVEATS = {
     "image": "A toy: 2.3 million parameters, 64 x 64 pixels, 71 words. It shows how methods differ on a model that "
     "really looks; it says nothing about a 7B model on photographs.",
@@ -27,28 +31,34 @@ def caveat(which: str) -> str:
 
 
 def run(
-    out: Path, keeps: Sequence[float | int] = (), limit: int = 30, progress: bool = True, which: str = "image"
+    out: Path,
+    keeps: Sequence[float | int] = (),
+    limit: int = 10,
+    progress: bool = True,
+    which: str = "image",
+    every: bool = False,
 ) -> tuple[AccuracyReport, list[Path]]:
-    """Answer `limit` questions a capability with every registered method; returns the report and the files written.
+    """Answer `limit` questions a capability, dense and pruned; returns the report and the files written.
 
-    which: a name of `TOYS`; "video" asks about generated clips, and methods that it cannot take are noted.
+    which: a name of `TOYS`; "video" asks about generated clips. every: with all methods, of which those that the model
+    cannot take are noted; else with six.
     """
     from vtprune.evals.pictures import film_gallery, gallery
 
     video = which == "video"
-    keeps = keeps or (keeps_of(True) if video else KEEPS[:3])
+    methods = every_method(video) if every else FEW_FILMS if video else FEW
+    keeps = keeps or KEEPS
     model: Any
     model, processor = toy(which).load("cpu")
     questions: Sequence[Any] = toy(which).questions(per_capability=limit)
     title = f"{TOYS[which]}, dense and pruned".capitalize()
-    workers = min(4, os.cpu_count() or 1)
     report = evaluate(
-        model, processor, questions, every_method(video), keeps, seeds=1, title=title, progress=progress,
-        workers=workers, skip=video,
+        model, processor, questions, methods, keeps, seeds=1, title=title, progress=progress,
+        workers=min(4, os.cpu_count() or 1), skip=every and video, prompts=4,
     )  # fmt: skip
     report.notes = (caveat(which), *report.notes)
     ran = {row["method"] for row in report.rows}
-    drawn = [cls.name for cls in vtprune.methods() if cls.name in ran and "prefill" in cls.phases]
+    drawn = [name for name in methods if name in ran and "prefill" in vtprune.create(name).phases]
     overlay = (film_gallery if video else gallery)(model, processor, questions, drawn, keep=keeps[-1])
     out.mkdir(parents=True, exist_ok=True)
     overlay.save(out / "overlay.png")

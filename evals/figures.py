@@ -15,11 +15,14 @@ Row = dict[str, Any]
 # Okabe-Ito colours, which stay apart for colour-blind readers; the controls are grey.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#8C564B")
 _MARKERS = ("o", "^", "s")
+LABELLED = 8
 _CONTROLS = {"random": ("#8a8a8a", "--"), "uniform": ("#444444", ":")}
 
 
 def pareto(rows: Sequence[Row], title: str, path: str | Path) -> Path:
     """Write a PNG of accuracy against cost: the mean over capabilities large, every capability small on the right.
+
+    At most `LABELLED` curves have a colour and a name, the controls and the methods that lead; the others are grey.
 
     rows: those of the capability "mean" hold the costs. The cost of the left panel and of the small ones is the share
     of visual tokens in an average layer of the LLM; that of the second is the FLOPs of the prefill, where known.
@@ -31,11 +34,8 @@ def pareto(rows: Sequence[Row], title: str, path: str | Path) -> Path:
     names = [n for n in dict.fromkeys(row["capability"] for row in rows) if n != "mean"]
     columns = 3 if len(names) <= 9 else 4
     lines = -(-len(names) // columns)
-    legend = 0.035 * len({row["method"] for row in rows})  # inches, in six columns
     large = ["llm_share", "flops"] if all(row["flops"] is not None for row in costs.values()) else ["llm_share"]
-    figure = Figure(
-        figsize=(5 * len(large) + 1.8 * columns, max(5.0, 1.75 * lines) + 0.3 + legend), layout="constrained"
-    )
+    figure = Figure(figsize=(5 * len(large) + 1.8 * columns, max(5.0, 1.75 * lines) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(5 * len(large), 1.8 * columns))[0]
     axes = left.subplots(1, len(large), sharey=True, squeeze=False)[0]
@@ -44,7 +44,7 @@ def pareto(rows: Sequence[Row], title: str, path: str | Path) -> Path:
         axis.set(xlabel=COSTS[cost])
     axes[0].set(ylabel="answer right, mean over capabilities")
     handles, labels = axes[0].get_legend_handles_labels()
-    left.legend(handles, labels, fontsize=7, frameon=False, loc="outside lower center", ncols=3 * len(large))
+    left.legend(handles, labels, fontsize=8, frameon=False, loc="outside lower center", ncols=3 * len(large))
     small = right.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     for cell, name in zip(small.flat, names):
         _curves(cell, rows, name, costs, "llm_share", marks=2.5)
@@ -74,7 +74,13 @@ def _curves(
     axis.axhline(full, color="black", lw=1, label="all tokens")
     axis.axhspan(0, blind, color="black", alpha=0.08, lw=0, label="blind")
     pruned = [row for row in mine if row["keep"] != 1.0]
-    for method, (color, style, marker) in _styles(pruned).items():
+    named = _leaders([row for row in rows if row["capability"] == "mean" and row["keep"] != 1.0], costs)
+    others = sorted({row["method"] for row in pruned} - set(named))
+    for i, method in enumerate(others):
+        own = sorted((costs[method, row["keep"]][cost], row["right"]) for row in pruned if row["method"] == method)
+        label = f"{len(others)} other methods" if i == 0 else None
+        axis.plot(*zip(*own), "-", color="#c4c4c4", marker="o", ms=marks / 2, lw=0.8, label=label, zorder=1)
+    for method, (color, style, marker) in _styles([row for row in pruned if row["method"] in named]).items():
         own = [(costs[method, row["keep"]][cost], row) for row in pruned if row["method"] == method]
         points = sorted(own, key=lambda point: (point[0], point[1]["keep"]))
         x = [at for at, _ in points]
@@ -178,6 +184,24 @@ def _ttft_panel(axis: Any, one: Row, limits: Limits) -> None:
     axis.set_title(machine, fontsize=10, loc="left", pad=20 if env["shrunk"] else 8)
     if env["shrunk"]:
         axis.text(0, 1.02, env["shrunk"], transform=axis.transAxes, fontsize=8, color="#b00000")
+
+
+def _leaders(rows: Sequence[Row], costs: dict[tuple[str, Any], Row]) -> list[str]:
+    """The methods whose curves have a name: the controls, `auto`, those that no cheaper row reaches, then the best.
+
+    Methods that hold more than half of the tokens in an average layer come last: they save little.
+    """
+    share = {name: mean(costs[key]["llm_share"] for key in costs if key[0] == name) for name, _ in costs}
+    means = {row["method"]: mean(r["right"] for r in rows if r["method"] == row["method"]) for row in rows}
+    own = [name for name in means if "positions=" not in name]
+    best, front = -1.0, []
+    for row in sorted(rows, key=lambda row: (costs[row["method"], row["keep"]]["llm_share"], -row["right"])):
+        if row["right"] > best and row["method"] in own and share[row["method"]] <= 0.5:
+            best = row["right"]
+            front.append(row["method"])
+    first = [name for name in (*_CONTROLS, "auto") if name in means]
+    ranked = sorted(own or means, key=lambda name: (share[name] > 0.5, -means[name], name))
+    return list(dict.fromkeys([*first, *front, *ranked]))[:LABELLED]
 
 
 def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str, str]]:

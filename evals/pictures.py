@@ -14,27 +14,33 @@ from vtprune.panels import kept_units, panels
 from vtprune.show import GAP, INK, MARK, TITLE, contact_sheet, draw
 
 GOOD = (0, 128, 60)
+WIDTH = 1600  # pixels, so that a sheet fits a screen
 
 
 def gallery(
     model: Any, processor: Any, questions: Sequence[Any], methods: Sequence[str], keep: float | int, side: int = 176
 ) -> Image.Image:
-    """A sheet: a row for each of four questions, a column a method, and the model's answer under every picture."""
+    """A sheet of four questions, `WIDTH` pixels wide at most: what each method keeps, the answer under every picture.
+
+    Each question's pictures, the whole one first, wrap into as many lines as they need.
+    """
     asked = _spread(questions, 4)
     font = ImageFont.load_default(14)
-    row_height = side + 2 * TITLE + GAP
-    size = (GAP + (len(methods) + 1) * (side + GAP), TITLE + GAP + len(asked) * row_height)
-    sheet = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(sheet)
     columns: list[str | None] = [None, *methods]
-    for c, name in enumerate(columns):
-        pen.text((GAP + c * (side + GAP), GAP // 2), name or "all tokens", fill=INK, font=font)
+    across = min(len(columns), (WIDTH - GAP) // (side + GAP))
+    lines = -(-len(columns) // across)
+    cell = side + 2 * TITLE  # a name, the picture, an answer
+    height = TITLE + lines * cell + GAP
+    sheet = Image.new("RGB", (GAP + across * (side + GAP), GAP + len(asked) * height), "white")
+    pen = ImageDraw.Draw(sheet)
     for r, question in enumerate(asked):
-        y = TITLE + GAP + r * row_height
-        pen.text((GAP, y), f"{words_of(question.prompt)}  ({question.answer})", fill=INK, font=font)
-        for c, name in enumerate(columns):
-            x = GAP + c * (side + GAP)
+        top = GAP + r * height
+        pen.text((GAP, top), f"{words_of(question.prompt)}  ({question.answer})", fill=INK, font=font)
+        for i, name in enumerate(columns):
+            line, column = divmod(i, across)
+            x, y = GAP + column * (side + GAP), top + TITLE + line * cell
             picture, said = _answered(model, processor, question, name, keep, side)
+            pen.text((x, y), name or "all tokens", fill=INK, font=font)
             sheet.paste(picture.resize((side, side)), (x, y + TITLE))
             good = mark(said, True, question.answer)[0]
             pen.text((x, y + TITLE + side + 2), said, fill=GOOD if good else MARK, font=font)

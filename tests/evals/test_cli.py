@@ -68,8 +68,9 @@ def test_demo_ends_with_table_plot_and_overlay(tmp_path: Path) -> None:
     for name in ("demo.json", "pareto.png", "overlay.png"):
         assert f"wrote {tmp_path / name}" in " ".join(result.stdout.split())
         assert (tmp_path / name).stat().st_size > 1000
-    for cls in vtprune.methods():
-        assert cls.video or cls.name in result.stdout
+    for name in ("auto", "divprune", "visionzip", "fastv", "pyramiddrop", "tome", "random", "uniform"):
+        assert name in result.stdout
+    assert Image.open(tmp_path / "overlay.png").width <= 1600
 
 
 def test_bench_writes_one_file_a_run(tmp_path: Path) -> None:
@@ -100,10 +101,7 @@ def test_video_is_evaluated_demonstrated_and_drawn(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "clips of 16 frames" in result.output
     demo = json.loads((tmp_path / "demo.json").read_text())
-    told = {row["method"] for row in demo["rows"]} | {
-        n.split(": ")[1] for n in demo["notes"] if n.startswith("Not run")
-    }
-    assert told >= {cls.name for cls in vtprune.methods()}
+    assert {row["method"] for row in demo["rows"]} >= {"auto", "holitom", "evs", "vidcom2", "uniform"}
     assert Image.open(tmp_path / "overlay.png").width > 600
 
 

@@ -7,20 +7,21 @@ from pathlib import Path
 import typer
 
 from vtprune.cli.common import folder, needs, sentence, show_report
-from vtprune.cli.options import Clips, Json, Keep, Limit, Mid, Out, one_toy, parse_keeps
+from vtprune.cli.options import All, Clips, Json, Keep, Limit, Mid, Out, one_toy, parse_keeps
 from vtprune.evals import models
 
 
 @sentence
 def demo(
     keep: Keep = None,
-    limit: Limit = 30,
+    limit: Limit = 10,
+    every: All = False,
     video: Clips = False,
     mid: Mid = False,
     out: Out = Path("out"),
     as_json: Json = False,
 ) -> None:
-    """Answer real questions with an embedded model, dense and pruned with every method."""
+    """Answer real questions with an embedded model, dense and pruned with six methods or with --all."""
     needs("scipy", "matplotlib", *(["torchvision"] if video else []))
     from vtprune.evals import demo as demonstration
 
@@ -30,7 +31,7 @@ def demo(
     keeps = parse_keeps(keep, ())
     if not as_json:
         typer.secho(demonstration.caveat(which), err=True)
-    report, files = demonstration.run(out, keeps, limit, progress=not as_json, which=which)
+    report, files = demonstration.run(out, keeps, limit, progress=not as_json, which=which, every=every)
     show_report(report, as_json)
     if not as_json:
         for path in files:

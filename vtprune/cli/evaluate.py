@@ -9,6 +9,7 @@ import typer
 
 from vtprune.cli.common import folder, needs, sentence, show_report
 from vtprune.cli.options import (
+    All,
     Batch,
     Clips,
     Device,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 @sentence
 def evaluate(
     method: Methods = None,
-    all_methods: Annotated[bool, typer.Option("--all", help="Every method; rules about frames with --video.")] = False,
+    all_methods: All = False,
     keep: Keep = None,
     model: Model = None,
     video: Clips = False,

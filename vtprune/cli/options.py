@@ -23,6 +23,7 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")
 Batch = Annotated[int, typer.Option(min=1, help="Samples run together.")]
 Limit = Annotated[int, typer.Option(min=2, help="Questions of each capability.")]
 Out = Annotated[Path, typer.Option(help="Folder to write to.")]
+All = Annotated[bool, typer.Option("--all", help="Every method; rules about frames with --video.")]
 Mid = Annotated[bool, typer.Option("--mid", help="The mid model: real parts and real depth, asked about pictures.")]
 Clips = Annotated[bool, typer.Option("--video", help="Clips and the embedded model that watches them.")]
 
