@@ -1,4 +1,4 @@
-# make demo | test | test-whole | test-oldest | test-lmms | test-vllm | coverage | lint | readme | docs | gpu: each works in a fresh clone.
+# make demo | test | test-whole | test-oldest | test-lmms | test-vllm | coverage | lint | readme | docs | release | gpu: each works in a fresh clone.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
@@ -8,7 +8,7 @@ OLDEST := .venv-oldest/bin
 LMMS := .venv-lmms/bin
 VLLM := .venv-vllm/bin
 
-.PHONY: demo test test-whole test-oldest test-lmms test-vllm coverage gpu readme docs lint clean
+.PHONY: demo test test-whole test-oldest test-lmms test-vllm coverage gpu readme docs release lint clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.evals
@@ -155,6 +155,18 @@ docs: .venv/.docs
 .venv/.docs: .venv/.evals
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[docs]'
 	touch $@
+
+# What an index would get: wheel and sources with checked metadata, installed into an empty environment, where the first
+# snippet of the README runs. Nothing is uploaded.
+release: .venv/.dev
+	rm -rf out/dist out/release
+	$(BIN)/python -m pip install -q --disable-pip-version-check twine
+	$(BIN)/python -m build -q --outdir out/dist
+	$(BIN)/twine check --strict out/dist/*
+	$(PYTHON) -m venv out/release
+	out/release/bin/pip install -q --disable-pip-version-check torchvision "$$(echo out/dist/*.whl)[evals]"
+	sed -n '/^```python/,/^```/{/^```/d;p}' README.md > out/release/snippet.py
+	cd out/release && bin/python snippet.py
 
 clean:
 	rm -rf .venv .venv-oldest .venv-lmms .venv-vllm out build *.egg-info
