@@ -92,14 +92,14 @@ def _embedded(device: str, dtype: torch.dtype, batch: int) -> Subject:
     return from_processor("tiny", model, processor, question.image, question.prompt, batch)
 
 
-def from_processor(name: str, model: Any, processor: Any, image: Any, text: str, batch: int) -> Subject:
-    """A loaded model on `batch` copies of one image and question."""
-    from vtprune.evals.accuracy import render
+def from_processor(name: str, model: Any, processor: Any, seen: Any, text: str, batch: int) -> Subject:
+    """A loaded model on `batch` copies of one question about a picture or a `Video`."""
+    from vtprune.evals.accuracy import process
+    from vtprune.evals.video import Video
 
-    made = processor(
-        text=[render(processor, text)] * batch, images=[[image]] * batch, return_tensors="pt", add_special_tokens=False
-    )
-    return Subject(name, model, dict(made.to(model.device, dtype=model.dtype)))
+    made = process(processor, [text] * batch, [seen] * batch)
+    modality = "video" if isinstance(seen, Video) else "image"
+    return Subject(name, model, dict(made.to(model.device, dtype=model.dtype)), modality)
 
 
 def bench(
