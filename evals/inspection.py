@@ -149,7 +149,7 @@ def _asked(adapter: Adapter, processor: Any, seen: Any, prompt: str, notes: list
         told = {"kind": "video", "frames": len(seen.frames)}
     told["width"], told["height"] = seen.frames.shape[2:0:-1] if told["frames"] else seen.size
     features = {modality: _features(adapter, modality, inputs) for modality in adapter.given(inputs)}
-    units = []
+    units: list[dict[str, Any]] = []
     for unit in adapter.units(kinds, features):
         spans = unit.spans or (adapter.family.image_spans(adapter.base, unit.n) if unit.modality == "image" else ())
         units.append({"tokens": unit.n, "grids": [list(span.grid) for span in spans]})

@@ -12,10 +12,8 @@ from .recipe import Recipe, given_stages, method_of
 if TYPE_CHECKING:
     from torch import nn
 
-    from .core.result import Last
     from .hf.session import Patch
     from .hf.vit import VitPatch
-    from .hf.vit_last import VitLast
 
 _KEY = "_vtprune"
 _STAGE_OPTIONS = ("keep_total", "per", "newlines", "positions", "clips")
@@ -48,7 +46,7 @@ class Handle:
         return Recipe.of(self.stages)
 
     @property
-    def last(self) -> Last | VitLast | None:
+    def last(self) -> Any:  # which of the two it is depends on the model, and no checker knows
         """What the last prefill with visual tokens kept, a `Last`, of this thread if it ran one; None before the first.
         Of a plain vision transformer a `VitLast`. Both have `to_dict()` and `draw(image)`."""
         return self._session.local.last or self._session.latest
@@ -100,7 +98,7 @@ class Handle:
 
 def _cost_of(model: Any) -> TextCost | None:
     """The cost model of the LLM, in the model's dtype; None of a vision transformer and where it is not known."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     dtype = getattr(model, "dtype", None)
     if dtype is None or not hasattr(type(model), "get_decoder"):
         return None

@@ -25,6 +25,7 @@ from vtprune.evals.speed.limits import Limits, Samples, Variant, row_of
 from vtprune.evals.speed.meter import Allocated, Phases, now, seconds
 from vtprune.evals.speed.prefill import MODES, Bucketed
 from vtprune.evals.speed.tables import BenchReport, notes_of
+from vtprune.model_adapters.cache_argument import NAME
 from vtprune.parsing import parse_method
 from vtprune.types import VtpruneError
 
@@ -216,7 +217,7 @@ def _generate(what: Subject, into: Samples, new_tokens: int, handle: Any = None)
         into.kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in stored)
         start = now(device)
         for _ in range(new_tokens):
-            out = what.model(input_ids=token, past_key_values=cache, use_cache=True)
+            out = what.model(input_ids=token, use_cache=True, **{NAME: cache})
             token = out.logits[:, -1:].argmax(-1)
         into.step.append((now(device) - start) / max(1, new_tokens))
     if device.type == "cuda":

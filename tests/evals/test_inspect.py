@@ -178,11 +178,15 @@ def native(saved: Path) -> Path:
     """A tiny Qwen2.5-VL whose patches and merging are those of the real one, so that its token counts are, too."""
     config = families.FAMILIES["qwen2_5_vl"].config()
     config.vision_config.patch_size, config.vision_config.window_size = 14, 112
-    config.vision_config.fullatt_block_indexes = []
+    config.vision_config.fullatt_block_indexes, config.vision_config.depth = [], 1
+    config.text_config.num_hidden_layers = 2
+    config.text_config.layer_types = config.text_config.layer_types[:2]
     config.text_config.max_position_embeddings = 4096
     folder = checkpoints.save("qwen2_5_vl", saved / "native")
     transformers.Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
-    pictures = transformers.Qwen2VLImageProcessor(patch_size=14, merge_size=2)
+    pictures = transformers.Qwen2VLImageProcessor(
+        patch_size=14, merge_size=2, size={"shortest_edge": 56 * 56, "longest_edge": 12845056}
+    )
     processor = models.processor_of(str(folder))
     processor.image_processor = pictures
     processor.save_pretrained(folder)
@@ -201,7 +205,7 @@ def test_bench_of_a_photograph_reports_its_tokens(native: Path, tmp_path: Path) 
     assert report["environment"]["visual_tokens"] == told["input"]["visual_tokens"] == 48 * 32
     assert told["input"]["units"] == [{"tokens": 1536, "grids": [[1, 32, 48]]}]
     assert report["environment"]["tokens"] - 1536 == told["input"]["text_tokens"] - len(PROMPT) + len("Where?")
-    assert {row["kept"] for row in report["rows"] if row["method"] == "random"} == {169}
+    assert [row["kept_by_layer"] for row in report["rows"] if row["method"] == "random"] == [[169, 169]]
     assert [path.parent for path in tmp_path.rglob("*.json")] == [tmp_path], "the file is named by the model's folder"
 
 
