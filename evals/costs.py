@@ -6,16 +6,17 @@ Every number is read from `Handle.last` and from a call that was made, none from
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vtprune.evals.speed.flops import TextCost, counted
+from vtprune.core.cost import looks, text_cost
+from vtprune.evals.speed.flops import counted
 
 if TYPE_CHECKING:
-    from vtprune import Handle, Last, Stage
+    from vtprune import Handle, Last
 
 NOTES = (
     "tower, LLM: the share of the visual tokens in an average layer of the vision tower and of the LLM, as the layers "
@@ -78,28 +79,6 @@ def llm_flops(model: Any, fed: int, handle: Handle | None) -> int | None:
         return None
     lengths, stages = ([fed] * text.layers, []) if handle is None else (handle.last.lengths, handle.stages)
     return text.prefill(lengths) + looks(text, stages, [fed, *lengths])
-
-
-def looks(text: TextCost, stages: Sequence[Stage], entering: Sequence[int]) -> int:
-    """FLOPs of the stages that read the layer they stand at; entering[k]: the tokens before what layer k drops."""
-    inside = {
-        stage.where
-        for stage in stages
-        if isinstance(stage.where, int) and "prefill" in stage.method.phases and any(n.layer == 0 for n in stage.needs)
-    }
-    return sum(text.look(entering[layer]) for layer in inside)
-
-
-def text_cost(config: Any) -> TextCost | None:
-    """The cost model of a text config; None for experts, layers without attention, and sizes that it does not name."""
-    kinds = getattr(config, "layer_types", None) or ()
-    experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
-    if experts or any("attention" not in kind or "linear" in kind for kind in kinds):
-        return None
-    try:
-        return TextCost.of(config)
-    except (AttributeError, TypeError):
-        return None
 
 
 def vision_flops(model: Any, inputs: Mapping[str, Any]) -> int:

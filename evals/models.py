@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import pickle
 from typing import Any
 
@@ -25,10 +26,28 @@ def load(
 
         return toy("video" if video else "mid" if mid else "image").load(where, kind)
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
+
+    processor = processor_of(name)
+    if video:
+        check_videos(name, processor)
+    loaded = _from_hub(AutoModelForImageTextToText, name, dtype=kind)
+    return loaded.eval().to(torch.device(where)), processor
+
+
+def processor_of(name: str) -> Any:
+    """The processor of a checkpoint; ValueError where there is none, or a package is missing that it needs."""
+    from transformers import AutoProcessor
 
     processor = _from_hub(AutoProcessor, name)
-    if video and getattr(processor, "video_processor", None) is None:
+    if getattr(processor, "chat_template", None) and importlib.util.find_spec("jinja2") is None:
+        raise ValueError(f"--model {name} has a chat template, which needs jinja2: run pip install jinja2")
+    return processor
+
+
+def check_videos(name: str, processor: Any) -> None:
+    """ValueError where a processor takes no videos."""
+    if getattr(processor, "video_processor", None) is None:
         from vtprune.model_adapters import families
 
         takes = [known.model_type for known in families() if known.family.video_layout and known.status == "tested"]
@@ -36,8 +55,23 @@ def load(
             f"--model {name} takes no videos (its {type(processor).__name__} has no video processor): name one that "
             f"does (its model_type is one of {', '.join(takes)}), or leave out --video"
         )
-    loaded = _from_hub(AutoModelForImageTextToText, name, dtype=kind)
-    return loaded.eval().to(torch.device(where)), processor
+
+
+def config_of(name: str) -> Any:
+    """The config of a checkpoint."""
+    from transformers import AutoConfig
+
+    quiet()
+    return _from_hub(AutoConfig, name)
+
+
+def on_meta(config: Any) -> Any:
+    """A vision-language model without weights: shapes alone, so that any size is built at once."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config).eval()
 
 
 def _from_hub(cls: Any, name: str, **options: Any) -> Any:

@@ -16,6 +16,9 @@ SAYS = {
     "03_composed_stages": "tokens each decoder layer ran on:",
     "04_own_method": "router kept 64",
     "05_vision_transformer": "rows behind every block: [249, 241, 233, 225, 217, 209]",
+    "06_lora": "fastv is refused: gradient checkpointing re-runs decoder layers",
+    "07_pipeline": "refused: this model is already patched",
+    "08_offload": "fastv, weights on meta: equal logits: True",
 }
 
 
@@ -27,6 +30,12 @@ def test_example_runs_and_prints_what_it_promises(path: Path) -> None:
     if path.stem.startswith("02"):
         written, stored = map(int, re.search(r"written: (\d+)  tokens stored: (\d+)", done.stdout).groups())
         assert written - stored == 2 * (256 - 64)
+    if path.stem.startswith("06"):
+        losses = [float(text) for text in re.search(r"loss: ([\d. ]+)", done.stdout).group(1).split()]
+        assert losses[-1] < 0.5 * losses[0]
+        assert "divprune with checkpointing: loss" in done.stdout
+    if path.stem.startswith("07"):
+        assert done.stdout.count("64   25.0%") == 4
 
 
 def test_examples_are_short() -> None:

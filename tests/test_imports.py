@@ -109,6 +109,10 @@ RULES: dict[str, tuple[str, str]] = {
 }
 # (module, what it imports): why it may.
 ALLOWED: dict[tuple[str, str], str] = {
+    ("vtprune.core.result", "vtprune.show"): "a picture is drawn where it is asked for, and not before",
+    ("vtprune.core.result", "vtprune.summary"): "so is what a notebook shows",
+    ("vtprune.hf.vit_last", "vtprune.show"): "as of `Last`",
+    ("vtprune.hf.vit_last", "vtprune.summary"): "as of `Last`",
     ("vtprune.recipe", "vtprune"): "the version that is written into a recipe, read when one is made",
 }
 

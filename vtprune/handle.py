@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from .core.cost import TextCost, text_cost
 from .core.method import Method, Stage, check_keep
 from .recipe import Recipe, given_stages, method_of
 
@@ -23,12 +24,15 @@ class Handle:
 
     >>> with vtprune.patch(model, "divprune", keep=0.25) as handle:
     ...     model.generate(**inputs)
-    ...     handle.last.units[0].idx
+    ...     print(handle.summary())
     """
+
+    __slots__ = ("_cost", "_name", "_root", "_session")  # without them, help() would not fit a screen
 
     def __init__(self, model: nn.Module, session: Patch | VitPatch) -> None:
         self._root: nn.Module | None = session.root
         self._session, self._name = session, type(model).__name__
+        self._cost = _cost_of(model)
         self._enter()
 
     @property
@@ -38,19 +42,25 @@ class Handle:
 
     @property
     def recipe(self) -> Recipe:
-        """The stages in force as a document that `patch` takes: `handle.recipe.save("recipe.json")`.
-
-        Raises ValueError where a stage holds a method that is not registered.
-        """
+        """The stages as a document that `patch` takes; ValueError where one holds a method that is not registered."""
         return Recipe.of(self.stages)
 
     @property
-    def last(self) -> Any:
+    def last(self) -> Any:  # which of the two it is depends on the model, and no checker knows
         """What the last prefill with visual tokens kept, a `Last`, of this thread if it ran one; None before the first.
-
-        On a plain vision transformer what the last forward pass left, a `VitLast`.
-        """
+        Of a plain vision transformer a `VitLast`. Both have `to_dict()` and `draw(image)`."""
         return self._session.local.last or self._session.latest
+
+    def summary(self) -> str:
+        """A table of what `last` tells: tokens by image, tower and layer, time, FLOPs and memory saved, notes."""
+        from .summary import summary
+
+        return summary(self, self._cost)
+
+    def _repr_html_(self) -> str:
+        from .summary import html
+
+        return html(self.last, self.summary())
 
     @property
     def active(self) -> bool:
@@ -58,12 +68,10 @@ class Handle:
         return self._root is not None and self._root.__dict__.get(_KEY) is self
 
     def remove(self) -> None:
-        """Leave the model as it was before `patch`; safe to call twice.
+        """Leave the model as it was before `patch`, and of the patch only `last`; safe to call twice.
 
-        Calls in other threads end with the patch, which this waits for; those that begin meanwhile wait, and run
-        without it. Caches already produced stay valid where rows and layers store the same number of tokens; the others
-        refuse to go on without the patch. What is left is `last`: neither the model nor anything of a call stays alive.
-
+        Waits for calls in other threads; those that begin meanwhile wait, and run without it. Caches already produced
+        stay valid where rows and layers store the same number of tokens; the others refuse to go on without the patch.
         Raises VtpruneError inside a call of the model in this thread.
         """
         self._session.remove()
@@ -86,6 +94,15 @@ class Handle:
     def __repr__(self) -> str:
         places = ", ".join(f"{s.method.name or type(s.method).__name__} at {s.where!r}" for s in self.stages)
         return f"<vtprune.Handle of {self._name}: {places}{'' if self.active else ' (removed)'}>"
+
+
+def _cost_of(model: Any) -> TextCost | None:
+    """The cost model of the LLM, in the model's dtype; None of a vision transformer and where it is not known."""
+    config: Any = getattr(model, "config", None)
+    dtype = getattr(model, "dtype", None)
+    if dtype is None or not hasattr(type(model), "get_decoder"):
+        return None
+    return text_cost(config.get_text_config(), dtype.itemsize)
 
 
 def patch(

@@ -77,18 +77,15 @@ def kept_units(last: Last | None) -> list[Kept]:
     """What stayed of every image and video after all stages, in the order of the prompt."""
     if last is None or not last.images:
         raise ValueError("the prompt holds no image the model could see, so nothing was pruned")
-    alive = torch.zeros(last.src.shape, dtype=torch.bool)
-    for row, index in enumerate(last.index.cpu()):
-        alive[row, index if last.valid is None else index[last.valid[row].cpu()]] = True
     into = _into(last)
     found = []
-    for unit in last.images:
+    for unit, kept in zip(last.images, last.kept()):
         at = arange_of(unit.ranges, torch.device("cpu"))
-        place = torch.full((alive.shape[1],), -1)
-        place[at] = torch.arange(unit.n)
+        place = torch.full((into.shape[1],), -1)
+        place[at[kept]] = kept
         goal = into[unit.row, at]
-        goal = torch.where((goal >= 0) & alive[unit.row, goal], place[goal], -1)
-        found.append(Kept(unit.n, alive[unit.row, at].nonzero().flatten(), unit.grid, unit.spans, goal))
+        goal = torch.where(goal >= 0, place[goal], -1)
+        found.append(Kept(unit.n, kept, unit.grid, unit.spans, goal))
     return found
 
 

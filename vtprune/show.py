@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -25,11 +25,15 @@ from vtprune.panels import (
     segments,
     tile_grid,
 )
-from vtprune.places import Box
+from vtprune.places import Box, boxes
+
+if TYPE_CHECKING:
+    from vtprune.core.result import Last
+    from vtprune.hf.vit_last import VitLast
 
 __all__ = [
-    "Kept", "Panel", "contact_sheet", "draw", "draw_groups", "film", "joined", "kept_units", "overlay", "panels",
-    "rasters", "record", "segments", "tile_grid",
+    "Kept", "Panel", "contact_sheet", "draw", "draw_groups", "draw_kept", "draw_slots", "film", "joined",
+    "kept_units", "overlay", "panels", "rasters", "record", "segments", "tile_grid",
 ]  # fmt: skip
 
 _DIM = 0.78  # how far a dropped cell fades towards white
@@ -51,6 +55,37 @@ class Film(Protocol):
     @property
     def times(self) -> NDArray[np.float64]:
         """float64 [T]: seconds at which each frame comes on screen."""
+
+
+def draw_kept(last: Last, image: Any, which: int | slice | None, processor: Any) -> Image.Image:
+    """`Last.draw`."""
+    units = kept_units(last)
+    if which is None and len(units) > 1:
+        raise ValueError(
+            f"the last prompt held {len(units)} images or videos: say which=0 to {len(units) - 1}, or a slice of those "
+            "that are crops of one picture, such as which=slice(None)"
+        )
+    if isinstance(which, int) and not 0 <= which < len(units):
+        raise ValueError(f"which={which}: the last prompt held {len(units)} images or videos, counted from 0")
+    units = units[which] if isinstance(which, slice) else [units[which or 0]]
+    if not units:
+        raise ValueError(f"which={which} names none of the images and videos of the last prompt")
+    title = ", ".join(dict.fromkeys(unit.method for unit in last.units)) or "nothing pruned"
+    if not isinstance(image, Image.Image):
+        return contact_sheet(image, units, title)
+    unit, places = joined(units), None
+    if processor is not None:
+        look = getattr(processor, "image_processor", processor)
+        places = boxes(lambda picture: look(picture, return_tensors="pt"), image.size, rasters(unit))
+    return overlay(image, unit, title, places)
+
+
+def draw_slots(last: VitLast, image: Image.Image, row: int, grid: tuple[int, int] | None) -> Image.Image:
+    """`VitLast.draw`."""
+    slots = torch.arange(last.n) if last.slots is None else last.slots[row].cpu()
+    patches = slots[last.prefix :]
+    side = math.isqrt(len(patches))
+    return draw_groups(image, patches, grid or (side, side), "patches")
 
 
 def contact_sheet(video: Film, units: Sequence[Kept], title: str, side: int = 168, columns: int = 8) -> Image.Image:

@@ -25,6 +25,7 @@ from vtprune.evals.speed.limits import Limits, Samples, Variant, row_of
 from vtprune.evals.speed.meter import Allocated, Phases, now, seconds
 from vtprune.evals.speed.prefill import MODES, Bucketed
 from vtprune.evals.speed.tables import BenchReport, notes_of
+from vtprune.model_adapters.cache_argument import NAME
 from vtprune.parsing import parse_method
 from vtprune.types import VtpruneError
 
@@ -92,14 +93,14 @@ def _embedded(device: str, dtype: torch.dtype, batch: int) -> Subject:
     return from_processor("tiny", model, processor, question.image, question.prompt, batch)
 
 
-def from_processor(name: str, model: Any, processor: Any, image: Any, text: str, batch: int) -> Subject:
-    """A loaded model on `batch` copies of one image and question."""
-    from vtprune.evals.accuracy import render
+def from_processor(name: str, model: Any, processor: Any, seen: Any, text: str, batch: int) -> Subject:
+    """A loaded model on `batch` copies of one question about a picture or a `Video`."""
+    from vtprune.evals.accuracy import process
+    from vtprune.evals.video import Video
 
-    made = processor(
-        text=[render(processor, text)] * batch, images=[[image]] * batch, return_tensors="pt", add_special_tokens=False
-    )
-    return Subject(name, model, dict(made.to(model.device, dtype=model.dtype)))
+    made = process(processor, [text] * batch, [seen] * batch)
+    modality = "video" if isinstance(seen, Video) else "image"
+    return Subject(name, model, dict(made.to(model.device, dtype=model.dtype)), modality)
 
 
 def bench(
@@ -216,7 +217,7 @@ def _generate(what: Subject, into: Samples, new_tokens: int, handle: Any = None)
         into.kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in stored)
         start = now(device)
         for _ in range(new_tokens):
-            out = what.model(input_ids=token, past_key_values=cache, use_cache=True)
+            out = what.model(input_ids=token, use_cache=True, **{NAME: cache})
             token = out.logits[:, -1:].argmax(-1)
         into.step.append((now(device) - start) / max(1, new_tokens))
     if device.type == "cuda":

@@ -14,6 +14,7 @@ from vtprune.evals.report import Report, Row, environment
 from vtprune.evals.speed.bench import Subject
 from vtprune.evals.speed.meter import now
 from vtprune.evals.speed.tables import BenchReport
+from vtprune.model_adapters.cache_argument import NAME
 from vtprune.parsing import parse_method
 
 
@@ -40,7 +41,7 @@ def hooks(
         for i in tqdm(range(steps + 10), unit="step", desc="decode", disable=not progress):
             for model, cache, times in sides if i % 2 else reversed(sides):
                 start = now(device)
-                model(input_ids=token, past_key_values=cache, use_cache=True)
+                model(input_ids=token, use_cache=True, **{NAME: cache})
                 times.append(now(device) - start)
     patched, unpatched = (sorted(times[10:]) for _, _, times in sides)
     rows: list[Row] = [

@@ -14,6 +14,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from vtprune.core.cost import TextCost
 from vtprune.evals.speed.meter import seconds
 
 FORMULA = (
@@ -21,62 +22,6 @@ FORMULA = (
     "c = 2*(2*d^2 + 2*d*d_kv + 3*d*m) and s_l the tokens that enter layer l; causal attention counts half the square, "
     "the LM head one token. Vision tower and projector: torch.utils.flop_counter."
 )
-
-
-@dataclass(frozen=True)
-class TextCost:
-    """Cost model of a decoder with gated MLPs; sizes as in the config, `width` bytes a number."""
-
-    layers: int
-    d: int
-    d_q: int
-    d_kv: int
-    mlp: int
-    vocab: int
-    width: int = 2
-
-    @classmethod
-    def of(cls, config: Any, width: int = 2) -> TextCost:
-        """Read a transformers text config (Llama, Qwen2 and their kin)."""
-        heads = config.num_attention_heads
-        head = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return cls(
-            layers=config.num_hidden_layers,
-            d=config.hidden_size,
-            d_q=heads * head,
-            d_kv=(getattr(config, "num_key_value_heads", None) or heads) * head,
-            mlp=config.intermediate_size,
-            vocab=config.vocab_size,
-            width=width,
-        )
-
-    @property
-    def layer_macs(self) -> int:
-        """MACs of one layer's linear maps for one token; also its number of weights."""
-        return 2 * self.d * self.d_q + 2 * self.d * self.d_kv + 3 * self.d * self.mlp
-
-    def prefill(self, tokens: int | Sequence[int], causal: bool = True) -> int:
-        """FLOPs for one row. tokens: one length, or the length that enters each layer.
-
-        causal=False counts the whole attention square, which is what eager attention computes.
-        """
-        lengths = [tokens] * self.layers if isinstance(tokens, int) else tokens
-        square = 2 if causal else 4
-        return sum(2 * s * self.layer_macs + square * s * s * self.d_q for s in lengths) + 2 * self.d * self.vocab
-
-    def look(self, tokens: int) -> int:
-        """FLOPs of a stage that reads the layer it stands at: queries, keys and values of all that enter, once more."""
-        return 2 * tokens * (self.d * self.d_q + 2 * self.d * self.d_kv)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the weights one forward pass reads: blocks and LM head."""
-        return self.width * (self.layers * self.layer_macs + self.d * self.vocab)
-
-    def kv_bytes(self, tokens: int | Sequence[int]) -> int:
-        """Bytes of keys and values of one row."""
-        cached = tokens * self.layers if isinstance(tokens, int) else sum(tokens)
-        return 2 * self.width * self.d_kv * cached
 
 
 def counted(call: Callable[[], Any]) -> int:

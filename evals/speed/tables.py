@@ -51,7 +51,7 @@ class BenchReport(Report):
         env = self.environment
         stamp = "".join(c for c in env["time"][:19] if c.isalnum())
         shrunk = "_shrunk" if env.get("shrunk") else ""
-        return f"{env['geometry']}{shrunk}_{env['device']}_{env['dtype']}_b{env['batch']}_{stamp}.json"
+        return f"{Path(env['geometry']).name}{shrunk}_{env['device']}_{env['dtype']}_b{env['batch']}_{stamp}.json"
 
     def write(self, folder: str | Path) -> Path:
         """Save under `folder`, one file a run."""

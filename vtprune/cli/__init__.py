@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
-from vtprune.cli import bench, demo, evaluate, methods, report, serve, show, template, train, tune
+from vtprune.cli import bench, demo, evaluate, inspect, methods, report, serve, show, template, train, tune
 from vtprune.cli.options import parse_keep, parse_keeps
 
 __all__ = ["app", "parse_keep", "parse_keeps"]
 
+
+def _version(asked: bool) -> None:
+    if asked:
+        import vtprune
+
+        typer.echo(f"vtprune {vtprune.__version__}")
+        raise typer.Exit
+
+
 app = typer.Typer(
-    help="Prune the visual tokens of Hugging Face vision-language models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Prune the visual tokens of Hugging Face vision-language models."""
+
+
 # In the order in which --help lists them.
 app.command("methods")(methods.methods)
+app.command("inspect")(inspect.inspect)
 app.command("demo")(demo.demo)
 app.command("eval")(evaluate.evaluate)
 app.command("tune")(tune.tune)

@@ -8,10 +8,26 @@ from typing import Annotated, Any
 import typer
 
 from vtprune.cli.bench_serve import served
-from vtprune.cli.common import needs, sentence, show_report
-from vtprune.cli.options import Batch, Device, Dtype, Json, Keep, Methods, Model, Out, Recipes, parse_keeps
+from vtprune.cli.common import needs, seen, sentence, show_report
+from vtprune.cli.options import (
+    Batch,
+    Device,
+    Dtype,
+    Image,
+    Json,
+    Keep,
+    Methods,
+    Model,
+    Out,
+    Prompt,
+    Recipes,
+    Video,
+    parse_keeps,
+)
 from vtprune.evals import models
 from vtprune.evals.models import device_of, dtype_of
+
+FEW = 100  # visual tokens, below which a prefill is all overhead
 
 
 @sentence
@@ -23,6 +39,10 @@ def bench(
         str | None, typer.Option(help="llava-1.5-7b, llava-next-7b, llava-onevision-7b-video, qwen2.5-vl-7b or tiny.")
     ] = None,
     model: Model = None,
+    image: Image = None,
+    video: Video = None,
+    frames: Annotated[int, typer.Option(min=1, help="Frames of --video.")] = 16,
+    prompt: Prompt = None,
     method: Methods = None,
     all_methods: Annotated[bool, typer.Option("--all", help="Every registered method the model can take.")] = False,
     keep: Keep = None,
@@ -61,7 +81,7 @@ def bench(
     from vtprune.evals import speed
     from vtprune.evals.speed import bench as benchmark
 
-    needs(*(["matplotlib"] if plot else []))
+    needs(*(["matplotlib"] if plot else []), *(["av", "torchvision"] if video is not None else []))
     if plot or table:
         _from_files(files or [], plot, table, out)
         return
@@ -69,6 +89,11 @@ def bench(
         raise ValueError(f"{files[0]}: files are read by --plot and --table only")
     if geometry is not None and model is not None:
         raise ValueError("--geometry and --model exclude each other: the first has random weights, the second its own")
+    yours = [name for name, given in (("image", image), ("video", video), ("prompt", prompt)) if given is not None]
+    if yours and (geometry is not None or serve is not None or kernels or selection):
+        raise ValueError(
+            f"--{yours[0]} is for a model with weights of its own: name one with --model, and nothing else"
+        )
     keeps = parse_keeps(keep, benchmark.KEEPS)
     named = method or ([] if recipe else benchmark.METHODS)
     names = [cls.name for cls in vtprune.methods()] if all_methods else list(named)
@@ -88,8 +113,8 @@ def bench(
         report = parts("kernels" if kernels else "selection", where)
     else:
         what: benchmark.Subject
-        if model is not None:
-            what = _subject(model, device, dtype, batch)
+        if model is not None or yours:
+            what = _subject(model, device, dtype, batch, seen(image, video, frames), prompt)
         else:
             what = benchmark.subject(geometry or "tiny", where, dtype_of(dtype, where), batch, layers, scale)
         if hooks:
@@ -108,13 +133,25 @@ def bench(
         typer.echo(f"wrote {path}")
 
 
-def _subject(model: str, device: str | None, dtype: str | None, batch: int) -> Any:
+def _subject(
+    model: str | None, device: str | None, dtype: str | None, batch: int, given: Any, prompt: str | None
+) -> Any:
+    """A model asked about the user's picture or film, or about the toy's picture, which is small."""
     from vtprune.evals.speed import bench as benchmark
     from vtprune.evals.toys import image
+    from vtprune.evals.video import Video as Clip
 
-    loaded, processor = models.load(model, device, dtype)
     question = image.questions(per_capability=1, capabilities=["color"])[0]
-    return benchmark.from_processor(model, loaded, processor, question.image, question.prompt, batch)
+    loaded, processor = models.load(model, device, dtype, video=isinstance(given, Clip))
+    about = question.image if given is None else given
+    what = benchmark.from_processor(model or "tiny", loaded, processor, about, prompt or question.prompt, batch)
+    if model is not None and what.visual < FEW:
+        told = "" if given is not None else ": name a picture of yours with --image, or a film with --video"
+        typer.secho(
+            f"vtprune: {what.visual} visual tokens are too few to tell what pruning gains, and less than {FEW}{told}",
+            err=True, fg="yellow",
+        )  # fmt: skip
+    return what
 
 
 def _from_files(files: list[Path], plot: bool, table: bool, out: Path) -> None:

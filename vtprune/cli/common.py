@@ -25,6 +25,8 @@ def sentence(command: F) -> F:
     def run(*args: Any, **kwargs: Any) -> Any:
         from vtprune import VtpruneError
 
+        if sys.stderr.isatty():  # the libraries and the model take seconds to load: say at once that it has begun
+            typer.secho(f"vtprune {command.__name__.replace('_', '-')}: loading ...", err=True, dim=True)
         try:
             return command(*args, **kwargs)
         except ModuleNotFoundError as error:
@@ -66,6 +68,21 @@ def _install(modules: list[str]) -> str:
     names = [_PACKAGES.get(name, name) for name in modules]
     verb = "is" if len(names) == 1 else "are"
     return f"this command needs {' and '.join(names)}, which {verb} not installed: run pip install {' '.join(names)}"
+
+
+def seen(image: Path | None, video: Path | None, frames: int) -> Any:
+    """The user's picture, or a `Video` of so many frames of the user's film; None where neither is named."""
+    if image is not None and video is not None:
+        raise ValueError("--image and --video: name one of them")
+    if image is not None:
+        from vtprune import pictures
+
+        return pictures.read(image)[0]
+    if video is not None:
+        from vtprune.evals.video import read
+
+        return read(video, frames)
+    return None
 
 
 def writable(out: Path) -> None:

@@ -9,14 +9,17 @@ from typing import Annotated, Any, cast
 import typer
 
 from vtprune.cli.common import needs, sentence, writable
-from vtprune.cli.options import Device, Dtype, Json, Model, parse_keep
+from vtprune.cli.options import Device, Dtype, Image, Json, Model, parse_keep
 from vtprune.evals import models
 from vtprune.evals.models import device_of
 
 
 @sentence
 def show(
-    image: Annotated[Path | None, typer.Argument(help="A picture.", show_default=False)] = None,
+    image: Annotated[
+        Path | None, typer.Argument(help="A picture, which --image names too.", show_default=False)
+    ] = None,
+    picture: Image = None,
     video: Annotated[Path | None, typer.Option(help="A video file instead: a contact sheet.")] = None,
     frames: Annotated[int, typer.Option(min=1, help="Frames to take from it.")] = 16,
     method: Annotated[str, typer.Option(help="A name, or name:option=value,option=value.")] = "divprune",
@@ -24,7 +27,10 @@ def show(
     recipe: Annotated[Path | None, typer.Option(help="A recipe.json in place of both, as vtprune tune writes.")] = None,
     model: Model = None,
     question: Annotated[
-        str | None, typer.Option(help="What is asked (how many shapes); methods that read the text depend on it.")
+        str | None,
+        typer.Option(
+            "--prompt", "--question", help="What is asked (how many shapes); methods that read it depend on it."
+        ),
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -35,6 +41,9 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Draw the kept visual tokens over an image or the frames of a video; the dropped ones are dimmed."""
+    if image is not None and picture is not None:
+        raise ValueError(f"{image} and --image {picture}: name one picture")
+    image = image or picture
     if vit is not None:
         if image is None or video is not None:
             raise ValueError("--vit draws one picture: name it")

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from ..core.reduction import Reduction
+from ..core.result import plain
 
 
 @dataclass
 class VitLast:
     """What the last forward pass did to the tokens of its batch.
-
-    n: rows before anything was reduced, prefix included. lengths: rows behind every block. steps: (block, reduction).
-    size: [B, M] float32, for how many tokens each output row stands; None: one each. notes: what stood in for what.
-    valid: [B, M] bool, which output rows are real where images are padded to one length; None: all.
 
     The model's outputs have the rows that are left, unless it lays them out on a grid (backbones, masked image
     modelling, depth, `forward_intermediates`): then every token gets the row that holds it, and a dropped one keeps its
@@ -23,12 +21,19 @@ class VitLast:
     """
 
     n: int
+    """Rows before anything was reduced, prefix included."""
     prefix: int
+    """Rows before the patches: CLS and registers."""
     lengths: list[int] = field(default_factory=list)
+    """Rows behind every block."""
     steps: list[tuple[int, Reduction]] = field(default_factory=list)
+    """(block, what it reduced), in order."""
     size: Tensor | None = None
+    """[B, M] float32: for how many tokens each output row stands; None: one each."""
     notes: list[str] = field(default_factory=list)
+    """What stood in for what."""
     valid: Tensor | None = None
+    """[B, M] bool: which output rows are real where images are padded to one length; None: all."""
 
     @property
     def slots(self) -> Tensor | None:
@@ -78,3 +83,28 @@ class VitLast:
     def stats(self) -> dict[int, dict[str, Tensor]]:
         """What methods noted, by block: zero_tprune the share of heads that passed its filter, "heads_passed" [B]."""
         return {k: dict(step.stats) for k, step in self.steps if step.stats}
+
+    def to_dict(self) -> dict[str, Any]:
+        """All that is known as plain ints, floats, strings and lists, as `json.dumps` takes them; waits for the device.
+
+        The fields by their names, but "steps" is [{"block", "rows"}], the rows left behind it, and "slots" and "index"
+        are as the properties say; None where all stayed.
+        """
+        names = ("n", "prefix", "lengths", "slots", "index", "size", "valid", "notes")
+        found = {name: plain(getattr(self, name)) for name in names}
+        return found | {"steps": [{"block": k, "rows": step.index.shape[1]} for k, step in self.steps]}
+
+    def draw(self, image: Any, row: int = 0, grid: tuple[int, int] | None = None) -> Any:
+        """A PIL image: which patches of the picture became one token; dropped ones are dimmed.
+
+        row: the picture's in the batch. grid: rows and columns of patches; a square unless said. Raises ValueError
+        where the patches do not fill it.
+        """
+        from ..show import draw_slots
+
+        return draw_slots(self, image, row, grid)
+
+    def _repr_html_(self) -> str:
+        from ..summary import html
+
+        return html(self)
