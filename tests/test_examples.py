@@ -42,3 +42,15 @@ def test_examples_are_short() -> None:
     assert EXAMPLES
     for path in EXAMPLES:
         assert len(path.read_text().splitlines()) <= 40, path.name
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path) -> None:
+    """Every cell, in a kernel of its own; pictures and the summary are among what it shows."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    book = nbformat.read(EXAMPLES[0].parent / "tour.ipynb", as_version=4)
+    nbclient.NotebookClient(book, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output for cell in book.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 3
+    assert "keys and values" in "".join(output.get("text", "") for output in outputs)
