@@ -5,11 +5,7 @@ On a machine without a GPU the kernels run in Triton's interpreter.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import oracles
@@ -293,37 +289,6 @@ def test_the_benchmark_compares_equal_picks() -> None:
 def test_empty_batch_and_gradients() -> None:
     assert facility_greedy([], []) == []
     assert not facility_greedy([clustered(20, 8).requires_grad_()], [5])[0].requires_grad
-
-
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from importlib import import_module
-
-kernels = import_module("vtprune.kernels.facility_greedy.triton")
-types = {"picks": "*i64", "cover": "*fp64", "floor": "*fp64", "excluded": "*i8", "factor": "fp32", "slack": "fp32"}
-types |= dict.fromkeys(["table", "rows", "log", "score", "top", "best", "free", "weight"], "*fp32")
-sizes = {"COLS": kernels.COLS, "ROWS": kernels.ROWS, "MADE": kernels.MADE, "DIMS": kernels.DIMS}
-for name in ("_pick", "_leave"):
-    for value in (True, False):
-        kernel = getattr(kernels, name)
-        given = sizes | {"MARGIN": 3e-7, "PARTS": 128} | dict.fromkeys(["ANEW", "SOFTMAX", "ADD", "OUT"], value)
-        constants = {arg: given[arg] for arg in kernel.arg_names if arg in given}
-        signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in kernel.arg_names}
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-        triton.compile(source, target=GPUTarget("cuda", 90, 32))
-"""
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the other tests compile the kernels")
-def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
-    pytest.importorskip("triton")
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    assert len(list(tmp_path.rglob("*.cubin"))) == 4
 
 
 @pytest.mark.gpu

@@ -5,12 +5,8 @@ On a machine without a GPU the kernels run in Triton's interpreter, on the same 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from pathlib import Path
 
 import oracles
 import pytest
@@ -370,38 +366,6 @@ def test_lower_matmul_precision_is_not_for_decisions(setting: str, memory: str, 
         assert torch.get_float32_matmul_precision() == setting
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from importlib import import_module
-
-kernels = import_module("vtprune.kernels.farthest_point.triton")
-types = {"x": "*bf16", "rows": "*bf16", "first": "*i64", "picks": "*i64", "where": "*i64"}
-types |= dict.fromkeys(["inverse", "largest", "product", "gram", "nearest", "running", "best", "weights"], "*fp32")
-for name, constants in {
-    "_measure": {"SCALE": True, "ROWS": kernels.TILE_ROWS, "COLS": kernels.TILE_COLS, "x_col": 1},
-    "_cosines": {"ROWS": kernels.TILE_ROWS, "COLS": kernels.TILE_COLS},
-    "_greedy": {"GIVEN": False, "WEIGHED": True, "MAXMIN": True, "BLOCK": 16384},
-    "_step": {"MAXMIN": True, "WEIGHED": True, "ROWS": kernels.STEP_ROWS, "COLS": kernels.STEP_COLS, "PARTS": 512},
-}.items():
-    kernel = getattr(kernels, name)
-    signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 16 if name == "_greedy" else 8})
-"""
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the other tests compile the kernels")
-def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
-    """The interpreter accepts what the compiler may refuse; an H100's code can be made on any Linux machine."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    assert len(list(tmp_path.rglob("*.cubin"))) == 4
 
 
 @pytest.mark.gpu

@@ -5,11 +5,7 @@ On a machine without a GPU the kernels run in Triton's interpreter.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import oracles
@@ -264,38 +260,6 @@ def test_bad_arguments_name_the_way_out(change: dict[str, Any], message: str) ->
 def test_empty_batch_and_gradients() -> None:
     assert volume_coverage([], []) == []
     assert not volume_coverage([clustered(20, 8).requires_grad_()], [5])[0].requires_grad
-
-
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from importlib import import_module
-
-kernels = import_module("vtprune.kernels.volume_coverage.triton")
-types = {"picks": "*i64", "covered": "*i64", "cover": "*fp64", "floor": "*fp64", "ridge": "fp32"}
-floats = ["table", "rows", "score", "top", "row", "factor", "left", "best", "weight"]
-types |= dict.fromkeys(floats, "*fp32")
-sizes = {"COLS": kernels.COLS, "ROWS": kernels.ROWS, "STEPS": kernels.STEPS, "DIMS": kernels.DIMS}
-for name, choice in (("_residual", "WHOLE"), ("_gains", "ANEW")):
-    for value in (True, False):
-        kernel = getattr(kernels, name)
-        given = sizes | {"WHOLE": False, "ANEW": False, "MARGIN": 1e-5, "PARTS": 128, choice: value}
-        constants = {arg: given[arg] for arg in kernel.arg_names if arg in given}
-        signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in kernel.arg_names}
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-        triton.compile(source, target=GPUTarget("cuda", 90, 32))
-"""
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the other tests compile the kernels")
-def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
-    pytest.importorskip("triton")
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    assert len(list(tmp_path.rglob("*.cubin"))) == 4
 
 
 @pytest.mark.gpu

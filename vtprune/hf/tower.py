@@ -28,7 +28,7 @@ from .attention_probe import probe
 from .compilers import announce, outside_while_busy
 from .tower_arguments import cut_arguments, named_arguments
 from .tower_plan import TowerPlan, signals_read
-from .tower_run import TowerRun, begin, marks_of_kept, with_patches_joined
+from .tower_run import TowerRun, begin, start_marks, with_patches_joined
 from .tower_signals import tower_rows
 from .tower_stages import run_stages
 
@@ -116,10 +116,10 @@ class TowerStages:
         plan, run = self.plan, self.stop()
         assert run is not None
         run.raise_if_failed()
-        if run.cut is None or run.tokens is None:
+        if run.marks is None:
             return run
-        call, marks = plan.call(run.call, sizes_of(output)), marks_of_kept(run)
-        entries = per_entry(call, plan.layout, plan.modality, marks[..., None])
+        call = plan.call(run.call, sizes_of(output))
+        entries = per_entry(call, plan.layout, plan.modality, run.marks.read()[..., None])
         for entry in entries:
             if not bool(torch.isin(entry, torch.arange(3.0)).all()):
                 raise UnsupportedCall(
@@ -152,6 +152,8 @@ class TowerStages:
         if not run.images:
             begin(self.plan, run, full)
         x = run_stages(self.plan, self.needs, run, k, full)
+        if k == self.plan.last_block and not self.by_patch:
+            start_marks(run)
         run.cut_at[k] = run.cut
         run.queries[k] = [image.patches.numel() for image in run.images]
         if run.cut is not None:
@@ -173,6 +175,7 @@ class TowerStages:
         if k == self.plan.depth - 1:
             x = run_stages(self.plan, self.needs, run, self.plan.depth, x)
             x = with_patches_joined(run, x) if self.by_patch else x
+            start_marks(run)
         if x is short:
             return None
         x = x[0] if out.dim() == 2 else x

@@ -13,7 +13,7 @@ from ..core.compaction import Compaction
 from ..core.errors import VtpruneError
 from ..core.result import UnitResult
 from ..core.visual import Assignment
-from ..kernels import DeferredChecks, to_device
+from ..kernels import DeferredChecks, HostCopy, to_device
 from ..model_adapters.tower_layout import Call
 from ..model_adapters.tower_tokens import TowerTokens, tokens_of
 from .tower_plan import TowerPlan
@@ -62,6 +62,7 @@ class TowerRun:
     lengths: rows each block ran on (its longest crop; all images where the tower packs them).
     cut: from all N rows to those that are left; cut_at: by block, the cut on which it ran.
     queries: by block, the patches of each image on which it ran. signals: what was read of attention, by (block, name).
+    marks: which rows of the tower's output stand for kept tokens, on their way to the host; None before it is known.
     """
 
     call: Call
@@ -77,6 +78,7 @@ class TowerRun:
     notes: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     checks: list[DeferredChecks] = field(default_factory=list)
+    marks: HostCopy | None = None
     bias: Tensor | None = None
     memo: dict[int, tuple[Any, Any]] = field(default_factory=dict)
 
@@ -183,13 +185,16 @@ def with_patches_joined(run: TowerRun, x: Tensor) -> Tensor:
     return x
 
 
-def marks_of_kept(run: TowerRun) -> Tensor:
-    """[T, N] on the host: 2 where the tower's output stands for a kept token, 1 where a dropped one stood."""
-    assert run.tokens is not None
-    assert run.cut is not None
+def start_marks(run: TowerRun) -> None:
+    """Start the copy to the host of what is left, now that nothing more is dropped: nobody waits for later blocks.
+
+    [T, N]: 2 where the tower's output stands for a kept token, 1 where a dropped one stood.
+    """
+    if run.cut is None or run.tokens is None or run.marks is not None:
+        return
     marks = torch.ones(run.shape[:2], device=run.cut.index.device)
     marks[:, : run.tokens.prefix] = 2
     for image in run.images:
         shown = image.patches if image.output_slots is None else image.output_slots
         marks[image.row].index_fill_(0, shown.flatten(), 2)
-    return marks.cpu()
+    run.marks = HostCopy(marks)
