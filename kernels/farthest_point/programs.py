@@ -76,10 +76,11 @@ def cosines(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Rows start..start+here of the products [units, here, n] -> cosines in gram [units, here, width].
+    """Rows start..start+here of the products [units, here, product_row] -> cosines in gram [units, here, width].
 
-    Own entries and columns from n on become +inf. nearest [units, *] takes each row's largest cosine to another row.
-    gram may be product itself: every entry is read and written by one program, in this order.
+    inverse [units, inverse_unit] is 0 from n on, as far as it goes. Own entries and columns from n on become +inf.
+    nearest [units, *] takes each row's largest cosine to another row. gram may be product itself: every entry is read
+    and written by one program, in this order.
     """
     unit = tl.program_id(1).to(tl.int64)
     local = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..attention.triton import call_of, column_sums, columns, log_sum_exp, row_sums
 
-ALONE = 256  # tokens that one program handles: a step of so few takes about as long as a launch
+ALONE = 256  # tokens of a head that one program handles; the columns of more are spread over many, a launch a step
 
 
 def page_rank(
