@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import vtprune
 from vtprune import Assignment, Method, Stage, Visual
-from vtprune.hf import tower_run
+from vtprune.hf import tower as towers
 from vtprune.model_adapters.tower_tokens import blocks_of
 from vtprune.model_adapters.towers import has_cls, layer_index, tower_of
 from vtprune.tap import read
@@ -543,7 +543,7 @@ def test_what_is_left_is_copied_while_later_blocks_run(monkeypatch: pytest.Monke
     """The host asks for it right after the last choice, and waits for it when the tower has been started whole."""
     seen: list[str] = []
 
-    class Noted(tower_run.HostCopy):
+    class Noted(towers.HostCopy):
         def __init__(self, x: Tensor) -> None:
             seen.append("copy")
             super().__init__(x)
@@ -552,7 +552,7 @@ def test_what_is_left_is_copied_while_later_blocks_run(monkeypatch: pytest.Monke
             seen.append("read")
             return super().read()
 
-    monkeypatch.setattr(tower_run, "HostCopy", Noted)
+    monkeypatch.setattr(towers, "HostCopy", Noted)
     model, batch = families.model("llava"), families.inputs("llava", rows=(1,))
     blocks = blocks_of(tower_of(model.base_model, "image"))
     stages = [Stage(("vit", 1), Brightest(), keep=10), Stage(("vit", 0), Brightest(), keep=12)]

@@ -22,13 +22,14 @@ from torch import Tensor, nn
 
 from ..core.errors import UnsupportedCall
 from ..core.method import Stage
+from ..kernels import HostCopy
 from ..model_adapters.tower_layout import Call, Modality, per_entry, sizes_of
 from ..signals import kind_of
 from .attention_probe import probe
 from .compilers import announce, outside_while_busy
 from .tower_arguments import cut_arguments, named_arguments
 from .tower_plan import TowerPlan, signals_read
-from .tower_run import TowerRun, begin, start_marks, with_patches_joined
+from .tower_run import TowerRun, begin, marks_of_kept, with_patches_joined
 from .tower_signals import tower_rows
 from .tower_stages import run_stages
 
@@ -118,8 +119,8 @@ class TowerStages:
         run.raise_if_failed()
         if run.marks is None:
             return run
-        call = plan.call(run.call, sizes_of(output))
-        entries = per_entry(call, plan.layout, plan.modality, run.marks.read()[..., None])
+        call, marks = plan.call(run.call, sizes_of(output)), run.marks.read()
+        entries = per_entry(call, plan.layout, plan.modality, marks[..., None])
         for entry in entries:
             if not bool(torch.isin(entry, torch.arange(3.0)).all()):
                 raise UnsupportedCall(
@@ -152,14 +153,14 @@ class TowerStages:
         if not run.images:
             begin(self.plan, run, full)
         x = run_stages(self.plan, self.needs, run, k, full)
-        if k == self.plan.last_block and not self.by_patch:
-            start_marks(run)
         run.cut_at[k] = run.cut
         run.queries[k] = [image.patches.numel() for image in run.images]
         if run.cut is not None:
             x, run.lengths[k] = run.cut.cut(x, 1), run.cut.n
         elif x is full:
             return None
+        if k == self.plan.last_block and not self.by_patch:
+            self._nothing_more(run)
         # Positional, because transformers looks for the first hidden state there.
         rest = {name: v for name, v in kwargs.items() if name != "hidden_states"}
         return (x[0] if hidden.dim() == 2 else x, *args[1:]), rest
@@ -175,11 +176,16 @@ class TowerStages:
         if k == self.plan.depth - 1:
             x = run_stages(self.plan, self.needs, run, self.plan.depth, x)
             x = with_patches_joined(run, x) if self.by_patch else x
-            start_marks(run)
+            self._nothing_more(run)
         if x is short:
             return None
         x = x[0] if out.dim() == 2 else x
         return (x, *output[1:]) if isinstance(output, tuple) else x
+
+    def _nothing_more(self, run: TowerRun) -> None:
+        """Nothing more will be dropped: what is left starts for the host, which then waits for no later block."""
+        if run.cut is not None and run.marks is None:
+            run.marks = HostCopy(marks_of_kept(run))
 
     @outside_while_busy
     def _before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

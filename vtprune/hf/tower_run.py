@@ -62,7 +62,7 @@ class TowerRun:
     lengths: rows each block ran on (its longest crop; all images where the tower packs them).
     cut: from all N rows to those that are left; cut_at: by block, the cut on which it ran.
     queries: by block, the patches of each image on which it ran. signals: what was read of attention, by (block, name).
-    marks: which rows of the tower's output stand for kept tokens, on their way to the host; None before it is known.
+    marks: `marks_of_kept`, on their way to the host as soon as nothing more will be dropped.
     """
 
     call: Call
@@ -185,16 +185,13 @@ def with_patches_joined(run: TowerRun, x: Tensor) -> Tensor:
     return x
 
 
-def start_marks(run: TowerRun) -> None:
-    """Start the copy to the host of what is left, now that nothing more is dropped: nobody waits for later blocks.
-
-    [T, N]: 2 where the tower's output stands for a kept token, 1 where a dropped one stood.
-    """
-    if run.cut is None or run.tokens is None or run.marks is not None:
-        return
+def marks_of_kept(run: TowerRun) -> Tensor:
+    """[T, N]: 2 where the tower's output stands for a kept token, 1 where a dropped one stood."""
+    assert run.tokens is not None
+    assert run.cut is not None
     marks = torch.ones(run.shape[:2], device=run.cut.index.device)
     marks[:, : run.tokens.prefix] = 2
     for image in run.images:
         shown = image.patches if image.output_slots is None else image.output_slots
         marks[image.row].index_fill_(0, shown.flatten(), 2)
-    run.marks = HostCopy(marks)
+    return marks
