@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -70,6 +71,24 @@ def shared() -> Path:
 def device(request: pytest.FixtureRequest) -> str:
     """Where a kernel is tested."""
     return request.param
+
+
+@pytest.fixture(params=[torch.nan, -torch.inf])
+def poisoned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Memory that nobody has written yet holds NaN or a score nobody can beat, or an index far out of range."""
+
+    def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*args: object, **options: object) -> Tensor:
+            out = make(*args, **options)
+            return out.fill_(request.param if out.is_floating_point() else 2**62)
+
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", poison(torch.empty))
+        patch.setattr(torch, "empty_like", poison(torch.empty_like))
+        patch.setattr(Tensor, "new_empty", poison(Tensor.new_empty))
+        yield
 
 
 @pytest.fixture(params=["reference", "triton"])

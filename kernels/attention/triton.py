@@ -2,7 +2,9 @@
 
 A program works on one head group (or head) and stacks the queries of its heads along the rows of a tile, so grouped
 keys are read once. Products of half-precision inputs are exact and accumulate in float32; float32 inputs are
-multiplied in full ("ieee"). No atomics: every sum has a fixed order. Grids are one-dimensional and offsets 64-bit.
+multiplied in full ("ieee"), but where a whole row is summed up: "tf32x3", three products on the tensor cores, is off
+by about as much as a sum in another order. No atomics: every sum has a fixed order. Grids are one-dimensional and
+offsets 64-bit.
 """
 
 from __future__ import annotations
@@ -45,10 +47,11 @@ def _keys(k_ptr, cols, N, k_n, k_d, D, BLOCK_D: tl.constexpr, HALF: tl.constexpr
 
 @triton.jit
 def _scores(
-    q, k, mask_ptr, head, rows, count, ok, cols, N, m_h, m_m, m_n, scaling, lowest, MASK: tl.constexpr
+    q, k, mask_ptr, head, rows, count, ok, cols, N, m_h, m_m, m_n, scaling, lowest,
+    MASK: tl.constexpr, PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
     """Tile of scaled, masked scores in float32, -inf where the mask or the end of the keys blocks."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scaling
     inside = (cols < N)[None, :]
     if MASK != 0:
         at = (head + rows // count) * m_h + (rows % count) * m_m
@@ -63,33 +66,66 @@ def _scores(
 
 
 @triton.jit
-def _log_sum_exp_kernel(
-    q_ptr, k_ptr, mask_ptr, lse_ptr, q_b, q_h, q_m, q_d, k_b, k_g, k_n, k_d, m_b, m_h, m_m, m_n,
-    groups, share, M, N, D, scaling, lowest,
+def row_sums(
+    q_ptr, k_ptr, mask_ptr, head, rows, count, ok, q_h, q_m, q_d, k_n, k_d, m_h, m_m, m_n, N, D, scaling, lowest,
     MASK: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """lse[b, h, m] over all keys, +inf for a query that sees none: exp(score - lse) is its weight, or 0."""
-    pid = tl.program_id(0).to(tl.int64)
-    tiles = tl.cdiv(share * M, BLOCK)
-    problem, tile = pid // tiles, pid % tiles
-    b, group = problem // groups, problem % groups
-    head = group * share
-    rows = tile * BLOCK + tl.arange(0, BLOCK)
-    ok = rows < share * M
-    q = _queries(q_ptr + b * q_b, head, rows, M, ok, q_h, q_m, q_d, D, BLOCK_D, HALF)
+    """Log-sum-exp of a tile of rows over all keys; +inf for a query that sees none.
+
+    So exp(score - lse) is the weight of a key, or 0.
+    """
+    q = _queries(q_ptr, head, rows, count, ok, q_h, q_m, q_d, D, BLOCK_D, HALF)
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, N, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        k = _keys(k_ptr + b * k_b + group * k_g, cols, N, k_n, k_d, D, BLOCK_D, HALF)
+        k = _keys(k_ptr, cols, N, k_n, k_d, D, BLOCK_D, HALF)
         scores = _scores(
-            q, k, mask_ptr + b * m_b, head, rows, M, ok, cols, N, m_h, m_m, m_n, scaling, lowest, MASK
+            q, k, mask_ptr, head, rows, count, ok, cols, N, m_h, m_m, m_n, scaling, lowest, MASK, "tf32x3"
         )  # fmt: skip
         higher = tl.maximum(top, tl.max(scores, 1))
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp(top - shift) + tl.sum(tl.exp(scores - shift[:, None]), 1)
         top = higher
-    lse = tl.where(total == 0, float("inf"), top + tl.log(tl.where(total == 0, 1.0, total)))
+    return tl.where(total == 0, float("inf"), top + tl.log(tl.where(total == 0, 1.0, total)))
+
+
+@triton.jit
+def column_sums(
+    q_ptr, k_ptr, mask_ptr, lse_ptr, weight_ptr, head, cols, q_h, q_m, q_d, k_n, k_d, m_h, m_m, m_n, w_m,
+    M, N, D, scaling, lowest, MASK: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Sum over all queries m of weight[m] * exp(score[m, n] - lse[m]), for a tile of columns n of one head."""
+    k = _keys(k_ptr, cols, N, k_n, k_d, D, BLOCK_D, HALF)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, M, BLOCK):
+        rows = (start + tl.arange(0, BLOCK)).to(tl.int64)
+        ok = rows < M
+        q = _queries(q_ptr, head, rows, M, ok, q_h, q_m, q_d, D, BLOCK_D, HALF)
+        scores = _scores(q, k, mask_ptr, head, rows, M, ok, cols, N, m_h, m_m, m_n, scaling, lowest, MASK)
+        lse = tl.load(lse_ptr + rows, mask=ok, other=float("inf"))
+        weight = tl.load(weight_ptr + rows * w_m, mask=ok, other=0.0)
+        total += tl.sum(tl.exp(scores - lse[:, None]) * weight[:, None], 0)
+    return total
+
+
+@triton.jit
+def _log_sum_exp_kernel(
+    q_ptr, k_ptr, mask_ptr, lse_ptr, q_b, q_h, q_m, q_d, k_b, k_g, k_n, k_d, m_b, m_h, m_m, m_n,
+    groups, share, M, N, D, scaling, lowest,
+    MASK: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """lse[b, h, m], for the heads of one group together."""
+    pid = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(share * M, BLOCK)
+    problem, tile = pid // tiles, pid % tiles
+    b, group = problem // groups, problem % groups
+    rows = tile * BLOCK + tl.arange(0, BLOCK)
+    ok = rows < share * M
+    lse = row_sums(
+        q_ptr + b * q_b, k_ptr + b * k_b + group * k_g, mask_ptr + b * m_b, group * share, rows, M, ok,
+        q_h, q_m, q_d, k_n, k_d, m_h, m_m, m_n, N, D, scaling, lowest, MASK, HALF, BLOCK, BLOCK_D,
+    )  # fmt: skip
     tl.store(lse_ptr + problem * share * M + rows, lse, mask=ok)
 
 
@@ -106,18 +142,11 @@ def _columns_kernel(
     problem, tile = pid // tiles, pid % tiles
     b, head = problem // heads, problem % heads
     cols = tile * BLOCK + tl.arange(0, BLOCK)
-    k = _keys(k_ptr + b * k_b + (head // share) * k_g, cols, N, k_n, k_d, D, BLOCK_D, HALF)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, M, BLOCK):
-        rows = (start + tl.arange(0, BLOCK)).to(tl.int64)
-        ok = rows < M
-        q = _queries(q_ptr + b * q_b, head, rows, M, ok, q_h, q_m, q_d, D, BLOCK_D, HALF)
-        scores = _scores(
-            q, k, mask_ptr + b * m_b, head, rows, M, ok, cols, N, m_h, m_m, m_n, scaling, lowest, MASK
-        )  # fmt: skip
-        lse = tl.load(lse_ptr + problem * M + rows, mask=ok, other=float("inf"))
-        weight = tl.load(weight_ptr + b * w_b + head * w_h + rows * w_m, mask=ok, other=0.0)
-        total += tl.sum(tl.exp(scores - lse[:, None]) * weight[:, None], 0)
+    total = column_sums(
+        q_ptr + b * q_b, k_ptr + b * k_b + (head // share) * k_g, mask_ptr + b * m_b, lse_ptr + problem * M,
+        weight_ptr + b * w_b + head * w_h, head, cols, q_h, q_m, q_d, k_n, k_d, m_h, m_m, m_n, w_m,
+        M, N, D, scaling, lowest, MASK, HALF, BLOCK, BLOCK_D,
+    )  # fmt: skip
     tl.store(out_ptr + problem * N + cols, total, mask=cols < N)
 
 
@@ -174,7 +203,7 @@ def _normalise_kernel(
     tl.store(out_ptr + at, tl.exp(scores - whole[:, None]), mask=inside)
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """What all kernels are told about their inputs."""
 
     tensors: tuple[Tensor, Tensor, Tensor]
@@ -183,7 +212,7 @@ class _Call(NamedTuple):
     constants: dict[str, Any]
 
 
-def _call(q: Tensor, k: Tensor, mask: Tensor | None, scaling: float) -> _Call:
+def call_of(q: Tensor, k: Tensor, mask: Tensor | None, scaling: float) -> Call:
     (batch, heads, m, d), n = q.shape, k.shape[2]
     kind, lowest, masked = 0, 0.0, q  # without a mask nobody reads the pointer
     m_strides: tuple[int, ...] = (0, 0, 0, 0)
@@ -200,13 +229,13 @@ def _call(q: Tensor, k: Tensor, mask: Tensor | None, scaling: float) -> _Call:
     block = TILE if block_d * (2 if half else 4) <= TILE_BYTES else TILE // 2
     constants = {"MASK": kind, "HALF": half, "BLOCK": block, "BLOCK_D": block_d, "num_stages": 2}
     strides = (*q.stride(), *k.stride(), *m_strides)
-    return _Call((q, k, masked), strides, (m, n, d, float(scaling), lowest), constants)
+    return Call((q, k, masked), strides, (m, n, d, float(scaling), lowest), constants)
 
 
 def attention_rows(q_rows: Tensor, k: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """`kernels.attention_rows` for checked arguments, in two launches."""
     (batch, heads, m, _), (_, groups, n, _) = q_rows.shape, k.shape
-    call = _call(q_rows, k, mask, scaling)
+    call = call_of(q_rows, k, mask, scaling)
     share = heads // groups
     rows = min(64, max(16, triton.next_power_of_2(share * m)))
     parts = triton.cdiv(n, call.constants["BLOCK"])
@@ -236,7 +265,7 @@ def attention_received(q: Tensor, k: Tensor, mask: Tensor | None, scaling: float
 def log_sum_exp(q: Tensor, k: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """[B, H, M] float32: log of the sum of exp(score) over the keys, +inf where the mask blocks all of them."""
     (batch, heads, m, _), groups = q.shape, k.shape[1]
-    call = _call(q, k, mask, scaling)
+    call = call_of(q, k, mask, scaling)
     share = heads // groups
     lse = torch.empty(batch, heads, m, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
@@ -252,7 +281,7 @@ def columns(q: Tensor, k: Tensor, mask: Tensor | None, scaling: float, lse: Tens
     lse: what `log_sum_exp` gave for the same arguments.
     """
     batch, heads, n = q.shape[0], q.shape[1], k.shape[2]
-    call = _call(q, k, mask, scaling)
+    call = call_of(q, k, mask, scaling)
     out = torch.empty(batch, heads, n, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         _columns_kernel[(batch * heads * triton.cdiv(n, call.constants["BLOCK"]),)](

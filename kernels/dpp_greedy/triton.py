@@ -65,7 +65,7 @@ def _greedy(problems: Sequence[Problem], budget: int) -> Tensor:
     return picks
 
 
-@triton.jit(do_not_specialize=["step", "budget", "n", "parts"])
+@triton.jit(do_not_specialize=["step", "budget", "parts"])
 def _pick(
     rows,
     own,

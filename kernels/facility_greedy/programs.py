@@ -20,7 +20,7 @@ def products(unit_rows, i, j, n, d, unit, ROWS: tl.constexpr, COLS: tl.constexpr
     return found
 
 
-@triton.jit(do_not_specialize=["step", "budget", "n", "m", "pairs", "parts"])
+@triton.jit(do_not_specialize=["step", "budget", "m", "pairs", "parts"])
 def pick(
     table,
     rows,
@@ -82,7 +82,7 @@ def pick(
     tl.store(best + (unit * 2 + (step + 1) % 2) * (pairs + m) + i, tl.maximum(old, near), mask=real)
 
 
-@triton.jit(do_not_specialize=["done", "budget", "n", "m", "pairs", "parts"])
+@triton.jit(do_not_specialize=["done", "budget", "m", "pairs", "parts"])
 def leave(
     table,
     rows,

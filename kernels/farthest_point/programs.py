@@ -57,7 +57,7 @@ def measure(
     tl.store(largest + unit * n + i, top, mask=i < n)
 
 
-@triton.jit(do_not_specialize=["start", "here", "n", "width"])
+@triton.jit(do_not_specialize=["start", "here", "n"])
 def cosines(
     product,
     inverse,
@@ -76,10 +76,11 @@ def cosines(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Rows start..start+here of the products [units, here, n] -> cosines in gram [units, here, width].
+    """Rows start..start+here of the products [units, here, product_row] -> cosines in gram [units, here, width].
 
-    Own entries and columns from n on become +inf. nearest [units, *] takes each row's largest cosine to another row.
-    gram may be product itself: every entry is read and written by one program, in this order.
+    inverse [units, inverse_unit] is 0 from n on, as far as it goes. Own entries and columns from n on become +inf.
+    nearest [units, *] takes each row's largest cosine to another row. gram may be product itself: every entry is read
+    and written by one program, in this order.
     """
     unit = tl.program_id(1).to(tl.int64)
     local = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -88,18 +89,19 @@ def cosines(
     near = tl.full([ROWS], -float("inf"), tl.float32)
     for first in range(0, width, COLS):
         j = first + tl.arange(0, COLS).to(tl.int64)
-        inside = (local < here)[:, None] & (j < n)[None, :]
+        # Up to the end of the rows, which is aligned where n is not: four entries a load.
+        inside = (local < here)[:, None] & (j < product_row)[None, :]
         value = tl.load(product + unit * product_unit + local[:, None] * product_row + j[None, :], mask=inside, other=0)
-        scale = mine[:, None] * tl.load(inverse + unit * inverse_unit + j, mask=j < n, other=0.0)[None, :]
+        scale = mine[:, None] * tl.load(inverse + unit * inverse_unit + j, mask=j < inverse_unit, other=0.0)[None, :]
         value = tl.where(scale > 0, value * scale, 0.0)  # not NaN * 0, which is NaN
-        other = inside & (i[:, None] != j[None, :])
+        other = (local < here)[:, None] & (j < n)[None, :] & (i[:, None] != j[None, :])
         near = tl.maximum(near, tl.max(tl.where(other, value, -float("inf")), axis=1))
         target = gram + unit * gram_unit + local[:, None] * gram_row + j[None, :]
         tl.store(target, tl.where(other, value, float("inf")), mask=(local < here)[:, None] & (j < width)[None, :])
     tl.store(nearest + unit * nearest_unit + i, near, mask=local < here)
 
 
-@triton.jit(do_not_specialize=["budget", "width"])
+@triton.jit(do_not_specialize=["budget"])
 def greedy(
     gram,
     nearest,

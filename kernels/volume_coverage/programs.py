@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["step", "budget", "n", "parts"])
+@triton.jit(do_not_specialize=["step", "budget", "parts"])
 def residual(
     table,
     rows,
@@ -76,7 +76,7 @@ def residual(
     tl.store(left + unit * 2 * n + ((step + 1) % 2) * n + j, after, mask=inside)
 
 
-@triton.jit(do_not_specialize=["step", "n", "m", "parts"])
+@triton.jit(do_not_specialize=["step", "m", "parts"])
 def gains(
     table,
     covered,

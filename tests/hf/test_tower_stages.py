@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import vtprune
 from vtprune import Assignment, Method, Stage, Visual
+from vtprune.hf import tower as towers
 from vtprune.model_adapters.tower_tokens import blocks_of
 from vtprune.model_adapters.towers import has_cls, layer_index, tower_of
 from vtprune.tap import read
@@ -536,6 +537,31 @@ def test_lengths_of_tower_and_decoder() -> None:
     assert unit.where == crop.where == ("vit", 1)
     assert torch.equal(unit.idx, crop.idx)
     assert last.seconds > 0
+
+
+def test_what_is_left_is_copied_while_later_blocks_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host asks for it right after the last choice, and waits for it when the tower has been started whole."""
+    seen: list[str] = []
+
+    class Noted(towers.HostCopy):
+        def __init__(self, x: Tensor) -> None:
+            seen.append("copy")
+            super().__init__(x)
+
+        def read(self) -> Tensor:
+            seen.append("read")
+            return super().read()
+
+    monkeypatch.setattr(towers, "HostCopy", Noted)
+    model, batch = families.model("llava"), families.inputs("llava", rows=(1,))
+    blocks = blocks_of(tower_of(model.base_model, "image"))
+    stages = [Stage(("vit", 1), Brightest(), keep=10), Stage(("vit", 0), Brightest(), keep=12)]
+    with vtprune.patch(model, stages), torch.no_grad():
+        handles = [b.register_forward_hook(lambda *_, k=k: seen.append(f"block {k}")) for k, b in enumerate(blocks)]
+        model(**batch)
+    for handle in handles:
+        handle.remove()
+    assert seen == ["block 0", "copy", *(f"block {k}" for k in range(1, len(blocks))), "read"]
 
 
 def test_places() -> None:

@@ -5,20 +5,17 @@ On a machine without a GPU the kernel runs in Triton's interpreter.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any
 
+import greedy
 import pytest
 import torch
+from greedy import Watch, form_of, never_waits_and_replays
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vtprune import kernels
-from vtprune.kernels import dispatch, dpp_greedy
+from vtprune.kernels import dpp_greedy
 from vtprune.kernels.dpp_greedy import reference
 
 FORMS = [
@@ -29,23 +26,18 @@ FORMS = [
     pytest.param(("triton", "cuda", ""), id="triton-cuda", marks=pytest.mark.gpu),
 ]
 Form = tuple[str, torch.device]
+clustered = partial(greedy.clustered, spread=0.5)
 
 
 @pytest.fixture(params=FORMS)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Form:
     """An implementation and a device; "blocks" foresees with 6 rows at most, so that small problems take many."""
     backend, device, how = request.param
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    if backend == "triton":
-        pytest.importorskip("triton")
-        if device == "cpu" and not dispatch.interpreted():
-            pytest.skip("Triton's interpreter is off: it runs where there is no GPU")
     if how == "blocks":
         monkeypatch.setattr(reference, "TOGETHER", 0)
         monkeypatch.setattr(reference, "FEW", 4)
         monkeypatch.setattr(reference, "MANY", 6)
-    return backend, torch.device(device)
+    return form_of(backend, device)
 
 
 def oracle(x: Tensor, k: int, r: list[float] | None = None) -> list[int]:
@@ -70,14 +62,6 @@ def oracle(x: Tensor, k: int, r: list[float] | None = None) -> list[int]:
         if left.max() > 0:
             now.append(picks[-1])
     return picks
-
-
-def clustered(n: int, d: int, seed: int = 0) -> Tensor:
-    """Rows around a few centres with uneven norms, as image features have."""
-    g = torch.Generator().manual_seed(seed)
-    centres = torch.randn(max(1, n // 5), d, generator=g)
-    rows = centres[torch.randint(len(centres), (n,), generator=g)] + 0.5 * torch.randn(n, d, generator=g)
-    return rows * torch.rand(n, 1, generator=g).add(0.2)
 
 
 def relevance_of(n: int, seed: int = 0) -> Tensor:
@@ -155,25 +139,7 @@ def test_strided_rows(form: Form) -> None:
         assert picks_of(form, [x], [4]) == picks_of(form, [x.contiguous()], [4])
 
 
-@pytest.fixture(params=[torch.nan, -torch.inf])
-def _poisoned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Memory that nobody has written yet holds NaN or a score nobody can beat, or an index far out of range."""
-
-    def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def made(*args: object, **options: object) -> Tensor:
-            out = make(*args, **options)
-            return out.fill_(request.param if out.is_floating_point() else 2**62)
-
-        return made
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", poison(torch.empty))
-        patch.setattr(torch, "empty_like", poison(torch.empty_like))
-        patch.setattr(Tensor, "new_empty", poison(Tensor.new_empty))
-        yield
-
-
-@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.usefixtures("poisoned")
 def test_unwritten_memory_is_never_used(form: Form) -> None:
     units, budgets = [clustered(n, 7, n) for n in (1, 37, 50)], [1, 5, 16]
     assert picks_of(form, units, budgets) == [oracle(x, k) for x, k in zip(units, budgets)]
@@ -193,22 +159,6 @@ def test_non_finite_rows_are_refused_and_harm_no_memory(bad: float, form: Form) 
         kernels.DeferredChecks(checks).raise_if_failed()
     with pytest.raises(ValueError, match=r"relevances of unit 0 hold 1 NaN or Inf"):
         picks_of(form, [fine], [2], [torch.tensor([1.0, bad, 1.0])])
-
-
-class Watch(TorchDispatchMode):
-    """Counts reads of device values by the host, and remembers the largest tensor made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reads, self.largest = 0, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.reads += func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "item", "equal")
-        for made in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(made, Tensor):
-                self.largest = max(self.largest, made.numel())
-        return out
 
 
 def test_a_batch_of_small_problems_reads_nothing_back() -> None:
@@ -254,56 +204,8 @@ def test_empty_batch_and_gradients() -> None:
     assert not dpp_greedy([clustered(20, 8).requires_grad_()], [5])[0].requires_grad
 
 
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from importlib import import_module
-
-kernels = import_module("vtprune.kernels.dpp_greedy.triton")
-types = {"picks": "*i64", "begun": "*i64"}
-types |= dict.fromkeys(["rows", "own", "state", "top", "factor"], "*fp32")
-given = {"COLS": kernels.COLS, "STEPS": kernels.STEPS, "DIMS": kernels.DIMS, "MARGIN": 1e-6, "RANK": 1e-5}
-given |= {"TINY": 1e-30, "PARTS": 128}
-kernel = kernels._pick
-constants = {arg: given[arg] for arg in kernel.arg_names if arg in given}
-signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in kernel.arg_names}
-source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-triton.compile(source, target=GPUTarget("cuda", 90, 32))
-"""
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the other tests compile the kernel")
-def test_the_kernel_compiles_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
-    pytest.importorskip("triton")
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    assert len(list(tmp_path.rglob("*.cubin"))) == 1
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("sizes", [[576], [576] * 3, [576, 100, 320]])
 def test_no_wait_and_a_graph(sizes: list[int]) -> None:
-    """A fixed budget never waits for the device, and a graph replays the selection on new features."""
-    units = [clustered(n, 64, n).to("cuda") for n in sizes]
-    others = [clustered(n, 64, n + 1).to("cuda") for n in sizes]
-    budgets = [n // 9 for n in sizes]
-    cuda = ("triton", torch.device("cuda"))
-    expected = [picks_of(cuda, batch, budgets) for batch in (units, others)]
-    try:
-        torch.cuda.set_sync_debug_mode("error")
-        with kernels.deferring():
-            dpp_greedy(units, budgets)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), kernels.deferring():
-        picks = dpp_greedy(units, budgets)
-    for batch, wanted in zip((units, others), expected):
-        for held, new in zip(units, [x.clone() for x in batch]):
-            held.copy_(new)
-        graph.replay()
-        assert [p.tolist() for p in picks] == wanted
+    never_waits_and_replays(dpp_greedy, sizes)

@@ -5,22 +5,19 @@ On a machine without a GPU the kernels run in Triton's interpreter.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import oracles
 import pytest
 import torch
-from test_volume_coverage import FORMS, Watch, clustered, weights_of
+from greedy import FORMS, Watch, clustered, form_of, never_waits_and_replays, weights_of
 from torch import Tensor
 
 from vtprune import kernels
 from vtprune.evals.speed import bench_kernels
-from vtprune.kernels import dispatch, facility_greedy
+from vtprune.kernels import facility_greedy
 from vtprune.kernels.facility_greedy import reference
 from vtprune.kernels.volume_coverage import reference as volume
 
@@ -38,14 +35,7 @@ KINDS: list[dict[str, Any]] = [
 @pytest.fixture(params=FORMS)
 def form(request: pytest.FixtureRequest) -> Form:
     """An implementation and a device."""
-    backend, device = request.param
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    if backend == "triton":
-        pytest.importorskip("triton")
-        if device == "cpu" and not dispatch.interpreted():
-            pytest.skip("Triton's interpreter is off: it runs where there is no GPU")
-    return backend, torch.device(device)
+    return form_of(*request.param)
 
 
 def rows_of(m: int, n: int, seed: int = 0) -> Tensor:
@@ -175,25 +165,7 @@ def test_strided_and_scaled_features(memory: str, form: Form) -> None:
         assert picks_of(form, [x * 1e25], [4], memory=memory) == plain
 
 
-@pytest.fixture(params=[torch.nan, -torch.inf])
-def _poisoned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Memory that nobody has written yet holds NaN or a score nobody can beat, or an index far out of range."""
-
-    def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def made(*args: object, **options: object) -> Tensor:
-            out = make(*args, **options)
-            return out.fill_(request.param if out.is_floating_point() else 2**62)
-
-        return made
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", poison(torch.empty))
-        patch.setattr(torch, "empty_like", poison(torch.empty_like))
-        patch.setattr(Tensor, "new_empty", poison(Tensor.new_empty))
-        yield
-
-
-@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("memory", MEMORY)
 def test_unwritten_memory_is_never_used(memory: str, form: Form) -> None:
     units, budgets = [clustered(n, 7, n) for n in (1, 37, 50)], [1, 5, 6]
@@ -295,60 +267,9 @@ def test_empty_batch_and_gradients() -> None:
     assert not facility_greedy([clustered(20, 8).requires_grad_()], [5])[0].requires_grad
 
 
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from importlib import import_module
-
-kernels = import_module("vtprune.kernels.facility_greedy.triton")
-types = {"picks": "*i64", "cover": "*fp64", "floor": "*fp64", "excluded": "*i8", "factor": "fp32", "slack": "fp32"}
-types |= dict.fromkeys(["table", "rows", "log", "score", "top", "best", "free", "weight"], "*fp32")
-sizes = {"COLS": kernels.COLS, "ROWS": kernels.ROWS, "MADE": kernels.MADE, "DIMS": kernels.DIMS}
-for name in ("_pick", "_leave"):
-    for value in (True, False):
-        kernel = getattr(kernels, name)
-        given = sizes | {"MARGIN": 3e-7, "PARTS": 128} | dict.fromkeys(["ANEW", "SOFTMAX", "ADD", "OUT"], value)
-        constants = {arg: given[arg] for arg in kernel.arg_names if arg in given}
-        signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in kernel.arg_names}
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-        triton.compile(source, target=GPUTarget("cuda", 90, 32))
-"""
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the other tests compile the kernels")
-def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
-    pytest.importorskip("triton")
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    assert len(list(tmp_path.rglob("*.cubin"))) == 4
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("sizes", [[576], [576] * 3, [576, 100, 320]])
 def test_no_wait_and_a_graph(sizes: list[int], memory: str) -> None:
-    """A fixed budget never waits for the device, and a graph replays the selection on new features."""
-    units = [clustered(n, 64, n).to("cuda") for n in sizes]
-    others = [clustered(n, 64, n + 1).to("cuda") for n in sizes]
-    budgets = [n // 9 for n in sizes]
-    options: dict[str, Any] = {"memory": memory, "temperature": 0.2}
-    cuda = ("triton", torch.device("cuda"))
-    wanted = [picks_of(cuda, batch, budgets, **options) for batch in (units, others)]
-    try:
-        torch.cuda.set_sync_debug_mode("error")
-        with kernels.deferring():
-            facility_greedy(units, budgets, **options)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), kernels.deferring():
-        picks = facility_greedy(units, budgets, **options)
-    for batch, known in zip((units, others), wanted):
-        for held, new in zip(units, [x.clone() for x in batch]):
-            held.copy_(new)
-        graph.replay()
-        assert [p.tolist() for p in picks] == known
+    never_waits_and_replays(partial(facility_greedy, memory=memory, temperature=0.2), sizes)

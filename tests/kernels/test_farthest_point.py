@@ -5,16 +5,14 @@ On a machine without a GPU the kernels run in Triton's interpreter, on the same 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
-from pathlib import Path
 
 import oracles
 import pytest
 import torch
+from greedy import clustered, never_waits_and_replays
 from torch import Tensor
 
 from vtprune import kernels
@@ -37,14 +35,6 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
         # The interpreter pays per program, not per row.
         monkeypatch.setattr(triton_form, "TILE_ROWS", 64)
     return torch.device(request.param)
-
-
-def clustered(n: int, d: int, seed: int = 0) -> Tensor:
-    """Rows around a few centres with uneven norms, as image features have."""
-    g = torch.Generator().manual_seed(seed)
-    centres = torch.randn(max(1, n // 5), d, generator=g)
-    rows = centres[torch.randint(len(centres), (n,), generator=g)] + 0.3 * torch.randn(n, d, generator=g)
-    return rows * torch.rand(n, 1, generator=g).add(0.2)
 
 
 def by_triton(features: list[Tensor], budgets: list[int], **options: object) -> list[list[int]]:
@@ -236,23 +226,6 @@ def test_strided_rows(memory: str, dtype: torch.dtype, device: torch.device) -> 
         assert by_triton([x], [4], memory=memory) == by_triton([x.contiguous()], [4], memory=memory)
 
 
-@pytest.fixture(params=[torch.nan, -torch.inf])
-def poisoned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Memory that nobody has written yet holds NaN or a score nobody can beat, or an index far out of range."""
-
-    def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def made(*args: object, **options: object) -> Tensor:
-            out = make(*args, **options)
-            return out.fill_(request.param if out.is_floating_point() else 2**62)
-
-        return made
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", poison(torch.empty))
-        patch.setattr(Tensor, "new_empty", poison(Tensor.new_empty))
-        yield
-
-
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("memory", MEMORY)
@@ -372,60 +345,10 @@ def test_lower_matmul_precision_is_not_for_decisions(setting: str, memory: str, 
         torch.set_float32_matmul_precision(before)
 
 
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from importlib import import_module
-
-kernels = import_module("vtprune.kernels.farthest_point.triton")
-types = {"x": "*bf16", "rows": "*bf16", "first": "*i64", "picks": "*i64", "where": "*i64"}
-types |= dict.fromkeys(["inverse", "largest", "product", "gram", "nearest", "running", "best", "weights"], "*fp32")
-for name, constants in {
-    "_measure": {"SCALE": True, "ROWS": kernels.TILE_ROWS, "COLS": kernels.TILE_COLS, "x_col": 1},
-    "_cosines": {"ROWS": kernels.TILE_ROWS, "COLS": kernels.TILE_COLS},
-    "_greedy": {"GIVEN": False, "WEIGHED": True, "MAXMIN": True, "BLOCK": 16384},
-    "_step": {"MAXMIN": True, "WEIGHED": True, "ROWS": kernels.STEP_ROWS, "COLS": kernels.STEP_COLS, "PARTS": 512},
-}.items():
-    kernel = getattr(kernels, name)
-    signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 16 if name == "_greedy" else 8})
-"""
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the other tests compile the kernels")
-def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
-    """The interpreter accepts what the compiler may refuse; an H100's code can be made on any Linux machine."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    assert len(list(tmp_path.rglob("*.cubin"))) == 4
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [[576], [576] * 3, [576, 100, 320]])
 def test_no_wait_and_a_graph(sizes: list[int], dtype: torch.dtype, memory: str) -> None:
-    """A fixed budget never waits for the device, and a graph replays the selection on new features."""
-    units = [clustered(n, 64, n).to("cuda", dtype) for n in sizes]
-    others = [clustered(n, 64, n + 1).to("cuda", dtype) for n in sizes]
-    budgets = [n // 9 for n in sizes]
-    expected = [by_triton(batch, budgets, memory=memory) for batch in (units, others)]
-    try:
-        torch.cuda.set_sync_debug_mode("error")
-        with kernels.deferring():
-            farthest_point(units, budgets, memory=memory)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), kernels.deferring():
-        picks = farthest_point(units, budgets, memory=memory)
-    for batch, wanted in zip((units, others), expected):
-        for held, new in zip(units, [x.clone() for x in batch]):
-            held.copy_(new)
-        graph.replay()
-        assert [p.tolist() for p in picks] == wanted
+    never_waits_and_replays(partial(farthest_point, memory=memory), sizes, dtype)

@@ -9,39 +9,14 @@ from typing import Any
 import oracles
 import pytest
 import torch
+from greedy import Watch, clustered
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vtprune.kernels import attention_received, attention_rows, check_finite, deferring, farthest_point
 from vtprune.kernels.farthest_point import reference
 
 OBJECTIVES = ("maxmin", "maxsum")
 MEMORY = ("fast", "low")
-
-
-def clustered(n: int, d: int, seed: int = 0) -> Tensor:
-    """Rows around a few centres with uneven norms, as image features have."""
-    g = torch.Generator().manual_seed(seed)
-    centres = torch.randn(max(1, n // 5), d, generator=g)
-    rows = centres[torch.randint(len(centres), (n,), generator=g)] + 0.3 * torch.randn(n, d, generator=g)
-    return rows * torch.rand(n, 1, generator=g).add(0.2)
-
-
-class Watch(TorchDispatchMode):
-    """Counts reads of device values by the host, and remembers the largest tensor made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reads, self.largest = 0, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        self.reads += name in ("_local_scalar_dense", "nonzero", "item", "equal")
-        for made in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(made, Tensor):
-                self.largest = max(self.largest, made.numel())
-        return out
 
 
 @contextmanager

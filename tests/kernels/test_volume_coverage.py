@@ -5,56 +5,27 @@ On a machine without a GPU the kernels run in Triton's interpreter.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import oracles
 import pytest
 import torch
+from greedy import FORMS, Watch, clustered, form_of, never_waits_and_replays, weights_of
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vtprune import kernels
-from vtprune.kernels import dispatch, volume_coverage
+from vtprune.kernels import volume_coverage
 from vtprune.kernels.volume_coverage import reference
 
 MEMORY = ("fast", "low")
-FORMS = [
-    pytest.param(("reference", "cpu"), id="reference"),
-    pytest.param(("triton", "cpu"), id="triton"),
-    pytest.param(("reference", "cuda"), id="reference-cuda", marks=pytest.mark.gpu),
-    pytest.param(("triton", "cuda"), id="triton-cuda", marks=pytest.mark.gpu),
-]
 
 
 @pytest.fixture(params=FORMS)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, torch.device]:
     """An implementation and a device; memory="low" covers 7 rows here."""
-    backend, device = request.param
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    if backend == "triton":
-        pytest.importorskip("triton")
-        if device == "cpu" and not dispatch.interpreted():
-            pytest.skip("Triton's interpreter is off: it runs where there is no GPU")
     monkeypatch.setattr(reference, "FEW", 7)
-    return backend, torch.device(device)
-
-
-def clustered(n: int, d: int, seed: int = 0) -> Tensor:
-    """Rows around a few centres with uneven norms, as image features have."""
-    g = torch.Generator().manual_seed(seed)
-    centres = torch.randn(max(1, n // 5), d, generator=g)
-    rows = centres[torch.randint(len(centres), (n,), generator=g)] + 0.3 * torch.randn(n, d, generator=g)
-    return rows * torch.rand(n, 1, generator=g).add(0.2)
-
-
-def weights_of(n: int, seed: int = 0) -> Tensor:
-    return torch.rand(n, generator=torch.Generator().manual_seed(seed)).add(0.1)
+    return form_of(*request.param)
 
 
 def picks_of(
@@ -148,25 +119,7 @@ def test_strided_rows(memory: str, form: tuple[str, torch.device]) -> None:
         assert picks_of(form, [x], [4], memory=memory) == picks_of(form, [x.contiguous()], [4], memory=memory)
 
 
-@pytest.fixture(params=[torch.nan, -torch.inf])
-def _poisoned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Memory that nobody has written yet holds NaN or a score nobody can beat, or an index far out of range."""
-
-    def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def made(*args: object, **options: object) -> Tensor:
-            out = make(*args, **options)
-            return out.fill_(request.param if out.is_floating_point() else 2**62)
-
-        return made
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", poison(torch.empty))
-        patch.setattr(torch, "empty_like", poison(torch.empty_like))
-        patch.setattr(Tensor, "new_empty", poison(Tensor.new_empty))
-        yield
-
-
-@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("memory", MEMORY)
 def test_unwritten_memory_is_never_used(memory: str, form: tuple[str, torch.device]) -> None:
     units, budgets = [clustered(n, 7, n) for n in (1, 37, 50)], [1, 5, 6]
@@ -189,22 +142,6 @@ def test_non_finite_rows_are_refused_and_harm_no_memory(bad: float, form: tuple[
         kernels.DeferredChecks(checks).raise_if_failed()
     with pytest.raises(ValueError, match=r"weights of unit 0 hold 1 NaN or Inf"):
         picks_of(form, [fine], [2], weights=[torch.tensor([1.0, bad, 1.0])])
-
-
-class Watch(TorchDispatchMode):
-    """Counts reads of device values by the host, and remembers the largest tensor made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reads, self.largest = 0, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.reads += func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "item", "equal")
-        for made in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(made, Tensor):
-                self.largest = max(self.largest, made.numel())
-        return out
 
 
 def test_a_batch_of_small_problems_reads_nothing_back() -> None:
@@ -266,60 +203,9 @@ def test_empty_batch_and_gradients() -> None:
     assert not volume_coverage([clustered(20, 8).requires_grad_()], [5])[0].requires_grad
 
 
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from importlib import import_module
-
-kernels = import_module("vtprune.kernels.volume_coverage.triton")
-types = {"picks": "*i64", "covered": "*i64", "cover": "*fp64", "floor": "*fp64", "ridge": "fp32"}
-floats = ["table", "rows", "score", "top", "row", "factor", "left", "best", "weight"]
-types |= dict.fromkeys(floats, "*fp32")
-sizes = {"COLS": kernels.COLS, "ROWS": kernels.ROWS, "STEPS": kernels.STEPS, "DIMS": kernels.DIMS}
-for name, choice in (("_residual", "WHOLE"), ("_gains", "ANEW")):
-    for value in (True, False):
-        kernel = getattr(kernels, name)
-        given = sizes | {"WHOLE": False, "ANEW": False, "MARGIN": 1e-5, "PARTS": 128, choice: value}
-        constants = {arg: given[arg] for arg in kernel.arg_names if arg in given}
-        signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in kernel.arg_names}
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-        triton.compile(source, target=GPUTarget("cuda", 90, 32))
-"""
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the other tests compile the kernels")
-def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
-    pytest.importorskip("triton")
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    assert len(list(tmp_path.rglob("*.cubin"))) == 4
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("sizes", [[576], [576] * 3, [576, 100, 320]])
 def test_no_wait_and_a_graph(sizes: list[int], memory: str) -> None:
-    """A fixed budget never waits for the device, and a graph replays the selection on new features."""
-    units = [clustered(n, 64, n).to("cuda") for n in sizes]
-    others = [clustered(n, 64, n + 1).to("cuda") for n in sizes]
-    budgets = [n // 9 for n in sizes]
-    cuda = ("triton", torch.device("cuda"))
-    expected = [picks_of(cuda, batch, budgets, memory=memory) for batch in (units, others)]
-    try:
-        torch.cuda.set_sync_debug_mode("error")
-        with kernels.deferring():
-            volume_coverage(units, budgets, memory=memory)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), kernels.deferring():
-        picks = volume_coverage(units, budgets, memory=memory)
-    for batch, wanted in zip((units, others), expected):
-        for held, new in zip(units, [x.clone() for x in batch]):
-            held.copy_(new)
-        graph.replay()
-        assert [p.tolist() for p in picks] == wanted
+    never_waits_and_replays(partial(volume_coverage, memory=memory), sizes)

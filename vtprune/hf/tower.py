@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..core.errors import UnsupportedCall
 from ..core.method import Stage
+from ..kernels import HostCopy
 from ..model_adapters.tower_layout import Call, Modality, per_entry, sizes_of
 from ..signals import kind_of
 from .attention_probe import probe
@@ -116,9 +117,9 @@ class TowerStages:
         plan, run = self.plan, self.stop()
         assert run is not None
         run.raise_if_failed()
-        if run.cut is None or run.tokens is None:
+        if run.marks is None:
             return run
-        call, marks = plan.call(run.call, sizes_of(output)), marks_of_kept(run)
+        call, marks = plan.call(run.call, sizes_of(output)), run.marks.read()
         entries = per_entry(call, plan.layout, plan.modality, marks[..., None])
         for entry in entries:
             if not bool(torch.isin(entry, torch.arange(3.0)).all()):
@@ -158,6 +159,8 @@ class TowerStages:
             x, run.lengths[k] = run.cut.cut(x, 1), run.cut.n
         elif x is full:
             return None
+        if k == self.plan.last_block and not self.by_patch:
+            self._nothing_more(run)
         # Positional, because transformers looks for the first hidden state there.
         rest = {name: v for name, v in kwargs.items() if name != "hidden_states"}
         return (x[0] if hidden.dim() == 2 else x, *args[1:]), rest
@@ -173,10 +176,16 @@ class TowerStages:
         if k == self.plan.depth - 1:
             x = run_stages(self.plan, self.needs, run, self.plan.depth, x)
             x = with_patches_joined(run, x) if self.by_patch else x
+            self._nothing_more(run)
         if x is short:
             return None
         x = x[0] if out.dim() == 2 else x
         return (x, *output[1:]) if isinstance(output, tuple) else x
+
+    def _nothing_more(self, run: TowerRun) -> None:
+        """Nothing more will be dropped: what is left starts for the host, which then waits for no later block."""
+        if run.cut is not None and run.marks is None:
+            run.marks = HostCopy(marks_of_kept(run))
 
     @outside_while_busy
     def _before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -61,6 +61,11 @@ class TowerPlan:
         return any(stage.method.by_patch for stage in self.stages)
 
     @property
+    def last_block(self) -> int:
+        """The last block at which a stage acts."""
+        return max(acts_at[-1] for acts_at in self.acts_at)
+
+    @property
     def packed(self) -> bool:
         """True of a tower that runs many images as one row of patches."""
         return self.layout.packed is not None

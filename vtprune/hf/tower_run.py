@@ -13,7 +13,7 @@ from ..core.compaction import Compaction
 from ..core.errors import VtpruneError
 from ..core.result import UnitResult
 from ..core.visual import Assignment
-from ..kernels import DeferredChecks, to_device
+from ..kernels import DeferredChecks, HostCopy, to_device
 from ..model_adapters.tower_layout import Call
 from ..model_adapters.tower_tokens import TowerTokens, tokens_of
 from .tower_plan import TowerPlan
@@ -62,6 +62,7 @@ class TowerRun:
     lengths: rows each block ran on (its longest crop; all images where the tower packs them).
     cut: from all N rows to those that are left; cut_at: by block, the cut on which it ran.
     queries: by block, the patches of each image on which it ran. signals: what was read of attention, by (block, name).
+    marks: `marks_of_kept`, on their way to the host as soon as nothing more will be dropped.
     """
 
     call: Call
@@ -77,6 +78,7 @@ class TowerRun:
     notes: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     checks: list[DeferredChecks] = field(default_factory=list)
+    marks: HostCopy | None = None
     bias: Tensor | None = None
     memo: dict[int, tuple[Any, Any]] = field(default_factory=dict)
 
@@ -184,7 +186,7 @@ def with_patches_joined(run: TowerRun, x: Tensor) -> Tensor:
 
 
 def marks_of_kept(run: TowerRun) -> Tensor:
-    """[T, N] on the host: 2 where the tower's output stands for a kept token, 1 where a dropped one stood."""
+    """[T, N]: 2 where the tower's output stands for a kept token, 1 where a dropped one stood."""
     assert run.tokens is not None
     assert run.cut is not None
     marks = torch.ones(run.shape[:2], device=run.cut.index.device)
@@ -192,4 +194,4 @@ def marks_of_kept(run: TowerRun) -> Tensor:
     for image in run.images:
         shown = image.patches if image.output_slots is None else image.output_slots
         marks[image.row].index_fill_(0, shown.flatten(), 2)
-    return marks.cpu()
+    return marks
