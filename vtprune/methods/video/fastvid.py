@@ -17,7 +17,7 @@ from ...kernels import check_finite, to_device
 from ...registry import register_own as register
 from .. import check_choices, check_cosine, check_counts, check_parts, signal_of
 from ..shared.clips import Clip, by_clip, check_ratio
-from ..shared.density_peaks import clusters
+from ..shared.density_peaks import centres
 from ..shared.frames import likeness, places, ranks_in_rows
 from ..shared.scenes import Plan, Variant, cut_at, filled, shared_out
 from ..shared.segments import Segment
@@ -112,7 +112,7 @@ class FastVID(Method):
             return Assignment(places(salient, total), scores=seen.flatten())
         pick = to_device(torch.tensor(anchors), device)
         free, most = ~salient[pick], torch.tensor([min(self.neighbours, p - plan.salient[i]) for i in anchors])
-        centre, _ = clusters(x[pick], free, counts[1, pick], to_device(most, device), self.neighbours)
+        centre = centres(x[pick], free, counts[1, pick], to_device(most, device), self.neighbours)
         kept = salient.index_put((pick,), salient[pick] | centre)
         idx = places(kept, total)
         row, unit = kept.flatten().cumsum(0) - 1, normalize(x, dim=-1).flatten(0, 1)
