@@ -59,8 +59,9 @@ def clips(v: Visual) -> tuple[list[Clip], Tensor]:
     found, loose, end = [], [], 0
     alike = _alike if v.video else _number
     for _, group in groupby(enumerate(spans), alike):
-        frames = []
+        frames, first = [], None
         for _, span in group:
+            first = span.start if first is None else first
             t, h, w = span.grid
             loose.append(torch.arange(end, span.start, device=v.x.device))
             end = span.start + len(span)
@@ -68,7 +69,9 @@ def clips(v: Visual) -> tuple[list[Clip], Tensor]:
             frames.append(rows[..., :w].reshape(t, h * w))
             loose.append(rows[..., w:].flatten())
         at = frames[0] if len(frames) == 1 else torch.cat(frames)
-        found.append(Clip(v.x.index_select(0, at.flatten()).float().view(*at.shape, -1), at))
+        run = at.numel() == end - (first or 0)  # one after the other, as they stand: no copy
+        x = v.x[end - at.numel() : end] if run else v.x.index_select(0, at.flatten())
+        found.append(Clip(x.float().view(*at.shape, -1), at))
     loose.append(torch.arange(end, v.n, device=v.x.device))
     return found, torch.cat(loose).sort().values
 
