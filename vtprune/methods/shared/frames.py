@@ -11,12 +11,14 @@ from ...core.visual import Assignment
 
 def likeness(a: Tensor, b: Tensor) -> Tensor:
     """Cosine similarity of rows, [..., D] -> [...]; zero rows are like nothing."""
-    return vecdot(a, b) / (norms(a) * norms(b))
+    along: Tensor = vecdot(a, b)
+    return along / (norms(a) * norms(b))
 
 
 def norms(x: Tensor) -> Tensor:
     """Lengths of rows, [..., D] -> [...], above 0 so that one can divide by them, which needs no copy of the rows."""
-    return vector_norm(x, dim=-1).clamp(min=1e-12)
+    length: Tensor = vector_norm(x, dim=-1)
+    return length.clamp(min=1e-12)
 
 
 def ranks_in_rows(scores: Tensor) -> Tensor:
