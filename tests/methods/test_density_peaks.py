@@ -40,7 +40,7 @@ def test_sets_of_several_blocks(m: int, cached: int, monkeypatch: pytest.MonkeyP
     x, real, counts, nearest = sets(5, m, 12)
     monkeypatch.setattr(module, "CACHED", cached)
     centre, member = clusters(x, real, counts, nearest, 7)
-    assert torch.equal(centre, centres(x, real, counts, nearest, 7))
+    assert torch.equal(centre, centres(x.clone().requires_grad_(), real, counts, nearest, 7))
     for i in range(5):
         rows = real[i].nonzero()[:, 0]
         chosen, to = plain(x[i, rows], int(counts[i]), int(nearest[i]))

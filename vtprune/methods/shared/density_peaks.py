@@ -29,7 +29,7 @@ def distances(x: Tensor, real: Tensor) -> Tensor:
 
     They go through the products of the centred rows, of which half are computed and mirrored.
     """
-    m, weight = x.shape[1], real.float()
+    x, m, weight = x.detach(), x.shape[1], real.float()  # places have no gradient
     x = x - (weight / weight.sum(1, keepdim=True).clamp(min=1))[:, None] @ x
     square = torch.linalg.vector_norm(x, dim=-1).square().masked_fill(~real, torch.inf)
     far, rows = x.new_empty(*real.shape, m), _rows(x)
@@ -56,8 +56,8 @@ def peaks(far: Tensor, real: Tensor, nearest: Tensor, most: int, width: int) -> 
     near = far.topk(min(most, m), dim=-1, largest=False).values
     near = near.masked_fill(torch.arange(near.shape[-1], device=far.device) >= nearest[:, None, None], 0).sum(-1)
     density = -near / (nearest[:, None] * width)
-    # Of a row less dense than another one, the other's place is the smaller: the difference puts nobody out of reach
-    # but those that are not denser.
+    # Rows are numbered by falling density, FAR apart. A number less that of a row is then below 0 for a denser row and
+    # beyond every distance for the others, and the larger of that and the distance needs no mask of pairs.
     place = density.argsort(dim=1, descending=True, stable=True).argsort(dim=1) * FAR
     reach = torch.empty_like(density)
     for a in range(0, m, rows):
