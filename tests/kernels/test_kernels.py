@@ -265,3 +265,22 @@ def test_a_deferred_check_explains_what_it_led_to() -> None:
     assert isinstance(caught.value.__context__, IndexError)
     with pytest.raises(IndexError):
         _fails_later(torch.ones(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_check_makes_nothing_as_large_as_what_it_reads(dtype: torch.dtype) -> None:
+    """It takes one number from either end, which neither adds up to Inf nor loses a NaN among the others."""
+    x = torch.full((33, 5), torch.finfo(dtype).max, dtype=dtype)
+    tensors = [x, -x, x[:0], torch.ones(7, requires_grad=True)]
+    with Watch() as watch, deferring() as checks:
+        check_finite(tensors)
+    assert watch.largest == 6
+    assert checks[0].holds
+    for at in range(x.numel()):
+        for bad in (torch.nan, torch.inf, -torch.inf):
+            with deferring() as checks:
+                check_finite([x[:1], x.flatten().index_fill(0, torch.tensor(at), bad).view_as(x).mT])
+            assert not checks[0].holds
+    with deferring() as checks:
+        check_finite([x[:0]])
+    assert not checks

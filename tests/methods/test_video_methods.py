@@ -10,6 +10,7 @@ import pytest
 import reference
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vtprune
 from vtprune import Assignment, Span, Visual
@@ -18,6 +19,7 @@ from vtprune.methods.counting import apportion
 from vtprune.methods.density_peaks import clusters
 from vtprune.methods.scenes import refined
 from vtprune.methods.segments import cut, run_lengths, still_places
+from vtprune.methods.shared import bipartite
 from vtprune.methods.video.aim import KEYS
 from vtprune.methods.video.fastvid import LOOKED_AT
 from vtprune.methods.video.holitom import RECEIVED
@@ -413,6 +415,49 @@ def test_a_still_image_says_so() -> None:
 def test_ratio_outside_its_range(name: str, ratio: Any) -> None:
     with pytest.raises(ValueError, match=f"ratio={ratio!r}: use a float in"):
         vtprune.create(name, ratio=ratio)
+
+
+# cost
+
+
+class Large(TorchDispatchMode):
+    """Counts the tensors of more than so many elements that are made, views left out."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.made = size, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.made += isinstance(out, Tensor) and not func.is_view and out.numel() > self.size
+        return out
+
+
+@pytest.mark.parametrize(("name", "made"), [("evs", 1), ("dycoke", 3), ("holitom", 1), ("aim", 0), ("fastvid", 0)])
+def test_features_are_not_copied(name: str, made: int) -> None:
+    """Frames in one run are a view, and cosines are products and lengths: one tensor of products for all of them.
+
+    DyCoke takes the frames of reference, too, and compares first frames with their own mean.
+    """
+    grid = (8, 4, 4)
+    x, seen = video(grid, d=256), seen_of(grid).flatten()
+    v, method = unit(x, 20, grid, signals={RECEIVED: seen, LOOKED_AT: seen}), vtprune.create(name)
+    with torch.no_grad(), Large(x.numel() // 2) as large:
+        method(v)
+    assert large.made == made
+
+
+def test_aim_merges_features_between_rounds_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the last round makes is made once, by the seam, of all rounds' weights."""
+    grid, calls = (3, 4, 4), []
+    merge = bipartite.merge
+    monkeypatch.setattr(bipartite, "merge", lambda *a: calls.append(a[0].shape) or merge(*a))  # type: ignore[func-returns-value]
+    v = unit(video(grid), None, grid)
+    one, two = (vtprune.create("aim", rounds=n) for n in (1, 2))
+    assert len(one(v).idx) == 24
+    assert calls == []
+    assert len(two(v).idx) == 12
+    assert calls == [(48, 12)]
 
 
 # in models

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from ...core.reduction import Reduction
 from ...kernels import best_first
+from ...kernels.merge import merge
+from .frames import norms
 
 
 def together(index: Tensor, slots: Tensor, size: Tensor) -> Reduction:
@@ -39,32 +40,38 @@ def merged(x: Tensor, rounds: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     kept = torch.zeros(f, n, dtype=torch.bool, device=x.device)
     if sum(rounds) == n:
         return kept, stands, weight
-    for q in filter(None, rounds):
-        step, share, x, stands = _round(x, stands, q)
+    todo = [q for q in rounds if q]
+    for number, q in enumerate(todo, start=1):
+        step, share, stands = _round(x, stands, q)
         weight = weight * share.gather(1, row)
         row = step.gather(1, row)
+        if number < len(todo):  # what the last round makes is made once for all, of the weights
+            x = _joined(x, step, share, stands.shape[1])
     return kept.scatter(1, stands, True), stands.gather(1, row), weight
 
 
-def _round(x: Tensor, stands: Tensor, q: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One round on x [F, m, C]: the new row and the share in it of each token [F, m], new rows, their places."""
-    unit = normalize(x, dim=-1)
-    best, partner = (unit[:, ::2] @ unit[:, 1::2].mT).max(-1)  # [F, ceil(m / 2)]
-    order = best.sort(dim=1, descending=True, stable=True).indices
+def _round(x: Tensor, stands: Tensor, q: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One round on x [F, m, C]: the new row and the share in it of each token [F, m], and the places of new rows."""
+    length = norms(x)
+    like = (x[:, ::2] @ x[:, 1::2].mT).div_(length[:, None, 1::2])
+    best, partner = like.max(-1)  # [F, ceil(m / 2)]
+    order = (best / length[:, ::2]).sort(dim=1, descending=True, stable=True).indices
     joins, stay = order[:, :q], order[:, q:]
     left, odd = stay.shape[1], x.shape[1] // 2
     target = partner.gather(1, joins)
     count = torch.ones(len(x), odd, device=x.device).scatter_add(1, target, torch.ones_like(joins, dtype=x.dtype))
-    summed = x[:, 1::2].scatter_add(1, target[..., None].expand(-1, -1, x.shape[2]), _rows(x[:, ::2], joins))
-    new = torch.cat([_rows(x[:, ::2], stay), summed / count[..., None]], dim=1)
     step, share = torch.empty_like(stands), torch.ones_like(stands, dtype=torch.float32)
     even = (left + partner).scatter(1, stay, torch.arange(left, device=x.device).expand_as(stay))
     step[:, ::2], step[:, 1::2] = even, left + torch.arange(odd, device=x.device)
     share[:, ::2] = (1 / count).gather(1, partner).scatter(1, stay, 1.0)
     share[:, 1::2] = 1 / count
-    return step, share, new, torch.cat([stands[:, ::2].gather(1, stay), stands[:, 1::2]], dim=1)
+    return step, share, torch.cat([stands[:, ::2].gather(1, stay), stands[:, 1::2]], dim=1)
 
 
-def _rows(x: Tensor, at: Tensor) -> Tensor:
-    """x [F, m, C], at [F, k] -> [F, k, C]."""
-    return x.gather(1, at[..., None].expand(-1, -1, x.shape[2]))
+def _joined(x: Tensor, step: Tensor, share: Tensor, left: int) -> Tensor:
+    """The rows [F, left, C] that x [F, m, C] becomes, where row step [F, m] of them takes a share of each."""
+    f, m, c = x.shape
+    rows = torch.arange(f * m, device=x.device)
+    to = step + torch.arange(f, device=x.device)[:, None] * left
+    made: Tensor = merge(x.reshape(f * m, c), rows, to.flatten(), share.flatten(), f * left)
+    return made.view(f, left, c)

@@ -59,8 +59,8 @@ def clips(v: Visual) -> tuple[list[Clip], Tensor]:
     found, loose, end = [], [], 0
     alike = _alike if v.video else _number
     for _, group in groupby(enumerate(spans), alike):
-        frames = []
-        for _, span in group:
+        frames, members = [], [span for _, span in group]
+        for span in members:
             t, h, w = span.grid
             loose.append(torch.arange(end, span.start, device=v.x.device))
             end = span.start + len(span)
@@ -68,7 +68,10 @@ def clips(v: Visual) -> tuple[list[Clip], Tensor]:
             frames.append(rows[..., :w].reshape(t, h * w))
             loose.append(rows[..., w:].flatten())
         at = frames[0] if len(frames) == 1 else torch.cat(frames)
-        found.append(Clip(v.x.index_select(0, at.flatten()).float().view(*at.shape, -1), at))
+        first = members[0].start
+        in_one_run = at.numel() == end - first  # then no copy is needed
+        x = v.x[first:end] if in_one_run else v.x.index_select(0, at.flatten())
+        found.append(Clip(x.float().view(*at.shape, -1), at))
     loose.append(torch.arange(end, v.n, device=v.x.device))
     return found, torch.cat(loose).sort().values
 

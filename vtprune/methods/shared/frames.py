@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.linalg import vecdot, vector_norm
 
 from ...core.visual import Assignment
 
 
 def likeness(a: Tensor, b: Tensor) -> Tensor:
     """Cosine similarity of rows, [..., D] -> [...]; zero rows are like nothing."""
-    return (normalize(a, dim=-1) * normalize(b, dim=-1)).sum(-1)
+    along: Tensor = vecdot(a, b)
+    return along / (norms(a) * norms(b))
+
+
+def norms(x: Tensor) -> Tensor:
+    """Lengths of rows, [..., D] -> [...], above 0 so that one can divide by them, which needs no copy of the rows."""
+    length: Tensor = vector_norm(x, dim=-1)
+    return length.clamp(min=1e-12)
 
 
 def ranks_in_rows(scores: Tensor) -> Tensor:

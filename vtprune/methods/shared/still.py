@@ -64,6 +64,8 @@ class Split(NamedTuple):
 
     def stand_alone(self, scores: Tensor, count: int) -> Tensor:
         """[T, P] bool: the `count` still tokens, not of a first frame, of highest scores [T, P]."""
+        if not count:
+            return torch.zeros_like(self.still)
         first = torch.arange(len(scores), device=scores.device) == self.first
         order = best_first(scores.masked_fill(~self.still | first[:, None], -torch.inf).flatten())[:count]
         return torch.zeros_like(self.still).flatten().index_fill(0, order, True).view_as(self.still)

@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from ...core.method import Method, Newlines
 from ...core.signal import Signal
@@ -17,8 +16,8 @@ from ...kernels import check_finite, to_device
 from ...registry import register_own as register
 from .. import check_choices, check_cosine, check_counts, check_parts, signal_of
 from ..shared.clips import Clip, by_clip, check_ratio
-from ..shared.density_peaks import clusters
-from ..shared.frames import likeness, places, ranks_in_rows
+from ..shared.density_peaks import centres
+from ..shared.frames import likeness, norms, places, ranks_in_rows
 from ..shared.scenes import Plan, Variant, cut_at, filled, shared_out
 from ..shared.segments import Segment
 
@@ -112,10 +111,10 @@ class FastVID(Method):
             return Assignment(places(salient, total), scores=seen.flatten())
         pick = to_device(torch.tensor(anchors), device)
         free, most = ~salient[pick], torch.tensor([min(self.neighbours, p - plan.salient[i]) for i in anchors])
-        centre, _ = clusters(x[pick], free, counts[1, pick], to_device(most, device), self.neighbours)
+        centre = centres(x[pick], free, counts[1, pick], to_device(most, device), self.neighbours)
         kept = salient.index_put((pick,), salient[pick] | centre)
         idx = places(kept, total)
-        row, unit = kept.flatten().cumsum(0) - 1, normalize(x, dim=-1).flatten(0, 1)
+        row, flat = kept.flatten().cumsum(0) - 1, x.flatten(0, 1)
         own = places(salient, sum(plan.salient))
         src, dst, w = [own], [row[own]], [torch.ones_like(own, dtype=torch.float32)]
         scene = {i: s for s in found for i in range(s[0], s[1] + 1)}
@@ -128,7 +127,9 @@ class FastVID(Method):
                 joins = joins.index_put((torch.full_like(pick[:1], i - a),), (joins[i - a] & ~centre[number])[None])
                 size -= plan.merged[i]
             pool = a * p + places(joins, size)
-            to = (unit[pool] @ unit[at].T).argmax(1)
+            middle = flat[at]
+            likest = (flat[a * p : (b + 1) * p] @ (middle / norms(middle)[:, None]).T).argmax(1)
+            to = likest[pool - a * p]
             q = torch.zeros(len(at), device=device).index_add(0, to, torch.ones_like(to, dtype=torch.float32))
             weight = torch.where(q > 0, (1 / (q + 1)).clamp(min=self.beta), 1.0)
             src, dst = [*src, at, pool], [*dst, row[at], row[at][to]]

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.linalg import vector_norm
 
 from ...core.method import Method, Newlines, Positions
 from ...core.visual import Assignment, Visual
@@ -17,7 +17,7 @@ from ...registry import register_own as register
 from .. import check_cosine, check_counts
 from ..shared.clips import Clip, by_clip, check_ratio
 from ..shared.density_peaks import cluster_weights, clusters
-from ..shared.frames import flow, likeness
+from ..shared.frames import flow, likeness, norms
 from ..shared.scenes import refined
 from ..shared.segments import Segment
 from ..shared.still import Split
@@ -85,7 +85,7 @@ class PruneVid(Method):
         kept, used = centre[g:], real[g:] & centre[g:].any(1, keepdim=True)
         to, share = torch.arange(t, device=device)[:, None] * p + member[g:], w[g:]
         if g:
-            unlike = 1 - likeness(clip.x, means[split.number])
+            unlike = 1 - likeness(clip.x, means[split.number]) if spare else share
             alone = split.stand_alone(unlike, spare)
             one = split.fold(centre[:g], member[:g], w[:g], alone)
             own = torch.arange(t * p, device=device).view(t, p)
@@ -109,11 +109,13 @@ def scenes(frames: Tensor, count: int, neighbours: int = 7) -> list[Segment]:
 
 def _still(x: Tensor, found: Sequence[Segment], tau: float) -> Split:
     """The places of every scene that stand still, x [T, P, D]."""
-    unit = normalize(x, dim=-1)
+    share = 1 / norms(x)
+    ones = (share * vector_norm(x, dim=-1)).square()  # 0 for a row of zeros
     masks = []
     for a, b in found:
-        part, n = unit[a : b + 1], b - a + 1
-        pairs = part.sum(0).square().sum(-1) - part.square().sum((0, 2))  # over ordered pairs of different frames
+        n, scene = b - a + 1, slice(a, b + 1)
+        total = torch.einsum("tp,tpd->pd", share[scene], x[scene])  # of rows of length one
+        pairs = vector_norm(total, dim=-1).square() - ones[scene].sum(0)  # over ordered pairs of different frames
         masks.append(pairs / max(1, n * (n - 1)) > (tau if n > 1 else torch.inf))
     counts = torch.stack([mask.sum() for mask in masks]).tolist()
     still = torch.stack([mask for mask, (a, b) in zip(masks, found) for _ in range(a, b + 1)])
