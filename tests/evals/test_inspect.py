@@ -193,6 +193,7 @@ def native(saved: Path) -> Path:
     return folder
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 def test_bench_of_a_photograph_reports_its_tokens(native: Path, tmp_path: Path) -> None:
     Image.new("RGB", (1344, 896), (90, 120, 30)).save(tmp_path / "photo.jpg")
     told = json.loads(run("inspect", native, "--image", tmp_path / "photo.jpg", "--json"))
