@@ -7,12 +7,13 @@ clock; a value is the median over rounds of differences within a round.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from statistics import median
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from tqdm import tqdm
@@ -21,8 +22,12 @@ import vtprune
 from vtprune.evals.report import Row, environment, share
 from vtprune.evals.speed import geometries
 from vtprune.evals.speed.bench import Subject
+from vtprune.evals.speed.bench_parts import PartsReport
+from vtprune.evals.speed.bench_selection import plain_loops
+from vtprune.evals.speed.bench_video import segmentation
 from vtprune.evals.speed.free_cuts import FreeCuts, Lengths, continued, lengths_of, plain_cache
 from vtprune.evals.speed.geometries import TEXT_TOKENS
+from vtprune.evals.speed.growth import NOTE, GrowthReport, growth
 from vtprune.evals.speed.limits import SELECTION_SHARE
 from vtprune.evals.speed.meter import one_thread, spent
 from vtprune.evals.speed.tables import BenchReport
@@ -30,6 +35,9 @@ from vtprune.model_adapters.cache_argument import NAME
 from vtprune.model_adapters.tower_layout import Modality
 from vtprune.parsing import parse_method
 from vtprune.types import VtpruneError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 GRIDS = (24, 48)  # patches of a side: 576 and 2,304 visual tokens
 KEEP = 0.11
@@ -82,23 +90,23 @@ def overhead(
     *,
     repeats: int = 5,
     steps: int = 16,
+    grow: Sequence[str] = (),
+    loops: bool = False,
     progress: bool = True,
 ) -> OverheadReport:
     """A row for each model and method; the methods that a model refuses stand in `refused` with the reason.
 
-    subjects: what makes each model when its turn comes, so that one at a time is in memory. keep: below 1.
+    subjects: what makes each model when its turn comes, so that one at a time is in memory. keep: below 1. grow: the
+    methods whose growth is measured (`growth`), on Linux. loops: also the selections against plain loops.
     """
     rows: list[Row] = []
     refused: list[Row] = []
     env: Row = {}
     for make in subjects:
-        what = make()
-        env = _environment(what, env)
-        with (
-            one_thread(),
-            torch.inference_mode(),
-            tqdm(total=len(methods) * (repeats + 1), disable=not progress) as bar,
-        ):
+        runs = len(methods) * (repeats + 1)
+        with one_thread(), torch.inference_mode(), tqdm(total=runs, desc="model", disable=not progress) as bar:
+            what = make()
+            env = _environment(what, env)
             for name in methods:
                 bar.set_description(f"{what.name}: {name}")
                 try:
@@ -114,10 +122,12 @@ def overhead(
                     forms.measure(rounds)
                     bar.update()
                 rows.append(_row(what, name, keep, forms.lengths, rounds))
-    names = ", ".join(env["geometries"])
-    title = f"What pruning costs, {share(keep)} kept: {names}"
+        del what
+    grown = growth(grow, keep, progress=progress) if grow and sys.platform == "linux" else []
+    raced = [*plain_loops(progress=progress), segmentation()] if loops else []
+    title = f"What pruning costs, {share(keep)} kept"
     notes = (*filter(None, (env["shrunk"],)), *NOTES, *(_refusal(row) for row in refused))
-    return OverheadReport(title, rows, env | {"repeats": repeats}, notes, refused)
+    return OverheadReport(title, rows, env | {"repeats": repeats}, notes, refused, grown, raced)
 
 
 class Forms:
@@ -218,13 +228,26 @@ def _refusal(row: Row) -> str:
 
 @dataclass
 class OverheadReport(BenchReport):
-    """A row for each model and method. refused: the methods that a model does not take, with the reason."""
+    """A row for each model and method. refused: the methods that a model does not take, with the reason.
+
+    growth: a row for each method before the LLM and clip. loops: a row for each comparison with a plain loop.
+    """
 
     refused: list[Row] = field(default_factory=list)
+    growth: list[Row] = field(default_factory=list)
+    loops: list[Row] = field(default_factory=list)
 
     @property
     def body(self) -> Row:
-        return super().body | {"refused": self.refused}
+        return super().body | {"refused": self.refused, "growth": self.growth, "loops": self.loops}
+
+    def tables(self) -> list[Table]:
+        tables = super().tables()
+        if self.growth:
+            tables.append(GrowthReport("How the selection grows with the clip", self.growth, {}, (NOTE,)).to_table())
+        if self.loops:
+            tables.append(PartsReport("Selections against plain loops", self.loops).to_table())
+        return tables
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         header = ["method", "tokens", "dense ms", "pruned ms", "limit ms", "overhead ms", "of dense", "keep=1.0"]

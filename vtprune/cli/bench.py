@@ -13,6 +13,7 @@ from vtprune.cli.common import needs, sentence, show_report
 from vtprune.cli.options import Batch, Device, Dtype, Json, Keep, Methods, Model, Out, Recipes, parse_keeps
 from vtprune.evals import models
 from vtprune.evals.models import device_of, dtype_of
+from vtprune.parsing import parse_method
 
 
 @sentence
@@ -136,7 +137,11 @@ def _overhead(
     else:
         subjects = [partial(costs.small_llava, grid, where, kind, batch) for grid in costs.GRIDS]
     names = method or [cls.name for cls in vtprune.methods()]
-    return costs.overhead(subjects, names, keep or costs.KEEP, repeats=repeats, steps=steps, progress=progress)
+    before_llm = [text for text in names if vtprune.create(parse_method(text)[0]).seam == "pre_llm"]
+    return costs.overhead(
+        subjects, names, keep or costs.KEEP, repeats=repeats, steps=steps, grow=before_llm if where == "cpu" else (),
+        loops=where == "cpu" and method is None, progress=progress,
+    )  # fmt: skip
 
 
 def _subject(model: str, device: str | None, dtype: str | None, batch: int) -> Any:
