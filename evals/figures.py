@@ -129,8 +129,9 @@ def overhead(rows: Sequence[Row], title: str, path: str | Path, allowed: float =
         shares = [100 * row["overhead"] for row in own]
         colors = [_COLORS[1] if row["overhead"] > allowed else _COLORS[0] for row in own]
         bars = axis.barh([row["method"] for row in own], shares, color=colors, height=0.7)
-        axis.bar_label(bars, [f"{share:.1f}" for share in shares], padding=3, fontsize=7)
-        axis.axvline(100 * allowed, color="#b00000", lw=1, ls="--", label=f"{100 * allowed:.3g} %")
+        labels = [f"{round(share, 1) + 0.0:.1f}" for share in shares]  # no minus before a zero
+        axis.bar_label(bars, labels, padding=3, fontsize=7, bbox={"fc": "white", "ec": "none", "pad": 0.6})
+        axis.axvline(100 * allowed, color="#b00000", lw=1, ls="--", label=f"{100 * allowed:.3g} %", zorder=1)
         axis.axvline(0, color="black", lw=0.8)
         axis.margins(x=0.12, y=0.01)
         axis.set_xlabel("overhead, % of the dense prefill")
@@ -138,7 +139,7 @@ def overhead(rows: Sequence[Row], title: str, path: str | Path, allowed: float =
         axis.tick_params(axis="y", labelsize=7.5)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", alpha=0.25, lw=0.5)
-        axis.legend(fontsize=8, frameon=False, loc="center right")
+        axis.legend(fontsize=8, frameon=False, loc="upper right")
     figure.suptitle(title, fontsize=11)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
