@@ -63,9 +63,12 @@ def growth(
             child.kill()
             raise
     if child.returncode:
-        left = [name for name in methods if name not in {row["method"] for row in rows}]
-        reason = f"the process of its measurement ended with status {child.returncode}"
-        rows += [{"method": name, "keep": keep, "n": None, "stopped": reason} for name in left]
+        reason = f"the process of the measurement ended with status {child.returncode}"
+        for name in methods:
+            own = [row for row in rows if row["method"] == name]
+            if len(own) < len(frames) and not (own and own[-1]["stopped"]):
+                t = frames[len(own)]
+                rows.append({"method": name, "keep": keep, "frames": t, "n": t * SIDE**2, "stopped": reason})
     return rows
 
 
@@ -73,7 +76,7 @@ class GrowthReport(Report):
     """A line a method, a column a clip."""
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
-        sizes = sorted({row["n"] for row in self.rows if row["n"] is not None})
+        sizes = sorted({row["n"] for row in self.rows})
         found = {(row["method"], row["n"]): _cell(row) for row in self.rows}
         lines = [
             [name, *(found.get((name, n), "–") for n in sizes)] for name in dict.fromkeys(name for name, _ in found)

@@ -170,6 +170,15 @@ def test_a_method_that_takes_too_long_is_stopped_and_says_so(monkeypatch: pytest
     assert shown[1] == [["random", "0.500 s 1 MiB", "2.000 s 1 MiB !", "more than 3 s of CPU time"]]
 
 
+def test_a_process_that_ends_early_is_told_of_every_method_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growth.sys, "executable", "/bin/false")
+    rows = growth.growth(["random", "divprune"], 0.25, frames=(1, 2), progress=False)
+    told = "the process of the measurement ended with status 1"
+    assert [(row["method"], row["n"], row["stopped"]) for row in rows] == [
+        ("random", 256, told), ("divprune", 256, told),
+    ]  # fmt: skip
+
+
 def test_plain_loops_pick_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     weighed = {"peak_growth_bytes": 1, "gram_bytes": 2}
     monkeypatch.setattr(bench_selection, "memory", lambda *_: weighed)
