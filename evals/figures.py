@@ -118,6 +118,41 @@ def ttft(saved: Sequence[tuple[Row, Limits]], path: str | Path) -> Path:
     return path
 
 
+def overhead(rows: Sequence[Row], title: str, path: str | Path, allowed: float = 0.02) -> Path:
+    """Write a PNG of what pruning costs: a bar a method, the least on top, a panel a model.
+
+    rows: geometry, visual, method, and overhead as a share of the dense prefill. allowed: the share with a line.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    models = list(dict.fromkeys((row["geometry"], row["visual"]) for row in rows))
+    tallest = max(sum(row["geometry"] == name for row in rows) for name, _ in models)
+    figure = Figure(figsize=(5.5 * len(models), 1.6 + 0.2 * tallest), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, (name, visual) in zip(figure.subplots(1, len(models), squeeze=False)[0], models):
+        own = sorted((row for row in rows if row["geometry"] == name), key=lambda row: row["overhead"], reverse=True)
+        shares = [100 * row["overhead"] for row in own]
+        colors = [_COLORS[1] if row["overhead"] > allowed else _COLORS[0] for row in own]
+        bars = axis.barh([row["method"] for row in own], shares, color=colors, height=0.7)
+        labels = [f"{round(share, 1) + 0.0:.1f}" for share in shares]  # no minus before a zero
+        axis.bar_label(bars, labels, padding=3, fontsize=7, bbox={"fc": "white", "ec": "none", "pad": 0.6})
+        axis.axvline(100 * allowed, color="#b00000", lw=1, ls="--", label=f"{100 * allowed:.3g} %", zorder=1)
+        axis.axvline(0, color="black", lw=0.8)
+        axis.margins(x=0.12, y=0.01)
+        axis.set_xlabel("overhead, % of the dense prefill")
+        axis.set_title(f"{name}: {visual} visual tokens", fontsize=10, loc="left")
+        axis.tick_params(axis="y", labelsize=7.5)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="x", alpha=0.25, lw=0.5)
+        axis.legend(fontsize=8, frameon=False, loc="upper right")
+    figure.suptitle(title, fontsize=11)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path
+
+
 def tuned(tried: Sequence[Row], finalists: Sequence[Row], allowed: float, title: str, path: str | Path) -> Path:
     """Write a PNG of a search: the drop against the time to the first token, all that was tried and the finalists.
 

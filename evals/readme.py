@@ -155,14 +155,15 @@ def _name(row: Row) -> str:
 
 
 def vit_table(saved: dict[str, Any]) -> str:
-    """A row a method and keep of `vtprune eval-vit`, in the order of the run."""
-    head = ["tokens reduced inside", "left", "linear probe, %", "10-NN, %", "images/s", "speed", "FLOPs"]
+    """A row a method and keep of `vtprune eval-vit`, in the order of the run; speed beside its limit by FLOPs."""
+    env = saved["environment"]
+    seconds = "images/CPU s" if env.get("clock") == "CPU time" else "images/s"
+    head = ["tokens reduced inside", "left", "linear probe, %", "10-NN, %", seconds, "speed", "FLOPs"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for row in saved["rows"]:
         name = row["method"] if row["keep"] is None else f"`{row['method']}` {share(row['keep'])}"
         figures = f"{row['probe']:.1f}", f"{row['knn']:.1f}", f"{row['images_s']:.2f}", f"{row['speed']:.2f}x"
         lines.append([name, str(row["left"]), *figures, f"1 / {row['flops_ratio']:.2f}"])
-    env = saved["environment"]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return (
         f"{table}\n\n{saved['title']}: {env['test']} test images of {env['side']} pixels, probe and neighbours from "

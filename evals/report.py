@@ -68,6 +68,10 @@ class Report:
             table.add_row(*(escape(cell) for cell in line))
         return table
 
+    def tables(self) -> list[Table]:
+        """All that is printed, one after the other."""
+        return [self.to_table()]
+
     def to_markdown(self) -> str:
         """The same table for a README."""
         header, lines = self.cells()

@@ -1,7 +1,8 @@
 """Accuracy and speed of a plain vision transformer, dense against each method: `vtprune eval-vit`.
 
 Every test batch runs dense and by every method in turn, so that all of them share whatever else the machine does, and
-the same passes give accuracy and time.
+the same passes give accuracy and time. Time is CPU time, which other processes do not lengthen; on a GPU that of the
+clock.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ from vtprune.evals.accuracy import parse_method
 from vtprune.evals.accuracy.vit_data import nearest, pixels, probe
 from vtprune.evals.report import Report, Row, environment
 from vtprune.evals.speed.flops import counted
-from vtprune.evals.speed.meter import now
+from vtprune.evals.speed.meter import spent
 
 METHODS = ("tome", "diffrate", "zero_tprune", "topk_cls", "token_transforming", "random")
 KEEPS = (0.5, 0.25)
 LOSS = 1.0  # points of probe accuracy that count as matched
 NOTES = (
     "images/s and speed are medians over test batches, each run dense and by every method in turn, the order reversed "
-    "every time; speed is against the dense pass of the same batch.",
-    "GFLOPs of one image by torch.utils.flop_counter: matrix products and convolutions, 2 x MAC.",
+    "every time; speed is against the dense pass of the same batch. Seconds are of CPU time, on a GPU of the clock.",
+    "flops_ratio is the limit of speed: GFLOPs of one image, dense over pruned, counted by torch.utils.flop_counter "
+    "(matrix products and convolutions, 2 x MAC; those of the method itself count too).",
     "probe: logistic regression on standardised CLS features of dense training images; 10-NN by cosine.",
 )
 
@@ -71,6 +73,7 @@ def evaluate(
     features: dict[tuple[str, Any], list[Tensor]] = {run: [] for run in runs}
     times: dict[tuple[str, Any], list[float]] = {run: [] for run in runs}
     with torch.inference_mode():
+        _run(model, runs[0], _input(model, known[:batch], side))
         parts = tqdm(known.split(batch), desc="train", disable=not progress)
         reference = torch.cat([_run(model, ("dense", None), _input(model, part, side))[0] for part in parts])
         for i, part in enumerate(tqdm(images[:count].split(batch), desc="test", disable=not progress)):
@@ -102,6 +105,7 @@ def evaluate(
             }
         )
     env = environment(model.device.type, str(model.dtype).removeprefix("torch."), batch, side=side)
+    env |= {"clock": "wall" if model.device.type == "cuda" else "CPU time"}
     env |= {"train": len(known), "test": count, "attention": model.config._attn_implementation}
     return VitReport(title, rows, env, NOTES)
 
@@ -121,7 +125,7 @@ def _input(model: Any, images: Tensor, side: int) -> Tensor:
 
 
 def _run(model: Any, run: tuple[str, Any], x: Tensor) -> tuple[Tensor, float]:
-    """CLS features [B, C] float32 on the host, and seconds."""
+    """CLS features [B, C] float32 on the host, and seconds as `spent` tells them."""
     text, keep = run
     if text == "dense":
         return _timed(model, x)
@@ -131,10 +135,9 @@ def _run(model: Any, run: tuple[str, Any], x: Tensor) -> tuple[Tensor, float]:
 
 
 def _timed(model: Any, x: Tensor) -> tuple[Tensor, float]:
-    start = now(x.device)
-    out = model(pixel_values=x).pooler_output
-    seconds = now(x.device) - start
-    return out.float().cpu(), seconds
+    found: list[Tensor] = []
+    seconds = spent(lambda: found.append(model(pixel_values=x).pooler_output), x.device)
+    return found[0].float().cpu(), seconds
 
 
 def _flops(model: Any, run: tuple[str, Any], x: Tensor) -> tuple[float, int]:

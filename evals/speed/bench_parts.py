@@ -1,5 +1,5 @@
-"""The parts on their own: kernels against the plain way (`vtprune bench --kernels`), farthest point selection against
-the published loop and its Gram product (`--selection`). What is measured, and how, lies in the module of each."""
+"""The parts on their own: kernels against the plain way (`vtprune bench --kernels`), greedy selection against the
+published loop, plain loops and its Gram product (`--selection`). How it is measured says the module of each."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def _selection(device: str) -> list[Row]:
         return selection.gpu()
     named = {
         "against the published loop": [selection.measure()],
+        "against plain loops": selection.plain_loops(progress=True),
         "against its Gram product": [selection.overhead()],
         "many problems in one call": selection.batches(),
         "memory": [selection.memory(mode="low"), selection.memory(mode="fast")],

@@ -28,6 +28,18 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
     return now(device) - start
 
 
+def spent(call: Callable[[], Any], device: torch.device) -> float:
+    """CPU seconds of one call, all threads of this process together; on a GPU those of `seconds`.
+
+    What other processes take of the machine does not count.
+    """
+    if device.type == "cuda":
+        return seconds(call, device)
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """The block runs on one thread of the CPU."""

@@ -17,6 +17,8 @@ import vtprune
 from vtprune.cli import app
 from vtprune.evals.accuracy import vit, vit_data
 from vtprune.evals.accuracy.vit_search import search
+from vtprune.evals.readme import vit_table
+from vtprune.evals.speed import meter
 from vtprune.types import UnsupportedModel
 
 
@@ -48,6 +50,7 @@ def test_every_method_beside_dense(model: Any) -> None:
     dense = report.rows[0]
     assert dense["probe"] == dense["knn"] == 100.0
     assert dense["speed"] == dense["flops_ratio"] == 1.0
+    assert report.environment["clock"] == "CPU time"
     for row in report.rows[1:]:
         assert row["flops_ratio"] > 1.05
         assert row["speed"] > 0
@@ -67,6 +70,20 @@ def test_flops_are_those_of_the_formula(model: Any) -> None:
     blocks = 3 * (24 * n * c * c + 4 * n * n * c)
     assert left == n
     assert gflops * 1e9 == pytest.approx(blocks + 2 * 16 * c * 3 * 14 * 14, rel=1e-6)
+
+
+def test_images_are_counted_by_cpu_time(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock of the process that only passes of the model move: a fourth of a second each."""
+    clock = [0.0]
+    monkeypatch.setattr(meter.time, "process_time", lambda: clock[0])
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: pytest.fail("other processes lengthen this clock"))
+    hook = model.register_forward_hook(lambda *_: clock.__setitem__(0, clock[0] + 0.25) or None)
+    try:
+        report = vit.evaluate(model, split(20), split(8), ("random",), (0.5,), side=56, batch=4, progress=False)
+    finally:
+        hook.remove()
+    assert [row["images_s"] for row in report.rows] == [16.0, 16.0]
+    assert vit_table({**report.body, "title": "some"}).splitlines()[0].split(" | ")[4] == "images/CPU s"
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:

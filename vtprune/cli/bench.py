@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,7 @@ from vtprune.cli.options import (
 )
 from vtprune.evals import models
 from vtprune.evals.models import device_of, dtype_of
+from vtprune.parsing import parse_method
 
 FEW = 100  # visual tokens, below which a prefill is all overhead
 
@@ -52,6 +54,9 @@ def bench(
     ] = "eager",
     bucket: Annotated[int, typer.Option(min=1, help="graph and compile round lengths up to a multiple.")] = 64,
     hooks: Annotated[bool, typer.Option("--hooks", help="Measure only what the hooks cost while decoding.")] = False,
+    overhead: Annotated[
+        bool, typer.Option("--overhead", help="Measure only what pruning itself costs, beside a run of equal lengths.")
+    ] = False,
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Measure only the kernels, against the plain way.")
     ] = False,
@@ -81,7 +86,7 @@ def bench(
     from vtprune.evals import speed
     from vtprune.evals.speed import bench as benchmark
 
-    needs(*(["matplotlib"] if plot else []), *(["av", "torchvision"] if video is not None else []))
+    needs(*(["matplotlib"] if plot or overhead else []), *(["av", "torchvision"] if video is not None else []))
     if plot or table:
         _from_files(files or [], plot, table, out)
         return
@@ -107,6 +112,11 @@ def bench(
             serve, model, method, keep, recipe, device, dtype, server_args, progress,
             requests=requests, concurrency=concurrency, repeats=repeats, new_tokens=new_tokens, side=side,
         )  # fmt: skip
+    elif overhead:
+        report = _overhead(
+            geometry, model, method, keeps[0] if keep else None, repeats, new_tokens, device, dtype, batch, layers,
+            scale, progress, seen(image, video, frames), prompt,
+        )  # fmt: skip
     elif kernels or selection:
         from vtprune.evals.speed.bench_parts import parts
 
@@ -131,6 +141,32 @@ def bench(
     show_report(report, as_json)
     if not as_json:
         typer.echo(f"wrote {path}")
+
+
+def _overhead(
+    geometry: str | None, model: str | None, method: list[str] | None, keep: float | int | None, repeats: int,
+    steps: int, device: str | None, dtype: str | None, batch: int, layers: int | None, scale: float, progress: bool, given: Any, prompt: str | None,
+) -> Any:  # fmt: skip
+    import vtprune
+    from vtprune.evals.speed import bench as benchmark
+    from vtprune.evals.speed import bench_overhead as costs
+
+    where = device_of(device)
+    kind = dtype_of(dtype, where)
+    if model is not None or given is not None or prompt is not None:
+        subjects = [partial(_subject, model, device, dtype, batch, given, prompt)]
+    elif geometry is not None:
+        subjects = [partial(benchmark.subject, geometry, where, kind, batch, layers, scale)]
+    elif layers is not None or scale != 1:
+        raise ValueError("--overhead shrinks what --geometry names: name one, or leave out --layers and --scale")
+    else:
+        subjects = [partial(costs.small_llava, grid, where, kind, batch) for grid in costs.GRIDS]
+    names = method or [cls.name for cls in vtprune.methods()]
+    before_llm = [text for text in names if vtprune.create(parse_method(text)[0]).seam == "pre_llm"]
+    return costs.overhead(
+        subjects, names, keep or costs.KEEP, repeats=repeats, steps=steps, grow=before_llm if where == "cpu" else (),
+        loops=where == "cpu" and method is None, progress=progress,
+    )  # fmt: skip
 
 
 def _subject(

@@ -114,7 +114,8 @@ def show_report(report: Report, as_json: bool) -> None:
     from vtprune.evals.report import one_line
 
     console = terminal()
-    console.print(report.to_table())
+    for table in report.tables():
+        console.print(table)
     console.print(one_line(report.environment), style="dim", markup=False)
 
 

@@ -1,0 +1,281 @@
+"""What pruning itself costs: `vtprune bench --overhead`.
+
+Overhead is what a patched prefill takes beyond the stock model on as many tokens (`free_cuts`): the hooks, the signals,
+the selection, the cut. All forms run in turns in one process and are told by CPU time of one thread, on a GPU by the
+clock; a value is the median over rounds of differences within a round.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from tqdm import tqdm
+
+import vtprune
+from vtprune.evals.report import Row, environment, share
+from vtprune.evals.speed import geometries
+from vtprune.evals.speed.bench import Subject
+from vtprune.evals.speed.bench_parts import PartsReport
+from vtprune.evals.speed.bench_selection import plain_loops
+from vtprune.evals.speed.bench_video import segmentation
+from vtprune.evals.speed.free_cuts import FreeCuts, Lengths, continued, lengths_of, plain_cache
+from vtprune.evals.speed.geometries import TEXT_TOKENS
+from vtprune.evals.speed.growth import NOTE, GrowthReport, growth
+from vtprune.evals.speed.limits import SELECTION_SHARE
+from vtprune.evals.speed.meter import one_thread, spent
+from vtprune.evals.speed.tables import BenchReport
+from vtprune.model_adapters.cache_argument import NAME
+from vtprune.model_adapters.tower_layout import Modality
+from vtprune.parsing import parse_method
+from vtprune.types import VtpruneError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+GRIDS = (24, 48)  # patches of a side: 576 and 2,304 visual tokens
+KEEP = 0.11
+NOTES = (
+    "overhead: a patched prefill minus the stock model on as many tokens in every layer of tower and LLM, which tokens "
+    "chosen for nothing; of dense: as a share of the dense prefill. keep=1.0: a patched prefill that keeps all tokens "
+    "against the dense one. decode: a step over that of the unpatched model on an equal cache. text: a call without "
+    "images, patched minus unpatched. ! marks an overhead above 2 %.",
+    "Times are CPU time of one thread, on a GPU those of the clock; medians over rounds of differences within a round.",
+)
+
+
+def small_llava(grid: int, device: str, dtype: torch.dtype, batch: int = 1) -> Subject:
+    """A stock LLaVA of random weights on images of grid x grid patches: CLIP 128 x 6, LLaMA 512 x 12."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    torch.manual_seed(0)
+    side = 14 * grid
+    tower = CLIPVisionConfig(
+        image_size=side, patch_size=14, hidden_size=128, intermediate_size=512, num_hidden_layers=6,
+        num_attention_heads=4,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=2000, hidden_size=512, intermediate_size=1376, num_hidden_layers=12, num_attention_heads=8,
+        max_position_embeddings=8192,
+    )  # fmt: skip
+    config = LlavaConfig(vision_config=tower, text_config=text, image_token_index=1999)
+    model: Any = LlavaForConditionalGeneration(config)
+    model = model.to(device, dtype).eval()
+    pixels = {"pixel_values": torch.randn(batch, 3, side, side).to(device, dtype)}
+    return Subject(f"llava-small-{grid**2}", model, geometries.prompt(model, pixels, batch))
+
+
+@dataclass
+class Rounds:
+    """Seconds of one method, a value a round; of a step and of a call without images both sides, patched first."""
+
+    dense: list[float] = field(default_factory=list)
+    pruned: list[float] = field(default_factory=list)
+    limit: list[float] = field(default_factory=list)
+    full: list[float] = field(default_factory=list)
+    step: list[tuple[float, float]] = field(default_factory=list)
+    text: list[tuple[float, float]] = field(default_factory=list)
+
+
+def overhead(
+    subjects: Sequence[Callable[[], Subject]],
+    methods: Sequence[str],
+    keep: float | int = KEEP,
+    *,
+    repeats: int = 5,
+    steps: int = 16,
+    grow: Sequence[str] = (),
+    loops: bool = False,
+    progress: bool = True,
+) -> OverheadReport:
+    """A row for each model and method; the methods that a model refuses stand in `refused` with the reason.
+
+    subjects: what makes each model when its turn comes, so that one at a time is in memory. keep: below 1. grow: the
+    methods whose growth is measured (`growth`), on Linux. loops: also the selections against plain loops.
+    """
+    rows: list[Row] = []
+    refused: list[Row] = []
+    env: Row = {}
+    for make in subjects:
+        runs = len(methods) * (repeats + 1)
+        with one_thread(), torch.inference_mode(), tqdm(total=runs, desc="model", disable=not progress) as bar:
+            what = make()
+            env = _environment(what, env)
+            for name in methods:
+                bar.set_description(f"{what.name}: {name}")
+                try:
+                    forms = Forms(what, name, keep, steps)
+                except (VtpruneError, ValueError) as error:
+                    reason = " ".join(str(error).split())
+                    refused.append({"geometry": what.name, "method": name, "reason": reason})
+                    bar.update(repeats + 1)
+                    continue
+                bar.update()
+                rounds = Rounds()
+                for _ in range(repeats):
+                    forms.measure(rounds)
+                    bar.update()
+                rows.append(_row(what, name, keep, forms.lengths, rounds))
+        del what
+    grown = growth(grow, keep, progress=progress) if grow and sys.platform == "linux" else []
+    raced = [*plain_loops(progress=progress), segmentation()] if loops else []
+    title = f"What pruning costs, {share(keep)} kept"
+    notes = (*filter(None, (env["shrunk"],)), *NOTES, *(_refusal(row) for row in refused))
+    return OverheadReport(title, rows, env | {"repeats": repeats}, notes, refused, grown, raced)
+
+
+class Forms:
+    """All forms in which one method is measured on one model. Raises what `vtprune.patch` and the limit raise."""
+
+    def __init__(self, what: Subject, method: str, keep: float | int, steps: int) -> None:
+        self.what, self.keep, self.steps = what, keep, steps
+        name, options = parse_method(method)
+        self.method = vtprune.create(name, **options)
+        model, ids = what.model, what.inputs["input_ids"]
+        modality = cast(Modality, what.modality)
+        self.words = ids[:, : TEXT_TOKENS // 3]
+        self.token = ids[:, -1:]
+        with vtprune.patch(model, self.method, keep=keep) as handle:
+            self.lengths = lengths_of(handle, model, modality, self.prefill)
+        self.limit = FreeCuts(model, modality, self.lengths)
+        with self.limit:
+            self.prefill()
+
+    def prefill(self) -> Any:
+        """The prompt, up to the logits of its last token."""
+        return self.what.model(**self.what.inputs, use_cache=True, logits_to_keep=1)
+
+    def measure(self, into: Rounds) -> None:
+        """One round: dense, pruned and its limit, keep=1.0, decode steps, calls of text alone."""
+        model, device = self.what.model, self.what.model.device
+        into.dense.append(spent(self.prefill, device))
+        with vtprune.patch(model, self.method, keep=self.keep):
+            out: list[Any] = []
+            into.pruned.append(spent(lambda: out.append(self.prefill()), device))
+            cache = getattr(out[0], NAME)
+            plain = plain_cache(cache, model.config.get_text_config())
+            step, text = self._step(cache), self._text()
+        with self.limit:
+            into.limit.append(spent(self.prefill, device))
+        into.step.append((step, self._step(plain)))
+        into.text.append((text, self._text()))
+        with vtprune.patch(model, self.method, keep=1.0):
+            into.full.append(spent(self.prefill, device))
+
+    def _step(self, cache: Any) -> float:
+        """Seconds of a decode step on this cache, behind two that do not count."""
+
+        def steps(count: int) -> None:
+            for _ in range(count):
+                self.what.model(input_ids=self.token, **continued(cache))
+
+        steps(2)
+        return spent(lambda: steps(self.steps), self.what.model.device) / self.steps
+
+    def _text(self) -> float:
+        """Seconds of a call without images, the median of several."""
+        times = [
+            spent(lambda: self.what.model(input_ids=self.words, use_cache=True), self.what.model.device)
+            for _ in range(7)
+        ]
+        return median(times)
+
+
+def _row(what: Subject, method: str, keep: float | int, lengths: Lengths, seen: Rounds) -> Row:
+    dense, text = median(seen.dense), what.tokens - what.visual
+    over = [pruned - limit for pruned, limit in zip(seen.pruned, seen.limit)]
+    of_dense = median(over) / dense
+    return {
+        "geometry": what.name,
+        "visual": what.visual,
+        "method": method,
+        "keep": keep,
+        "kept_by_layer": [n - text for n in lengths.llm],
+        "tower_lengths": lengths.tower,
+        "dense_ms": 1e3 * dense,
+        "pruned_ms": 1e3 * median(seen.pruned),
+        "limit_ms": 1e3 * median(seen.limit),
+        "overhead_ms": 1e3 * median(over),
+        "overhead_ms_all": [1e3 * seconds for seconds in over],
+        "overhead": of_dense,
+        "affordable": of_dense <= SELECTION_SHARE,
+        "full": median(full / one - 1 for full, one in zip(seen.full, seen.dense)),
+        "step_us": 1e6 * median(ours for ours, _ in seen.step),
+        "decode_us": 1e6 * median(ours - plain for ours, plain in seen.step),
+        "decode": median(ours / plain - 1 for ours, plain in seen.step),
+        "text_us": 1e6 * median(ours - plain for ours, plain in seen.text),
+    }
+
+
+def _environment(what: Subject, before: Row) -> Row:
+    names = [*before.get("geometries", ()), what.name]
+    dtype = str(what.model.dtype).removeprefix("torch.")
+    return environment(
+        what.model.device.type, dtype, what.batch, geometry="overhead", geometries=names, shrunk=what.shrunk or None,
+        layers=what.model.config.get_text_config().num_hidden_layers,
+    )  # fmt: skip
+
+
+def _refusal(row: Row) -> str:
+    return f"Not run: {row['method']} on {row['geometry']}: {row['reason']}"
+
+
+@dataclass
+class OverheadReport(BenchReport):
+    """A row for each model and method. refused: the methods that a model does not take, with the reason.
+
+    growth: a row for each method before the LLM and clip. loops: a row for each comparison with a plain loop.
+    """
+
+    refused: list[Row] = field(default_factory=list)
+    growth: list[Row] = field(default_factory=list)
+    loops: list[Row] = field(default_factory=list)
+
+    @property
+    def body(self) -> Row:
+        return super().body | {"refused": self.refused, "growth": self.growth, "loops": self.loops}
+
+    def tables(self) -> list[Table]:
+        tables = super().tables()
+        if self.growth:
+            tables.append(GrowthReport("How the selection grows with the clip", self.growth, {}, (NOTE,)).to_table())
+        if self.loops:
+            tables.append(PartsReport("Selections against plain loops", self.loops).to_table())
+        return tables
+
+    def cells(self) -> tuple[list[str], list[list[str]]]:
+        header = ["method", "tokens", "dense ms", "pruned ms", "limit ms", "overhead ms", "of dense", "keep=1.0"]
+        header += ["decode us", "decode", "text us"]
+        return header, [_line(row) for row in self.rows]
+
+    def plot(self, path: str | Path) -> Path:
+        """Bars of overhead by method, a panel a model."""
+        from vtprune.evals.figures import overhead as bars
+
+        return bars(self.rows, self.title, path)
+
+    def write(self, folder: str | Path) -> Path:
+        """Save the JSON and, beside it, the picture, in a folder of the day under `folder`."""
+        path = super().write(Path(folder) / f"{date.today()}-overhead")
+        if self.rows:
+            self.plot(path.with_suffix(".png"))
+        return path
+
+
+def _line(row: Row) -> list[str]:
+    return [
+        row["method"],
+        str(row["visual"]),
+        *(f"{row[name]:.1f}" for name in ("dense_ms", "pruned_ms", "limit_ms", "overhead_ms")),
+        f"{100 * row['overhead']:.1f} %" + ("" if row["affordable"] else " !"),
+        f"{100 * row['full']:+.1f} %",
+        f"{row['decode_us']:.0f}",
+        f"{100 * row['decode']:+.1f} %",
+        f"{row['text_us']:.0f}",
+    ]
