@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
@@ -50,6 +51,14 @@ class UnitResult:
 
 
 @dataclass(frozen=True)
+class TowerStep:
+    """What a stage did at one block of the vision tower, as tensors of the whole batch; results are made when asked."""
+
+    where: Where
+    results: Callable[[], list[UnitResult]]
+
+
+@dataclass(frozen=True)
 class Last:
     """What the last prefill kept. Of packed rows every sample is a row of its own here, left-padded to the longest.
 
@@ -58,10 +67,9 @@ class Last:
     the method was asked; where a stage leaves all units whole, these.
     lengths: tokens each decoder layer ran on. said: fallbacks that were used, see `notes`. policies: how each stage
     dealt out its budget. kernels: which implementation of each kernel ran, "reference" or "triton".
-    tower_units, tower_lengths: if stages stand inside the vision tower, what each did to each crop (or packed image):
-        `row` is the row of the tower's batch, `image` the crop's number, `positions` are its tokens; and by modality
-        the rows each block ran on, of its longest crop (of all images where the tower packs them). `units` then starts
-        with what all of them together left of each image.
+    tower_steps, tower_lengths: if stages stand inside the vision tower, what each did there (see `tower_units`); and by
+        modality the rows each block ran on, of its longest crop (of all images where the tower packs them). `units`
+        then starts with what all of them together left of each image.
     heads: of stages that choose among heads, by layer: for each row [K] int64 the query heads that speak behind it.
     recalled: of stages that act at decode, by layer: for each row the positions as fed [K] of the visual tokens that
         the last decode step saw there; empty before the first step that chose.
@@ -78,12 +86,20 @@ class Last:
     policies: list[str]
     kernels: dict[str, Backend]
     clocks: list[Clock] = field(default_factory=list, repr=False)
-    tower_units: list[UnitResult] = field(default_factory=list)
+    tower_steps: list[TowerStep] = field(default_factory=list, repr=False)
     tower_lengths: dict[str, list[int]] = field(default_factory=dict)
     recalled: dict[int, list[Tensor]] = field(default_factory=dict)
     heads: dict[int, list[Tensor]] = field(default_factory=dict)
     images: list[Unit] = field(default_factory=list, repr=False)
     together: list[int] = field(default_factory=list, repr=False)
+
+    @cached_property
+    def tower_units(self) -> list[UnitResult]:
+        """What each stage inside the vision tower did to each crop (or packed image).
+
+        `row` is the row of the tower's batch, `image` the crop's number, `positions` are its tokens.
+        """
+        return [result for step in self.tower_steps for result in step.results()]
 
     @cached_property
     def notes(self) -> list[str]:
