@@ -112,10 +112,10 @@ class FlowCut(Method):
         for v, cls in zip(units, of_cls):
             if not cls:
                 v.state["note"] = f"{self.name}: {NO_CLS}"
-        olds = [v.state.get("scores") for v in units]
-        if any(old is not None for old in olds):
-            if any(old is None for old in olds):
-                olds = [new if old is None else old for old, new in zip(olds, rows.parted(scores))]
+        olds: list[Tensor] = [v.state["scores"] for v in units if "scores" in v.state]
+        if olds and len(olds) < len(units):
+            olds = [v.state.get("scores", new) for v, new in zip(units, rows.parted(scores))]
+        if olds:
             scores = 0.5 * rows.joined(olds)[0] + 0.5 * scores
         return p, scores
 
