@@ -27,7 +27,7 @@ if __name__ != "kernels" or not _step_aside():
     from .dpp_greedy import dpp_greedy
     from .facility_greedy import facility_greedy
     from .farthest_point import farthest_point
-    from .host import DeferredChecks, HostCopy, check, check_finite, deferring, to_device
+    from .host import DeferredChecks, HostCopy, check, check_finite, check_rows_finite, deferring, each, to_device
     from .merge import merge
     from .page_rank import page_rank
     from .volume_coverage import volume_coverage
@@ -41,9 +41,11 @@ if __name__ != "kernels" or not _step_aside():
         "best_first",
         "check",
         "check_finite",
+        "check_rows_finite",
         "compact",
         "deferring",
         "dpp_greedy",
+        "each",
         "facility_greedy",
         "farthest_point",
         "full_precision",

@@ -18,6 +18,13 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True)
 
 
+def each(values: Sequence[float], counts: Sequence[int], device: torch.device) -> Tensor:
+    """values[i] counts[i] times, one after the other: what the host knows of units, for every token of theirs."""
+    repeats = torch.tensor(counts)
+    spread = torch.tensor(values[: len(counts)]).repeat_interleave(repeats, output_size=sum(counts))
+    return to_device(spread, device)
+
+
 class HostCopy:
     """A small tensor on its way to the host: the copy starts now, `read` waits for that copy and for nothing later."""
 
@@ -99,6 +106,11 @@ def check_finite(tensors: Sequence[Tensor], what: str = "features") -> None:
     ends = [end for t in tensors if t.numel() for end in t.aminmax()]
     if ends:
         check(torch.stack(ends).isfinite().all(), lambda: not_finite(tensors, what))
+
+
+def check_rows_finite(rows: Tensor, what: str = "features") -> None:
+    """As `check_finite` of rows[0], rows[1] and so on, without an operation for each of them."""
+    check(rows.isfinite().all(), lambda: not_finite(list(rows), what))
 
 
 def not_finite(tensors: Sequence[Tensor], what: str) -> ValueError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from vtprune.core.errors import UnsupportedCall, UnsupportedModel
 from vtprune.core.signal import Signal
-from vtprune.core.units import Unit, runs_of
+from vtprune.core.units import Unit, runs_of_rows
 
 from .cache_argument import NAME, renamed
 from .entries import MODALITIES, Features, of_this_call
@@ -177,7 +178,7 @@ class Adapter:
         found: list[Unit] = []
         for modality in self.token_ids:
             mark = 2 + MODALITIES.index(modality)
-            rows = [runs_of(row == mark) for row in kinds]
+            rows = runs_of_rows(kinds == mark)
             if not any(rows):
                 continue
             found += self._assign(modality, rows, features.get(modality))
@@ -219,7 +220,7 @@ class Adapter:
 
 def _entry_sizes(pooled: Any) -> list[int]:
     """Tokens of each entry of pooled features."""
-    return [int(entry.reshape(-1, entry.shape[-1]).shape[0]) for entry in pooled]
+    return [math.prod(entry.shape[:-1]) for entry in pooled]
 
 
 def _take(runs: list[tuple[int, int]], size: int) -> list[tuple[int, int]]:

@@ -14,6 +14,7 @@ import vtprune
 from vtprune import Stage
 from vtprune.model_adapters.tower_tokens import blocks_of
 from vtprune.model_adapters.towers import has_cls, tower_of
+from vtprune.reduction import Reducer
 
 
 def features(tower: nn.Module, model: Any, batch: Any) -> Tensor:
@@ -89,13 +90,14 @@ def test_methods_run_under_autocast_and_round_no_score(family: str, method: str,
     """A method that autocast reached would see its own products in half precision."""
     model, batch, rounded = families.model(family), families.inputs(family), []
     made = vtprune.create(method)
-    plain = type(made).batch
+    asked = "reduce" if isinstance(made, Reducer) else "batch"
+    plain = getattr(type(made), asked)
 
-    def batch_of(self: Any, units: Any) -> Any:
+    def watched(self: Any, *args: Any) -> Any:
         rounded.append(torch.is_autocast_enabled("cpu"))
-        return plain(self, units)
+        return plain(self, *args)
 
-    spy = type(made.name, (type(made),), {"batch": batch_of})
+    spy = type(made.name, (type(made),), {asked: watched})
     where = made.default_where()
     with (
         vtprune.patch(model, [Stage(where, spy(), keep=0.4)]) as handle,

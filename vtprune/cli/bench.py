@@ -145,7 +145,8 @@ def bench(
 
 def _overhead(
     geometry: str | None, model: str | None, method: list[str] | None, keep: float | int | None, repeats: int,
-    steps: int, device: str | None, dtype: str | None, batch: int, layers: int | None, scale: float, progress: bool, given: Any, prompt: str | None,
+    steps: int, device: str | None, dtype: str | None, batch: int, layers: int | None, scale: float, progress: bool,
+    given: Any, prompt: str | None,
 ) -> Any:  # fmt: skip
     import vtprune
     from vtprune.evals.speed import bench as benchmark

@@ -57,5 +57,10 @@ def cls_attention(v: Visual, layer: int | float | None, fallback: Fallback, name
             f"{name} needs the signal {cls}, or on a tower without a CLS token {received}, but the unit carries "
             f"{given}: add one of them to Visual.signals"
         )
-    v.state["note"] = f"{name}: the tower has no CLS token, the attention every token receives is used instead"
+    v.state["note"] = no_cls_note(name)
     return v.signals[received].float()
+
+
+def no_cls_note(name: str) -> str:
+    """What is said where `received` stands in for a CLS token."""
+    return f"{name}: the tower has no CLS token, the attention every token receives is used instead"

@@ -1,14 +1,14 @@
 """Fewer tokens in the middle of a transformer block, all images of a batch at once: X' = W X.
 
 `Tokens` is what a method sees there, `Reduction` what it answers, `Reducer` the base class of such methods. Inside a
-VLM's tower, where images may keep different counts, the same method answers one `Visual` at a time.
+VLM's tower images of equal length and budget are one batch each.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..kernels import best_first, check_finite, full_precision, recorded
 from ..kernels.merge import merge
+from .errors import VtpruneError
 from .method import Method, Where, budget
 from .reading import budget_of, cls_attention, signal_of
 from .signal import Signal
@@ -146,19 +147,20 @@ class Reduction:
             return self.matrix
         return self.apply(torch.eye(n, device=self.index.device).expand(self.index.shape[0], -1, -1))
 
-    def assignment(self) -> Assignment:
-        """The same for one image (B = 1, no prefix): rows in positional order, pairs of x' = A x."""
-        index, order = self.index[0].sort()
+    def assignment(self, image: int = 0) -> Assignment:
+        """The same for one image of the batch (no prefix): rows in positional order, pairs of x' = A x."""
+        index, order = self.index[image].sort()
         if self.matrix is not None:
-            dst, src = (self.matrix[0, order] > 0).nonzero().unbind(1)
-            return Assignment(idx=index, src=src, dst=dst, w=self.matrix[0, order][dst, src])
+            rows = self.matrix[image, order]
+            dst, src = (rows > 0).nonzero().unbind(1)
+            return Assignment(idx=index, src=src, dst=dst, w=rows[dst, src])
         if self.src is None or self.dst is None or self.w is None:
-            return Assignment(idx=index, order=self.index[0])
+            return Assignment(idx=index, order=self.index[image])
         rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        dst, w = rank[self.dst[0]], self.w[0].float()
+        src, dst, w = self.src[image], rank[self.dst[image]], self.w[image].float()
         own = torch.ones(len(index), device=w.device).index_add_(0, dst, -w)
         pairs = torch.arange(len(index), device=w.device)
-        return Assignment(index, None, torch.cat([index, self.src[0]]), torch.cat([pairs, dst]), torch.cat([own, w]))
+        return Assignment(index, None, torch.cat([index, src]), torch.cat([pairs, dst]), torch.cat([own, w]))
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
@@ -272,31 +274,57 @@ class Reducer(Method):
         left = self.due(v)
         if left == v.n:
             return Assignment(torch.arange(v.n, device=v.x.device))
-        k, last = v.block or (0, 0)
+        for what in self.reads:
+            self._require(v, what)
         size = v.state.get("size")
-        tokens = Tokens(
-            x=v.x[None],
-            size=None if size is None else size[None],
-            signals={what: self._signal(v, what) for what in self.reads},
-            block=(k, last + 1),
-            n0=v.n,
-        )
-        tokens = replace(tokens, scaling=self._head_width(v) ** -0.5)
+        signals = {signal: x[None] for signal, x in v.signals.items()}
+        tokens = self.seen(v.x[None], signals, None if size is None else size[None], v.block or (0, 0))
         found = self.reduce(tokens, left)
         after, order = found.resize(tokens.size), found.index[0].argsort()
         if after is not None and v.block is not None:
             v.state["size"] = after[0, order]
         return found.assignment()
 
-    def _head_width(self, v: Visual) -> int:
-        mean = v.signals.get(Signal("mean_keys"))
-        return 1 if mean is None else mean.shape[-1]
-
-    def _signal(self, v: Visual, what: Reads) -> Tensor:
-        """The unit's signal as `Tokens` has it, B = 1."""
+    def _require(self, v: Visual, what: Reads) -> None:
+        """Raise ValueError where the unit lacks the signal, and note what stands in for a CLS token."""
         if what == "attention":
-            return cls_attention(v, -1, "received", self.name)[None]
-        x = signal_of(v, Signal(what), self.name)
-        if what == "mean_keys":
-            return x[None]
-        return x.view(v.n, -1, self._head_width(v)).transpose(0, 1)[None]
+            cls_attention(v, -1, "received", self.name)
+        else:
+            signal_of(v, Signal(what), self.name)
+
+    def seen(self, x: Tensor, signals: Mapping[Signal, Tensor], size: Tensor | None, block: tuple[int, int]) -> Tokens:
+        """What `reduce` sees of images of equal length in a VLM's tower.
+
+        x: [B, N, C]. signals: [B, N] or [B, N, C] of `needs`. size: [B, N] or None. block: (k, last) as in `Visual`.
+        """
+        mean = signals.get(Signal("mean_keys"))
+        head_width = 1 if mean is None else mean.shape[-1]
+        found: dict[str, Tensor] = {}
+        for what in self.reads:
+            read = next(signals[signal] for signal in _SIGNALS[what] if signal in signals)
+            by_head = what in ("queries", "keys")
+            found[what] = read.view(*read.shape[:2], -1, head_width).transpose(1, 2) if by_head else read
+        return Tokens(
+            x, size=size, signals=found, block=(block[0], block[1] + 1), n0=x.shape[1], scaling=head_width**-0.5
+        )
+
+
+def reduced(method: Reducer, t: Tokens, left: int) -> Reduction:
+    """What the method answers; checked where it is not of this package, whose own are tested for that."""
+    step, n, m = method.reduce(t, left), t.x.shape[1], t.prefix + left
+    if method.trusted:
+        return step
+    name = method.name or type(method).__name__
+    if step.index.shape != (t.x.shape[0], m):
+        raise VtpruneError(
+            f"{name} answered a Reduction with index {list(step.index.shape)}, not {[t.x.shape[0], m]}: its budget is "
+            f"{left} of {t.n} tokens"
+        )
+    weights = step.w if step.matrix is None else step.matrix
+    if not bool(((step.index >= 0) & (step.index < n)).all()):
+        raise VtpruneError(f"{name} answered a Reduction with rows outside 0..{n - 1}")
+    if not bool((step.index.sort(1).values.diff(dim=1) > 0).all()):
+        raise VtpruneError(f"{name} answered a Reduction that keeps a row twice: rows must be distinct")
+    if weights is not None and not bool(weights.isfinite().all()):
+        raise VtpruneError(f"{name} answered a Reduction with weights that are not finite")
+    return step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import accumulate
@@ -73,6 +74,14 @@ class UnitResult:
 
 
 @dataclass(frozen=True)
+class TowerStep:
+    """What a stage did at one block of the vision tower, as tensors of the whole batch; results are made when asked."""
+
+    where: Where
+    results: Callable[[], list[UnitResult]]
+
+
+@dataclass(frozen=True)
 class Last:
     """What the last prefill kept. Of packed rows every sample is a row of its own here, left-padded to the longest.
 
@@ -98,9 +107,8 @@ class Last:
     """Which implementation of each kernel ran: "reference" or "triton"."""
     clocks: list[Clock] = field(default_factory=list, repr=False)
     """What `seconds` sums up."""
-    tower_units: list[UnitResult] = field(default_factory=list)
-    """What each stage inside the vision tower did to each crop (or packed image): `row` is the row of the tower's
-    batch, `image` the crop's number, `positions` are its tokens."""
+    tower_steps: list[TowerStep] = field(default_factory=list, repr=False)
+    """What each stage inside the vision tower did; read `tower_units`."""
     tower_lengths: dict[str, list[int]] = field(default_factory=dict)
     """By modality, the rows that each block of the tower ran on, of its longest crop (of all images where the tower
     packs them); empty without stages there."""
@@ -113,6 +121,14 @@ class Last:
     """Every image and video of the rows as fed, cut or not: where its tokens stand, and their rasters."""
     together: list[int] = field(default_factory=list, repr=False)
     """Of each of `images` the clip or sample that it shared a budget in; empty where none did."""
+
+    @cached_property
+    def tower_units(self) -> list[UnitResult]:
+        """What each stage inside the vision tower did to each crop (or packed image).
+
+        `row` is the row of the tower's batch, `image` the crop's number, `positions` are its tokens.
+        """
+        return [result for step in self.tower_steps for result in step.results()]
 
     @cached_property
     def notes(self) -> list[str]:

@@ -125,14 +125,22 @@ def begin_rows(
 
     words: [B, L] bool on the host.
     """
-    runs = [runs_of(row) for row in words]
+    runs = runs_of_rows(words)
     return [begin(u, i, device) for i, u in enumerate(units)], runs, [arange_of(row, device) for row in runs]
 
 
 def runs_of(hit: Tensor) -> list[tuple[int, int]]:
     """(start, length) of every run of True in a host vector."""
-    edges = torch.diff(torch.nn.functional.pad(hit.to(torch.int8), (1, 1))).nonzero().flatten().tolist()
-    return [(a, b - a) for a, b in zip(edges[::2], edges[1::2])]
+    return runs_of_rows(hit[None])[0]
+
+
+def runs_of_rows(hit: Tensor) -> list[list[tuple[int, int]]]:
+    """The same of every row of hit [B, L], at once."""
+    edges = torch.diff(torch.nn.functional.pad(hit.to(torch.int8), (1, 1))).nonzero().tolist()
+    runs: list[list[tuple[int, int]]] = [[] for _ in range(hit.shape[0])]
+    for (row, start), (_, stop) in zip(edges[::2], edges[1::2]):
+        runs[row].append((start, stop - start))
+    return runs
 
 
 def arange_of(ranges: Sequence[tuple[int, int]], device: torch.device) -> Tensor:

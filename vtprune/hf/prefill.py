@@ -19,7 +19,7 @@ from ..core.framing import clips_seen, clips_told
 from ..core.masks import visible
 from ..core.method import Stage
 from ..core.prompt import Merge, PromptState, encoded_signals, run_stage, take_whole
-from ..core.result import Last, UnitResult, joined_by_row
+from ..core.result import Last, TowerStep, UnitResult, joined_by_row
 from ..core.signal import KEPT
 from ..core.units import Unit, begin_rows, groups
 from ..core.visual import Assignment
@@ -109,7 +109,7 @@ class Prefill:
     memo: dict[Any, Any] = field(default_factory=dict)
     selections: dict[int, DecodeSelection] = field(default_factory=dict)
     active_heads: dict[int, list[Tensor]] = field(default_factory=dict)
-    tower_units: list[UnitResult] = field(default_factory=list)
+    tower_steps: list[TowerStep] = field(default_factory=list)
     tower_lengths: dict[str, list[int]] = field(default_factory=dict)
 
     @property
@@ -262,7 +262,7 @@ def _take_tower(prefill: Prefill, modality: str, found: Features) -> None:
     state.clocks += found.clocks
     state.kernels |= found.kernels
     if found.tower is not None:
-        prefill.tower_units += found.tower.results
+        prefill.tower_steps += found.tower.steps
         state.notes += found.tower.notes
         prefill.tower_lengths[modality] = found.tower.lengths
 
@@ -304,7 +304,7 @@ def _drop_unseen(prefill: Prefill) -> None:
         state.groups, _ = groups(state.groups, stage)
     # Newlines (-1) never were in the tower: they stay to compete, or go with the first token that goes.
     no_newlines = any(s.newlines == "drop" for s in tower)
-    place = prefill.tower_units[-1].where if prefill.tower_units else tower[-1].where
+    place = prefill.tower_steps[-1].where if prefill.tower_steps else tower[-1].where
     for group in state.groups:
         kept = group.unit.signals.get(KEPT)
         if kept is None or not bool((kept == 0).any()):
@@ -356,7 +356,7 @@ def report(prefill: Prefill) -> Last:
     return Last(
         cut.index, cut.valid, cut.src, state.results, prefill.layers.lengths, state.notes,
         [f"{s.method.name} at {s.where!r}: {s.policy}" for s in prefill.plan.stages], state.kernels, state.clocks,
-        prefill.tower_units, prefill.tower_lengths, heads=prefill.active_heads,
+        prefill.tower_steps, prefill.tower_lengths, heads=prefill.active_heads,
         images=[replace(unit, signals={}) for unit in state.units],
         together=together(prefill),
     )  # fmt: skip

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..core.errors import UnsupportedCall
 from ..core.method import Stage
-from ..kernels import HostCopy
+from ..kernels import HostCopy, each
 from ..model_adapters.tower_layout import Call, Modality, per_entry, sizes_of
 from ..signals import kind_of
 from .attention_probe import probe
@@ -137,8 +137,9 @@ class TowerStages:
             return x
         x = run.restored(layer, x)
         if kind_of(name).over_queries and self.plan.packed:  # the reader divides by the queries of an unpruned tower
-            for image, queries in zip(run.images, run.queries[layer]):
-                x[:, image.groups.flatten()] *= image.groups.numel() / queries
+            counts = [image.n for image in run.images]
+            shares = [n * run.at.shape[1] / queries for n, queries in zip(counts, run.queries[layer])]
+            x[0, run.at.flatten()] *= each(shares, counts, x.device).repeat_interleave(run.at.shape[1])[:, None]
         return x
 
     # -- hooks ------------------------------------------------------------------------------------------------------
@@ -154,7 +155,7 @@ class TowerStages:
             begin(self.plan, run, full)
         x = run_stages(self.plan, self.needs, run, k, full)
         run.cut_at[k] = run.cut
-        run.queries[k] = [image.patches.numel() for image in run.images]
+        run.queries[k] = [n * run.at.shape[1] for n in run.counts()]
         if run.cut is not None:
             x, run.lengths[k] = run.cut.cut(x, 1), run.cut.n
         elif x is full:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from ..core.compaction import Compaction
 from ..core.errors import VtpruneError
-from ..core.result import UnitResult
-from ..core.visual import Assignment
-from ..kernels import DeferredChecks, HostCopy, to_device
+from ..core.result import TowerStep
+from ..core.visual import Span
+from ..kernels import DeferredChecks, HostCopy, each, to_device
 from ..model_adapters.tower_layout import Call
 from ..model_adapters.tower_tokens import TowerTokens, tokens_of
 from .tower_plan import TowerPlan
@@ -23,42 +24,40 @@ from .tower_plan import TowerPlan
 class TowerImage:
     """A unit of a tower stage: a row of the tower's batch (a crop, a tile, a frame) or one of the images packed in it.
 
-    groups: [n, g] positions of its tokens' patches. left: [m] which of its n tokens are left.
-    patches_per_token: patches of a visual token where the n tokens are single patches (`Method.by_patch`), else 1.
-    output_slots: [q, patches_per_token] positions that the patches left take before the projector, which makes a visual
-    token of each row.
+    start: its first token among those of all images. n: how many it had when the tower began; left: how many now.
     """
 
     number: int
     row: int
-    groups: Tensor
+    start: int
+    n: int
+    left: int
     grid: tuple[int, int, int] | None
-    left: Tensor
-    patches_per_token: int = 1
-    output_slots: Tensor | None = None
     states: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @property
-    def n(self) -> int:
-        """How many tokens it had when the tower began."""
-        return self.groups.shape[0]
+    def raster(self) -> tuple[int, int, int] | None:
+        """Its grid while all tokens are there."""
+        return self.grid if self.left == self.n else None
 
     @property
-    def whole(self) -> bool:
-        """True while all its tokens are there."""
-        return self.left.shape[0] == self.n
-
-    @property
-    def patches(self) -> Tensor:
-        """[m, g] positions of the patches that are left."""
-        return self.groups if self.whole else self.groups.index_select(0, self.left)
+    def spans(self) -> tuple[Span, ...]:
+        """The same as rasters."""
+        return (Span(0, self.raster),) if self.raster else ()
 
 
 @dataclass
 class TowerRun:
     """What the stages did in one features call.
 
+    Tokens of all images stand side by side in one tensor, so that no operation is repeated image by image.
+
     kept: per entry of its output [n] int8 on the host, 1 kept, 0 dropped, -1 a newline; None if nothing was dropped.
+    at: [S, g] where the patches of all S tokens stand among the rows of the flattened batch. left: [M] which tokens are
+    left, ascending. size: [S] float32, for how many tokens each stands; None: one each.
+    patches_per_token: patches of a visual token where tokens are single patches (`Method.by_patch`), else 1.
+    joined: [Q, patches_per_token] rows that the patches left take before the projector, which makes a visual token of
+    each of the Q.
     lengths: rows each block ran on (its longest crop; all images where the tower packs them).
     cut: from all N rows to those that are left; cut_at: by block, the cut on which it ran.
     queries: by block, the patches of each image on which it ran. signals: what was read of attention, by (block, name).
@@ -69,12 +68,18 @@ class TowerRun:
     tokens: TowerTokens | None = None
     kept: list[Tensor] | None = None
     images: list[TowerImage] = field(default_factory=list)
+    at: Tensor = field(default_factory=lambda: torch.empty(0, 1, dtype=torch.int64))
+    left: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    patches: Tensor = field(default_factory=lambda: torch.empty(0, 1, dtype=torch.int64))
+    size: Tensor | None = None
+    patches_per_token: int = 1
+    joined: Tensor | None = None
     shape: tuple[int, ...] = ()
     cut: Compaction | None = None
     cut_at: dict[int, Compaction | None] = field(default_factory=dict)
     queries: dict[int, list[int]] = field(default_factory=dict)
     signals: dict[tuple[int, str], list[Tensor]] = field(default_factory=dict)
-    results: list[UnitResult] = field(default_factory=list)
+    steps: list[TowerStep] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     checks: list[DeferredChecks] = field(default_factory=list)
@@ -93,9 +98,19 @@ class TowerRun:
         if text and text not in self.notes:
             self.notes.append(text)
 
-    def left(self) -> int:
-        """How many tokens are left in all images together."""
-        return sum(image.left.shape[0] for image in self.images)
+    def counts(self) -> list[int]:
+        """How many tokens are left in each image."""
+        return [image.left for image in self.images]
+
+    def to(self, device: torch.device) -> None:
+        """Move what is left to the device of a block, where a tower is spread over several."""
+        self.at, self.left, self.patches = (t.to(device) for t in (self.at, self.left, self.patches))
+        self.size = None if self.size is None else self.size.to(device)
+
+    def keep(self, left: Tensor) -> None:
+        """Go on with the tokens left [M], ascending."""
+        if len(left) < len(self.left):
+            self.left, self.patches = left, self.at.index_select(0, left)
 
     def restored(self, block: int, x: Tensor) -> Tensor:
         """Rows [T, n, C] that a block saw, for all N positions."""
@@ -104,7 +119,7 @@ class TowerRun:
 
     def report(self) -> TowerRun:
         """What the LLM and `Last` ask for: no pixels and no states."""
-        return TowerRun({}, kept=self.kept, results=self.results, notes=self.notes, lengths=self.lengths)
+        return TowerRun({}, kept=self.kept, steps=self.steps, notes=self.notes, lengths=self.lengths)
 
     def raise_if_failed(self) -> None:
         """Raise what the checks of the stages found."""
@@ -120,24 +135,29 @@ def begin(plan: TowerPlan, run: TowerRun, x: Tensor) -> None:
     units: Any = run.tokens.grids
     if plan.by_frame and plan.packed:
         units = tuple(((1, h, w), h * w) for (t, h, w), _ in units for _ in range(t))
+    first = torch.arange(x.shape[0], device=x.device)[:, None, None] * x.shape[1]
+    run.at = (first + groups).flatten(0, 1)
+    if plan.by_patch:
+        run.patches_per_token = groups.shape[1]
+        run.at = run.at.reshape(-1, 1)
+        units = tuple((None, n * run.patches_per_token) for _, n in units) if run.patches_per_token > 1 else units
+    run.left, run.patches = torch.arange(len(run.at), device=x.device), run.at
+    start = 0
     for row in range(x.shape[0]):
-        for (grid, n), part in zip(units, groups.split([n for _, n in units])):
-            per_token = part.shape[1] if plan.by_patch else 1
-            if per_token > 1:
-                part, grid, n = part.reshape(-1, 1), None, part.numel()
-            left = torch.arange(n, device=x.device)
-            run.images.append(TowerImage(len(run.images), row, part, grid, left, per_token))
+        for grid, n in units:
+            run.images.append(TowerImage(len(run.images), row, start, n, n, grid))
+            start += n
 
 
 def compact(run: TowerRun) -> Compaction:
     """The cut from N rows to the prefix and the patches that are left; shorter rows are padded on the right."""
     assert run.tokens is not None
-    keep = torch.zeros(run.shape[:2], dtype=torch.bool, device=run.images[0].left.device)
+    keep = torch.zeros(run.shape[:2], dtype=torch.bool, device=run.patches.device)
     keep[:, : run.tokens.prefix] = True
+    keep.view(-1).index_fill_(0, run.patches.flatten(), True)
     counts = [run.tokens.prefix] * run.shape[0]
     for image in run.images:
-        keep[image.row].index_fill_(0, image.patches.flatten(), True)
-        counts[image.row] += image.patches.numel()
+        counts[image.row] += image.left * run.patches.shape[1]
     return right_padded(keep, counts)
 
 
@@ -151,38 +171,38 @@ def right_padded(keep: Tensor, counts: Sequence[int]) -> Compaction:
     return Compaction(index, valid, (keep.cumsum(1) - 1).clamp(min=0))
 
 
-def rows_of_tokens(x: Tensor, image: TowerImage) -> Tensor:
-    """[T, N, C] -> [m, C]: the image's tokens that are left, each the mean of its patches."""
-    patches = image.patches.to(x.device)
-    rows = x[image.row].index_select(0, patches.flatten())
+def of_images(run: TowerRun, images: Sequence[TowerImage], rows: Tensor) -> Tensor:
+    """Of rows [M, ...] of all tokens that are left those of some images, side by side."""
+    if len(images) == len(run.images):
+        return rows
+    starts, counts = list(accumulate(run.counts(), initial=0)), [image.left for image in images]
+    ahead = list(accumulate(counts, initial=0))
+    shift = each([starts[image.number] - before for image, before in zip(images, ahead)], counts, rows.device)
+    return rows.index_select(0, torch.arange(ahead[-1], device=rows.device) + shift)
+
+
+def rows_of_tokens(run: TowerRun, x: Tensor) -> Tensor:
+    """[T, N, C] -> [M, C]: the tokens that are left, each the mean of its patches."""
+    patches = run.patches.to(x.device)
+    rows = x.reshape(-1, x.shape[-1]).index_select(0, patches.flatten())
     if patches.shape[1] == 1:
         return rows
     return rows.view(*patches.shape, -1).float().mean(1).to(x.dtype)
 
 
-def with_merged(x: Tensor, image: TowerImage, answer: Assignment) -> Tensor:
-    """x [T, N, C] with what flows into the kept tokens; patch by patch where a token has several."""
-    patches = image.patches.to(x.device)
-    new = answer.apply(x[image.row].index_select(0, patches.flatten()).view(*patches.shape, -1))
-    at = patches.index_select(0, answer.idx).flatten()
-    return x.index_put((torch.full_like(at, image.row), at), new.flatten(0, 1))
-
-
 def with_patches_joined(run: TowerRun, x: Tensor) -> Tensor:
     """x [T, N, C] with the patches left side by side: each row of them where the token of its first patch stands."""
-    for image in run.images:
-        per_token = image.patches_per_token
-        if per_token == 1 or image.whole:
-            continue
-        if image.left.shape[0] % per_token:
-            raise VtpruneError(
-                f"{image.left.shape[0]} patches left in the tower do not make tokens of {per_token} each"
-            )
-        left = image.left.view(-1, per_token)
-        image.output_slots = image.groups.view(-1, per_token).index_select(0, left[:, 0] // per_token)
-        to, from_ = image.output_slots.flatten(), image.patches.flatten()
-        x = x.index_put((torch.full_like(to, image.row), to), x[image.row].index_select(0, from_))
-    return x
+    per_token = run.patches_per_token
+    if per_token == 1 or run.cut is None:
+        return x
+    for count in run.counts():
+        if count % per_token:
+            raise VtpruneError(f"{count} patches left in the tower do not make tokens of {per_token} each")
+    first = run.left.view(-1, per_token)[:, 0]
+    run.joined = run.at.view(-1, per_token).index_select(0, first // per_token)
+    rows = x.reshape(-1, x.shape[-1])
+    from_ = rows.index_select(0, run.patches.flatten().to(x.device))
+    return rows.index_copy(0, run.joined.flatten().to(x.device), from_).view_as(x)
 
 
 def marks_of_kept(run: TowerRun) -> Tensor:
@@ -191,7 +211,6 @@ def marks_of_kept(run: TowerRun) -> Tensor:
     assert run.cut is not None
     marks = torch.ones(run.shape[:2], device=run.cut.index.device)
     marks[:, : run.tokens.prefix] = 2
-    for image in run.images:
-        shown = image.patches if image.output_slots is None else image.output_slots
-        marks[image.row].index_fill_(0, shown.flatten(), 2)
+    shown = run.patches if run.joined is None else run.joined
+    marks.view(-1).index_fill_(0, shown.flatten(), 2)
     return marks

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..core.covering import cover, standing
 from ..core.errors import UnsupportedModel
 from ..core.method import Stage, budget
-from ..core.reduction import Reducer, Reduction, Tokens, stacked
+from ..core.reduction import Reducer, Reduction, Tokens, reduced, stacked
 from ..kernels import full_precision, recorded
 from ..model_adapters.vit_blocks import ROPE, Given, Vit
 from ..model_adapters.vit_pooling import cut_masks, masked_mean, weighted_pooling
@@ -32,7 +32,7 @@ from .tower_plan import blocks_of_stage
 from .vit_arguments import cut_arguments, key_bias
 from .vit_each_image import EachImage
 from .vit_last import VitLast
-from .vit_run import Plan, VitLocal, VitRun, all_rows, check_reduction, check_rows, patches_of_images
+from .vit_run import Plan, VitLocal, VitRun, all_rows, check_rows, patches_of_images
 from .vit_tokens import tokens_at
 
 
@@ -169,7 +169,6 @@ class VitPatch:
         if method is not None:
             with torch.no_grad(), full_precision(x.device):
                 step = self._step(run, k, x, method, left, given)
-                check_reduction(method, step, x.shape[1])
                 run.size = step.resize(run.size)
                 if any(given.get(name) is not None for name in ROPE):
                     patches = step.index[:, self.vit.prefix :] - self.vit.prefix
@@ -184,7 +183,7 @@ class VitPatch:
     def _step(self, run: VitRun, k: int, x: Tensor, method: Reducer, left: list[int], given: Given) -> Reduction:
         """The method's reduction of the batch; images with padding behind them in groups of equal counts."""
         if run.now is None:
-            return method.reduce(self._tokens(run, k, x, method, WHOLE_BATCH, run.real[0], given), left[0])
+            return reduced(method, self._tokens(run, k, x, method, WHOLE_BATCH, run.real[0], given), left[0])
         groups: dict[tuple[int, int, int], list[int]] = {}
         for image, counts in enumerate(zip(run.now, left, run.real)):
             groups.setdefault(counts, []).append(image)
@@ -193,7 +192,7 @@ class VitPatch:
             rows, n = torch.tensor(images, device=x.device), now + self.vit.prefix
             step = None
             if goal < now:
-                step = method.reduce(self._tokens(run, k, x, method, Part(rows, n), n0, given), goal)
+                step = reduced(method, self._tokens(run, k, x, method, Part(rows, n), n0, given), goal)
             steps.append((rows, n, step))
         run.now = [min(now, goal) for now, goal in zip(run.now, left)]
         return stacked(steps, x.shape[0], x.shape[1], run.size)

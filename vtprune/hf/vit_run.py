@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.errors import UnsupportedCall, VtpruneError
-from ..core.reduction import Reducer, Reduction
+from ..core.errors import UnsupportedCall
+from ..core.reduction import Reducer
 from ..kernels import recorded
 from ..model_adapters.vit_blocks import Given, Vit
 from ..model_adapters.vit_pooling import real_tokens
-from .vit_each_image import EachImage
 from .vit_last import VitLast
 
 Plan = list[tuple[Reducer | None, int]]
@@ -97,19 +96,6 @@ def check_rows(run: VitRun, k: int, x: Tensor) -> None:
         raise UnsupportedCall(
             f"block {k} is given {x.shape[1]} rows, but {before} are left behind block {k - 1}: a hook or a module "
             "between the blocks made others of them, which a reduction cannot follow; take it off, or unpatch"
-        )
-
-
-def check_reduction(method: Reducer, step: Reduction, n: int) -> None:
-    """Raise unless a method that is not of this package answers a reduction of n rows; its own are tested for that."""
-    if isinstance(method, EachImage) or method.trusted:
-        return
-    weights = step.w if step.matrix is None else step.matrix
-    inside = bool((step.index >= 0).all()) and bool((step.index < n).all())
-    if not inside or (weights is not None and not bool(weights.isfinite().all())):
-        raise VtpruneError(
-            f"{method.name or type(method).__name__} answered a Reduction with "
-            f"{'weights that are not finite' if inside else f'rows outside 0..{n - 1}'}"
         )
 
 

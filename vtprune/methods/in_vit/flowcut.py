@@ -14,16 +14,18 @@ from torch import Tensor
 from ...core.method import Method, Newlines, Stage, Where
 from ...core.signal import Signal
 from ...core.visual import Assignment, Visual
-from ...kernels import check_finite
+from ...kernels import check_rows_finite, to_device
 from ...registry import register_own as register
 from .. import best_first, budget_of, check_choices, signal_of
 from ..in_llm.flowcut_llm import FlowCutLLM
+from ..shared.ragged import Ragged
 
 End = Literal["before", "after"]
 Count = Literal["unit", "batch"]
 Unit = Literal["block", "patch"]
 CLS, CLS_VALUE, VALUE_NORM = Signal("cls"), Signal("cls_value"), Signal("value_norm")
 MEAN_QUERY = Signal("mean_query", without_cls=True)
+NO_CLS = "no CLS token in this tower; the mean query stands in, no value similarity"
 
 
 @register("flowcut", paper="https://arxiv.org/abs/2505.19536", seam="in_vit")
@@ -84,46 +86,54 @@ class FlowCut(Method):
 
     def batch(self, units: Sequence[Visual]) -> list[Assignment]:
         left = [v.block[1] - v.block[0] if v.block else 0 for v in units]
-        scored = [self._score(v) for v in units]
-        check_finite([c for _, c in scored], "scores")
-        cuts = self._cuts(units, [p for p, _ in scored], left)
-        return [self._keep(v, c, v.n - cut, bool(r)) for v, (_, c), cut, r in zip(units, scored, cuts, left)]
+        all_of = Ragged([v.n for v in units], units[0].x.device)
+        p, scores = self._scored(units, all_of)
+        check_rows_finite(scores, "scores")
+        stay = Ragged([v.n - cut for v, cut in zip(units, self._cuts(units, p, left))], p.device)
+        # Scores are 0 or more, and equal ones stay in positional order: the zeros of padding come last.
+        order = best_first(scores)
+        kept = stay.ascending(order)
+        if any(left):
+            for v, own in zip(units, stay.parted(scores.gather(1, kept.clamp(max=all_of.width - 1)))):
+                v.state["scores"] = own
+        answers = zip(stay.parted(kept), stay.parted(order), all_of.parted(scores))
+        return [Assignment(idx=idx, order=picked, scores=own) for idx, picked, own in answers]
 
-    def _score(self, v: Visual) -> tuple[Tensor, Tensor]:
-        """Attention shares p [n] and cumulative scores [n], float32."""
-        if CLS in v.signals or MEAN_QUERY not in v.signals:
-            p = _share(signal_of(v, CLS, self.name))
-            flow = p + _share(signal_of(v, CLS_VALUE, self.name))
-        else:
-            v.state["note"] = f"{self.name}: no CLS token in this tower; the mean query stands in, no value similarity"
-            flow = p = _share(signal_of(v, MEAN_QUERY, self.name))
-        score = flow * signal_of(v, VALUE_NORM, self.name)
-        old = v.state.get("scores")
-        return p, score if old is None else 0.5 * old + 0.5 * score
+    def _scored(self, units: Sequence[Visual], rows: Ragged) -> tuple[Tensor, Tensor]:
+        """Attention shares p and cumulative scores, [I, most tokens] float32."""
+        of_cls = [CLS in v.signals or MEAN_QUERY not in v.signals for v in units]
+        seen = [signal_of(v, CLS if cls else MEAN_QUERY, self.name) for v, cls in zip(units, of_cls)]
+        norms = [signal_of(v, VALUE_NORM, self.name) for v in units]
+        found = zip(units, of_cls, seen)
+        alike = [signal_of(v, CLS_VALUE, self.name) if cls else torch.zeros_like(x) for v, cls, x in found]
+        attention, likeness, norm = rows.joined(seen, alike, norms)
+        p = _share(attention)
+        scores = (p + _share(likeness)) * norm
+        for v, cls in zip(units, of_cls):
+            if not cls:
+                v.state["note"] = f"{self.name}: {NO_CLS}"
+        olds: list[Tensor] = [v.state["scores"] for v in units if "scores" in v.state]
+        if olds and len(olds) < len(units):
+            olds = [v.state.get("scores", new) for v, new in zip(units, rows.parted(scores))]
+        if olds:
+            scores = 0.5 * rows.joined(olds)[0] + 0.5 * scores
+        return p, scores
 
-    def _cuts(self, units: Sequence[Visual], shares: Sequence[Tensor], left: Sequence[int]) -> list[int]:
+    def _cuts(self, units: Sequence[Visual], p: Tensor, left: Sequence[int]) -> list[int]:
         """Tokens to drop now; their number depends on the data, so the host waits for it once per pruning block."""
-        targets = [budget_of(v, self.name) for v in units]
+        above = [v.n - budget_of(v, self.name) for v in units]
         if any(r % 2 for r in left):
             return [0] * len(units)
         if not any(left):
-            return [v.n - t for v, t in zip(units, targets)]
-        wanted = torch.stack([self._rate(p, v.n - t, r) for v, p, t, r in zip(units, shares, targets, left)])
+            return above
+        # (n - t) / sqrt(R) * (1 - H^2), where x log x is 0 at 0.
+        logs, paces = [log(max(2, v.n)) for v in units], [a / sqrt(r) for a, r in zip(above, left)]
+        log_n, pace = to_device(torch.tensor([logs, paces], dtype=torch.float64), p.device)
+        wanted = pace * (1 - (torch.xlogy(p, p).sum(1, dtype=torch.float64) / log_n).square())
         drop = (wanted.max().expand_as(wanted) if self.count == "batch" else wanted).round().long().tolist()
-        return [min(d, v.n - t) for d, v, t in zip(drop, units, targets)]
-
-    def _rate(self, p: Tensor, above: int, left: int) -> Tensor:
-        """(n - t) / sqrt(R) * (1 - H^2), unrounded, []; x log x is 0 at 0."""
-        entropy = -torch.xlogy(p, p).sum() / log(max(2, p.shape[0]))
-        return above / sqrt(left) * (1 - entropy**2)
-
-    def _keep(self, v: Visual, scores: Tensor, k: int, goes_on: bool) -> Assignment:
-        order = best_first(scores)[:k]
-        idx = order.sort().values
-        if goes_on:
-            v.state["scores"] = scores.index_select(0, idx)
-        return Assignment(idx=idx, order=order, scores=scores)
+        return [max(0, min(d, a)) for d, a in zip(drop, above)]
 
 
 def _share(x: Tensor) -> Tensor:
-    return x / x.sum().clamp(min=torch.finfo(x.dtype).tiny)
+    """x [I, M] by its row sums; these in double precision, where the zeros of padding change no bit."""
+    return x / x.sum(1, keepdim=True, dtype=torch.float64).to(x.dtype).clamp(min=torch.finfo(x.dtype).tiny)
