@@ -15,7 +15,7 @@ from ..dispatch import recorded
 
 CACHE_ELEMENTS = 1 << 18  # 1 MiB of float32: a block is written and read again before it leaves the cache
 DEVICE_ELEMENTS = 1 << 24  # 64 MiB: elsewhere the launches count, not the cache
-ROWS = 128  # queries of a block of a masked map at most, or 1/16 of them: it is cut to the keys that they see
+ROWS = 128  # queries of a block on the CPU at most, or 1/16 of them: it is cut to the keys that they see
 
 LOWEST = torch.finfo(torch.float32).min / 2  # added to a score it leaves a weight of 0, and never overflows
 
@@ -81,7 +81,7 @@ def attention_rows(q_rows: Tensor, k: Tensor, mask: Tensor | None, scaling: floa
     room = Room(q_rows, k, mask)
     for part in blocks(q_rows, k, mask):
         weights, rows = part.rows(scaling, room), part.seen.rows
-        out[part.at][..., part.seen.cols] = weights if rows is None else weights * rows
+        out[(*part.at, part.seen.cols)] = weights if rows is None else weights * rows
     return out
 
 
@@ -103,7 +103,7 @@ def columns(
     out = k.new_zeros(*q.shape[:2], k.shape[2], dtype=torch.float32)
     room = Room(q, k, mask)
     for part in blocks(q, k, mask, rows=block):
-        out[part.at[:2]][..., part.seen.cols] += weighed(weights[part.at], part, part.rows(scaling, room))
+        out[(*part.at[:2], part.seen.cols)] += weighed(weights[part.at], part, part.rows(scaling, room))
     return out
 
 
@@ -129,13 +129,12 @@ def blocks(
         seen = Seen(whole, whole) if mask is None else Seen(whole, whole, *_bias(mask))
         yield Block((slice(None),) * 3, q.float(), k.float().flatten(0, 1), seen)
         return
-    if elements is None:
-        elements = CACHE_ELEMENTS if q.device.type == "cpu" else DEVICE_ELEMENTS
     (batch, heads, queries, _), (_, groups, n, d) = q.shape, k.shape
-    share, look = heads // groups, looks_at(mask)
+    share, on_host = heads // groups, q.device.type == "cpu"
+    if elements is None:
+        elements = CACHE_ELEMENTS if on_host else DEVICE_ELEMENTS
     if rows is None:
-        most = max(ROWS, queries // 16) if look else queries
-        rows = min(max(1, elements // (share * n)), most)
+        rows = min(max(1, elements // (share * n)), max(ROWS, queries // 16) if on_host else queries)
     rows = min(rows, queries)
     scores = share * rows * n
     together = share * min(max(1, elements // scores), groups) if scores <= elements else 1
