@@ -31,7 +31,7 @@ class Room:
         self.held: dict[Any, Tensor] | None = None if grows or recorded() else {}
 
     def take(self, place: Any, like: Tensor, *shape: int) -> Tensor | None:
-        """Contiguous float32 memory on the device of a tensor; what lies there counts until the place is taken again."""
+        """Contiguous float32 memory on a tensor's device; what lies there counts until the place is taken again."""
         if self.held is None:
             return None
         held, size = self.held.get(place), prod(shape)
@@ -44,8 +44,8 @@ class Room:
 class Seen:
     """What a mask lets some queries see: keys `cols` at most, of which all see those outside `part`, too.
 
-    bias: what to add to the scores in `part`, [.., queries or 1, keys of it or 1]. rows: [.., queries or 1, 1] bool, the
-    queries that see anything; None: all.
+    bias: what to add to the scores in `part`, [.., queries or 1, keys of it or 1].
+    rows: [.., queries or 1, 1] bool, the queries that see anything; None: all.
     """
 
     cols: slice
