@@ -166,10 +166,10 @@ def _seen(mask: Tensor | None, at: tuple[slice, slice, slice], n: int) -> Seen:
     if not looks_at(mask):
         return Seen(slice(0, n), slice(0, n), *_bias(here))
     boolean = mask.dtype == torch.bool
-    some = (here if boolean else here > torch.finfo(mask.dtype).min).flatten(0, 2).view(torch.uint8).amax(0).expand(n)
-    every = (here if boolean else here == 0).flatten(0, 2).view(torch.uint8).amin(0).expand(n)
-    cols = _hull(some)
-    part = _hull(1 - every[cols])
+    hidden = ~here if boolean else here <= torch.finfo(mask.dtype).min
+    limited = hidden if boolean else here != 0
+    cols = _hull(1 - hidden.flatten(0, 2).view(torch.uint8).amin(0).expand(n))
+    part = _hull(limited.flatten(0, 2).view(torch.uint8).amax(0).expand(n)[cols])
     if part.start == part.stop:
         return Seen(cols, part)
     # Where some queries see nothing, no key is seen by all, and all keys are in the part.
