@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import torch
 from torch import Tensor
 
-from ..attention.reference import blocks, columns
+from ..attention.reference import ROWS, Room, blocks, columns, looks_at, weighed
 
 MAP_ELEMENTS = 1 << 24  # 64 MiB of float32: the largest map that is kept between steps
-TOGETHER = 1 << 20  # small maps are worked on together as long as they stay in the cache
+TOGETHER = 1 << 21  # small maps are worked on together as long as they stay in the cache
 
 
 def page_rank(
@@ -16,21 +18,24 @@ def page_rank(
 ) -> Tensor:
     """`kernels.page_rank` for checked arguments, start [B, H, N] float32."""
     n = q.shape[2]
-    if n * n > MAP_ELEMENTS:
+    if steps == 1 or n * n > MAP_ELEMENTS:
         score = start
         for _ in range(steps):
             score = _damped(columns(q, k, mask, scaling, score), start, damping)
         return score.clone()
     out = torch.empty_like(start, memory_format=torch.contiguous_format)
-    for part in blocks(q, k, mask, rows=n, elements=max(n * n, TOGETHER)):
-        at = part.at[:2]
-        first = start[at][..., None, :]
-        score, weights = first, part.rows(scaling)
-        if part.seen is not None:
-            weights = weights * part.seen
+    room = Room(q, k, mask)
+    rows = max(ROWS, n // 16) if looks_at(mask) or n * n > TOGETHER else n
+    cut = blocks(q, k, mask, rows=rows, elements=max(n * n, TOGETHER) * min(rows, n) // n)
+    for at, parts in groupby(cut, lambda part: part.at[:2]):
+        whole = [(part, part.rows(scaling, room, place)) for place, part in enumerate(parts)]
+        score = first = start[at]
         for _ in range(steps):
-            score = _damped(score @ weights, first, damping)
-        out[at] = score[..., 0, :]
+            given = torch.zeros_like(first)
+            for part, weights in whole:
+                given[..., part.seen.cols] += weighed(score[..., part.at[2]], part, weights)
+            score = _damped(given, first, damping)
+        out[at] = score
     return out
 
 

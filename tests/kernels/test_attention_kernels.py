@@ -347,3 +347,39 @@ def test_the_benchmark_refuses_a_device_that_is_not_there() -> None:
         pytest.skip("it is there")
     with pytest.raises(RuntimeError, match="no CUDA device"):
         bench_attention.attention("cuda")
+
+
+class Products(TorchDispatchMode):
+    """How many entries of maps were made, and the bytes of fresh memory that these and their softmax took."""
+
+    entries = fresh = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        if name in ("bmm", "_softmax") and out.shape[-2] > 1:  # one row: a sum of columns
+            self.entries += out.numel() if name == "bmm" else 0
+            self.fresh += 0 if "out" in (kwargs or {}) else out.nbytes
+        return out
+
+
+@pytest.mark.parametrize("kind", ["causal", "window"])
+def test_the_reference_leaves_out_what_a_mask_hides(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A causal map costs half a map, images that are apart cost their own maps, and blocks share their memory."""
+    monkeypatch.setattr(reference, "ROWS", 16)
+    q, k = problem((1, 4, 2, 256, 256, 8))
+    same_image = (torch.arange(256)[:, None] // 64 == torch.arange(256) // 64)[None, None]
+    mask = same_image if kind == "window" else masks("causal", 1, 256, 256)
+    with use("reference"), Products() as made:
+        got = attention_received(q, k, mask, 0.3)
+    close(got, oracle(q, k, mask, 0.3).mean(dim=(1, 2)))
+    assert made.entries <= 4 * 256 * 256 * (0.55 if kind == "causal" else 0.25)
+    assert made.fresh == 0
+
+
+def test_the_reference_skips_queries_that_see_nothing() -> None:
+    q, k = problem((1, 2, 2, 300, 300, 8))
+    mask = torch.zeros(1, 1, 300, 300, dtype=torch.bool)
+    with use("reference"), Products() as made:
+        assert (attention_received(q, k, mask, 0.3) == 0).all()
+        assert (attention_rows(q, k, mask, 0.3) == 0).all()
+    assert made.entries == 0

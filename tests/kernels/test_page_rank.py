@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import no_gpu
-from test_attention_kernels import close, masks, oracle, problem
+from test_attention_kernels import Products, close, masks, oracle, problem
 from torch import Tensor
 
-from vtprune.kernels import page_rank, recording
+from vtprune.kernels import page_rank, recording, use
+from vtprune.kernels.attention import reference as attention
 from vtprune.kernels.page_rank import reference
 
 
@@ -190,3 +191,16 @@ def test_on_a_gpu_nobody_waits_and_a_graph_replays_it() -> None:
     graph.replay()
     assert torch.equal(got, want)
     close(got, powers(q, k, None, 0.125, 5, None, 0.0))
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_the_reference_makes_a_causal_map_once_and_half_of_it(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "ROWS", 16)
+    monkeypatch.setattr(reference, "ROWS", 16)
+    q, k = problem((1, 4, 2, 256, 256, 8))
+    mask = masks("causal", 1, 256, 256)
+    with use("reference"), Products() as made:
+        got = page_rank(q, k, mask, 0.3, steps)
+    close(got, powers(q, k, mask, 0.3, steps, None, 0.0))
+    assert made.entries <= 4 * 256 * 256 * 0.55
+    assert made.fresh == 0
