@@ -71,7 +71,7 @@ def prefill_flops(model: Any, inputs: Mapping[str, Any], handle: Handle | None) 
 def llm_flops(model: Any, fed: int, handle: Handle | None) -> int | None:
     """FLOPs of the LLM in the last prefill of one prompt of `fed` tokens, from the lengths that its layers ran.
 
-    A stage that reads the layer it stands at pays its projections once more.
+    A stage that reads the layer it stands at pays the keys of what it drops.
     """
     text = text_cost(model.config.get_text_config())
     if text is None:
@@ -87,7 +87,7 @@ def looks(text: TextCost, stages: Sequence[Stage], entering: Sequence[int]) -> i
         for stage in stages
         if isinstance(stage.where, int) and "prefill" in stage.method.phases and any(n.layer == 0 for n in stage.needs)
     }
-    return sum(text.look(entering[layer]) for layer in inside)
+    return sum(text.look(entering[layer] - entering[layer + 1]) for layer in inside)
 
 
 def text_cost(config: Any) -> TextCost | None:

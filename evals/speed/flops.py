@@ -64,9 +64,12 @@ class TextCost:
         square = 2 if causal else 4
         return sum(2 * s * self.layer_macs + square * s * s * self.d_q for s in lengths) + 2 * self.d * self.vocab
 
-    def look(self, tokens: int) -> int:
-        """FLOPs of a stage that reads the layer it stands at: queries, keys and values of all that enter, once more."""
-        return 2 * tokens * (self.d * self.d_q + 2 * self.d * self.d_kv)
+    def look(self, dropped: int) -> int:
+        """FLOPs of a stage that reads a row of the layer it stands at: the keys of the tokens that it drops there.
+
+        Those of the others are the layer's own, and the queries that are asked are few.
+        """
+        return 2 * dropped * self.d * self.d_kv
 
     @property
     def weight_bytes(self) -> int:

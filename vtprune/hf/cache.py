@@ -21,6 +21,7 @@ from ..core.compaction import Compaction
 from ..core.errors import UnsupportedCall
 from ..model_adapters.cache_argument import NAME as NAME
 from ..model_adapters.cache_argument import renamed as renamed
+from .once import once
 
 # What `crop` takes: how many tokens go, negative; older versions take the length that is left as well.
 COUNTS_LEFT = "max_length" in signature(DynamicLayer.crop).parameters
@@ -86,6 +87,11 @@ class Pruned:
         needs = (self.valid, self.position_offset, self.layer_position_offset, self.visible, self.heads)
         return self.own_tokens or any(x is not None for x in needs)
 
+    @property
+    def own_arguments(self) -> bool:
+        """True if a single new token needs other arguments at this layer: for padding, position ids or silent heads."""
+        return self.valid is not None or self.layer_position_offset is not None or self.heads is not None
+
     def get_seq_length(self) -> Any:
         """Tokens fed so far, dropped ones included."""
         return super().get_seq_length() + self.dropped  # type: ignore[misc]
@@ -97,7 +103,7 @@ class Pruned:
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As the base class; refuses to continue where only a patched model can mask or place the new tokens."""
-        if self.needs_patch and not inside.on:
+        if not inside.on and self.needs_patch:
             raise UnsupportedCall(
                 "this cache was filled by a patched model and its rows or layers kept different numbers of tokens (or "
                 "compact positions, silent heads, or a choice made at every decode step), so an unpatched model would "
@@ -291,6 +297,7 @@ def shrink(
     layer_position_offset: Tensor | None = None,
     own_tokens: bool = False,
     heads: Tensor | None = None,
+    made: dict[Any, Any] | None = None,
 ) -> None:
     """Tell layer i that this call fed it `fed` tokens of which it stored `ran`.
 
@@ -299,7 +306,9 @@ def shrink(
     position_offset, layer_position_offset: by how much this call lowered the ids of what follows, which adds to what
     earlier calls did.
     heads: as in `Pruned`, in place of what an earlier call said; None leaves that.
+    made: what other layers of this call say, so that those that say the same share it, and what is made of it later.
     """
+    made = {} if made is None else made
     layer = cache.layers[i]
     if not hasattr(layer, "get_mask_sizes") or getattr(layer, "keys", None) is None:
         return  # linear-attention state has no tokens
@@ -307,20 +316,17 @@ def shrink(
     before = past - (was.dropped if was else 0)
     old = was.valid if was else None
     if old is not None or valid is not None:
-        batch = (valid if valid is not None else old).shape[0]  # type: ignore[union-attr]
-        device = layer.keys.device
-        ones = torch.ones(batch, before + ran, dtype=torch.bool, device=device)
-        if old is not None:
-            ones[:, : old.shape[1]] = old
-        if valid is not None:
-            ones[:, before:] = valid.to(device)
-        valid = ones
+        now, device = valid, layer.keys.device
+        valid = once(made, ("valid", old, now, before, ran), lambda: _all_valid(old, now, before, ran, device))
     new = layer if was else _rebuild(type(layer), layer.__dict__)
     new.dropped = (was.dropped if was else 0) + fed - ran
     new.prefix, new.valid = before + ran, valid
     new.rebuild_mask = rebuild_mask or valid is not None or (was.rebuild_mask if was else False)
     new.position_offset = _sum(was.position_offset if was else None, position_offset)
-    new.layer_position_offset = _sum(was.layer_position_offset if was else None, layer_position_offset)
+    lowered = was.layer_position_offset if was else None
+    new.layer_position_offset = once(
+        made, ("lowered", lowered, layer_position_offset), lambda: _sum(lowered, layer_position_offset)
+    )
     new.own_tokens = own_tokens or (was.own_tokens if was else False)
     new.heads = heads if heads is not None else new.heads
     new.tail = tail
@@ -328,13 +334,25 @@ def shrink(
     cache.layers[i] = new
 
 
+def _all_valid(old: Tensor | None, new: Tensor | None, before: int, ran: int, device: torch.device) -> Tensor:
+    """[B, before + ran] bool: what is no padding, of `before` tokens that were stored and of those that ran now."""
+    batch = (new if new is not None else old).shape[0]  # type: ignore[union-attr]
+    ones = torch.ones(batch, before + ran, dtype=torch.bool, device=device)
+    if old is not None:
+        ones[:, : old.shape[1]] = old
+    if new is not None:
+        ones[:, before:] = new.to(device)
+    return ones
+
+
 def shrink_layers(cache: Any, layers: Sequence[dict[str, Any]], **call: Any) -> None:
     """`shrink` every layer that the cache has: its own arguments in `layers`, those of all of them in `call`.
 
     All of them change, also those that were not cut: none may be cropped where another refuses.
     """
+    made: dict[Any, Any] = {}
     for i in range(min(len(cache.layers), len(layers))):
-        shrink(cache, i, **layers[i], **call)
+        shrink(cache, i, **layers[i], **call, made=made)
 
 
 def set_gate(cache: Any) -> None:
