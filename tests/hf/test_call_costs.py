@@ -25,14 +25,15 @@ every_method = pytest.mark.parametrize("method", METHODS)
 
 
 class Operations(TorchDispatchMode):
-    """Counts what reaches torch's dispatcher."""
+    """Counts what reaches torch's dispatcher, and what gathers keys and values."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.count = self.gathers = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += 1
+        self.gathers += func.overloadpacket is torch.ops.aten.gather and args[0].dim() == 4
         return func(*args, **(kwargs or {}))
 
 
@@ -120,6 +121,31 @@ def test_rotary_tables_and_masks_are_made_once_for_layers_that_store_the_same() 
     assert len(text.layers) == len(masks) == 4
     assert len(tables) == 2, "that of the text model, and that of the layers behind the stage"
     assert len({id(m) for m in masks if m is not None}) <= 2
+
+
+@torch.no_grad()
+def test_layers_to_which_tokens_come_back_share_one_mask_and_gather_nothing() -> None:
+    model, batch = families.model("llava"), families.inputs("llava", rows=(2, 1))
+    one, masks, lengths = torch.tensor([[families.FIRST_TEXT]] * 2), [], []
+    see = lambda m, args, kwargs: masks.append(kwargs["attention_mask"])  # noqa: E731
+    run = lambda m, args, kwargs: lengths.append((args[0] if args else kwargs["hidden_states"]).shape[1])  # noqa: E731
+    with vtprune.patch(model, "lazyllm", keep=0.3, layers=(1,)):
+        cache = model(**batch, use_cache=True)[kv.NAME]
+        layers = model.get_decoder().layers
+        hooks = [layer.self_attn.register_forward_pre_hook(see, with_kwargs=True) for layer in layers]
+        hooks += [layer.mlp.register_forward_pre_hook(run, with_kwargs=True) for layer in layers]
+        mask = batch["attention_mask"]
+        try:
+            for _ in range(4):
+                mask = torch.cat([mask, mask[:, -1:]], 1)
+                with Operations() as counted:
+                    model(input_ids=one, attention_mask=mask, use_cache=True, **{kv.NAME: cache})
+                assert counted.gathers == 0
+                assert len({id(m) for m in masks[-3:]}) == 1
+        finally:
+            for hook in hooks:
+                hook.remove()
+    assert max(lengths) > 1, "nothing came back"
 
 
 @pytest.mark.parametrize("kind", [kind for kind in kinds() if kind.asks != "all"], ids=lambda kind: kind.name)

@@ -55,9 +55,13 @@ class Pruned:
         full_kv  | all keys and values of the prompt, and of tokens that came back |      keys | visible | appended |
 
     full_kv: those keys and values. visible: the cut of them that the layer shows. real: [B, P] bool, which of them are
-        no padding. came: at which logical length each of the P tokens stored first came back, -1 for those stored
-        since they were fed; () if none came back. returning: how many of the next keys are of tokens that come back,
-        and join `full_kv`.
+        no padding.
+
+    Where tokens come back, nothing stands aside: the mask of a step hides what was not chosen.
+
+    came: at which logical length each of the `prefix` tokens came back, -1 for those stored since they were fed; () if
+        none came back. returning: how many of the next keys are of tokens that come back and join the prefix, and what
+        `valid` and `came` are then; None if none.
     selection: the `DecodeSelection` of the stage that acts here, or None. gate: at the first layer those of all layers,
         which may refuse a crop before anything is cropped.
     """
@@ -75,7 +79,7 @@ class Pruned:
     visible: Compaction | None = None
     real: Tensor | None = None
     came: tuple[int, ...] = ()
-    returning: int = 0
+    returning: tuple[int, Tensor | None, tuple[int, ...]] | None = None
     selection: Any = None
     gate: tuple[Any, ...] = ()
     keys: Tensor
@@ -110,7 +114,7 @@ class Pruned:
                 "mask it wrongly: continue with the patched model, or start a new cache"
             )
         if self.returning:
-            key_states, value_states = self._take_back(key_states, value_states)
+            key_states, value_states = self._take_back(*self.returning, key_states, value_states)
         return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
 
     def reset(self) -> None:
@@ -118,7 +122,7 @@ class Pruned:
         self.dropped, self.prefix, self.valid, self.rebuild_mask, self.own_tokens = 0, 0, None, False, False
         self.position_offset = self.layer_position_offset = self.heads = None
         self.full_kv = self.visible = self.real = self.selection = None
-        self.returning, self.tail, self.came, self.gate = 0, 0, (), ()
+        self.returning, self.tail, self.came, self.gate = None, 0, (), ()
         super().reset()  # type: ignore[misc]
 
     def crop(self, tokens: int) -> None:
@@ -184,12 +188,11 @@ class Pruned:
 
     def show_all(self) -> None:
         """Show all that is stored, where the layer shows a selection."""
+        self.returning = None  # of a step that was interrupted: they did not come
         if self.visible is None:
             return
         assert self.real is not None
         length = self.get_seq_length()
-        if self.returning:  # an interrupted step: they did not come
-            self.real, self.came, self.returning = self.real[:, : -self.returning], self.came[: -self.returning], 0
         if self.full_kv is not None:
             self._gather(None)
             self.prefix, self.dropped = self.real.shape[1], length - stored(self)
@@ -218,17 +221,17 @@ class Pruned:
         if self.selection is not None:
             self.selection.select(rows)
 
-    def _take_back(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put the first keys and values behind `full_kv` and show what is chosen of it; return what is left."""
-        assert self.full_kv is not None
-        assert self.visible is not None
-        new, self.returning = self.returning, 0
-        self.full_kv = (
-            torch.cat([self.full_kv[0], keys[:, :, :new]], 2),
-            torch.cat([self.full_kv[1], values[:, :, :new]], 2),
-        )
-        self._gather(self.visible.index)
-        return keys[:, :, new:], values[:, :, new:]
+    def _take_back(
+        self, new: int, valid: Tensor | None, came: tuple[int, ...], keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Take all that stands behind the prefix off the store; return it behind the `new` first keys and values."""
+        at, self.returning = self.prefix, None
+        keys = torch.cat([keys[:, :, :new], self.keys[:, :, at:], keys[:, :, new:]], 2)
+        values = torch.cat([values[:, :, :new], self.values[:, :, at:], values[:, :, new:]], 2)
+        self.keys, self.values = self.keys[:, :, :at], self.values[:, :, :at]
+        self.prefix, self.dropped, self.valid, self.came = at + new, self.dropped - new, valid, came
+        self.rebuild_mask = self.rebuild_mask or valid is not None
+        return keys, values
 
     def _gather(self, index: Tensor | None) -> None:
         """Keys and values of `full_kv`, at index [B, n] or all, in place of the first `prefix` that are shown."""

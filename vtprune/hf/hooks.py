@@ -179,9 +179,10 @@ def before_layer(patch: Patch, i: int, module: nn.Module, args: tuple[Any, ...],
     held = kv.state(call.get(kv.NAME), i) if local.pruned_past else None
     if step is not None:
         hidden = step.enter(i, hidden)
-        call = {**call, "hidden_states": hidden[:, -1:]}
+        call = {**call, "hidden_states": hidden}
     changed = dict(call)
-    if held is not None and i != (reference := kv.reference_layer(call[kv.NAME])):
+    hides = step is not None and step.hides
+    if held is not None and not hides and i != (reference := kv.reference_layer(call[kv.NAME])):
         set_layer_mask(changed, held, kv.state(call[kv.NAME], reference), patch.adapter, local.made)
     if prefill is not None:
         _prune_layer(patch, prefill, i, module, changed)
@@ -190,7 +191,7 @@ def before_layer(patch: Patch, i: int, module: nn.Module, args: tuple[Any, ...],
     if lowered is not None or held_offset is not None:
         _lower_positions(patch, changed, lowered, held_offset)
     if step is not None:
-        step.extend(i, hidden, changed, patch.adapter.attention())
+        step.extend(i, hidden, changed, patch.adapter, local.made)
     heads = prefill.layers.heads[i] if prefill else None
     heads = held.heads if heads is None and held is not None else heads
     if heads is not None:

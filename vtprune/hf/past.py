@@ -91,6 +91,7 @@ def set_layer_mask(
 
 def _mask_over(layer: kv.Pruned, hidden: Tensor, attention: str) -> Tensor:
     """What stands for no mask, where the layer stores padding."""
+    assert layer.valid is not None
     stored = int(layer.get_seq_length()) - layer.dropped
     valid = hidden.new_ones(hidden.shape[0], stored + hidden.shape[1], dtype=torch.bool)
     valid[:, : layer.prefix] = layer.valid
