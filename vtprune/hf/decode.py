@@ -234,10 +234,10 @@ class DecodeStep:
         def arguments() -> dict[str, Any]:
             appended = kv.stored(layer) - layer.prefix
             allowed = self._allowed(selection, mask, appended + 1)
-            made = {"attention_mask": mask_of(allowed[:, None], adapter.attention(), hidden.dtype)}
+            found: dict[str, Any] = {"attention_mask": mask_of(allowed[:, None], adapter.attention(), hidden.dtype)}
             if self.running is not None:
-                made["position_embeddings"] = self._ropes(selection, rope)
-            return made
+                found["position_embeddings"] = self._ropes(selection, rope)
+            return found
 
         call |= once(made, ("step", stage, mask, rope), arguments)
 
