@@ -72,7 +72,7 @@ def prefill_flops(model: Any, inputs: Mapping[str, Any], handle: Handle | None) 
 def llm_flops(model: Any, fed: int, handle: Handle | None) -> int | None:
     """FLOPs of the LLM in the last prefill of one prompt of `fed` tokens, from the lengths that its layers ran.
 
-    A stage that reads the layer it stands at pays its projections once more.
+    A stage that reads the layer it stands at pays the keys of what it drops.
     """
     text = text_cost(model.config.get_text_config())
     if text is None:

@@ -53,9 +53,12 @@ class TextCost:
         square = 2 if causal else 4
         return sum(2 * s * self.layer_macs + square * s * s * self.d_q for s in lengths) + 2 * self.d * self.vocab
 
-    def look(self, tokens: int) -> int:
-        """FLOPs of a stage that reads the layer it stands at: queries, keys and values of all that enter, once more."""
-        return 2 * tokens * (self.d * self.d_q + 2 * self.d * self.d_kv)
+    def look(self, dropped: int) -> int:
+        """FLOPs of a stage that reads a row of the layer it stands at: the keys of the tokens that it drops there.
+
+        Those of the others are the layer's own, and the queries that are asked are few.
+        """
+        return 2 * dropped * self.d * self.d_kv
 
     @property
     def weight_bytes(self) -> int:
@@ -75,7 +78,7 @@ def looks(text: TextCost, stages: Sequence[Stage], entering: Sequence[int]) -> i
         for stage in stages
         if isinstance(stage.where, int) and "prefill" in stage.method.phases and any(n.layer == 0 for n in stage.needs)
     }
-    return sum(text.look(entering[layer]) for layer in inside)
+    return sum(text.look(entering[layer] - entering[layer + 1]) for layer in inside)
 
 
 def text_cost(config: Any, width: int = 2) -> TextCost | None:

@@ -13,6 +13,7 @@ from .errors import VtpruneError
 
 Place = Literal["tower", "llm", "vit"]
 Source = Literal["attention", "states", "modules", "layer", "rotary", "embeddings", "heads", "carried"]
+Asks = Literal["all", "last", "words"]
 # One of N tokens, of their C or d channels, of the T tokens of the text behind the first image, of the H query heads or
 # of the G groups of them that share keys and values.
 SHAPES = ("[N]", "[N, C]", "[N, d]", "[N, G]", "[N, T]", "[N, H, T]", "[T]", "[T, C]", "[H]")
@@ -90,6 +91,9 @@ class SignalKind:
     so_far: it is the sum over that layer and all layers before it.
     rope: its function asks for `LayerAttention.rope` ("attention" inside the LLM).
     vit: which quantity of `vtprune.reduction.Tokens` stands for it in a plain vision transformer, in place of `read`.
+    asks: whose queries its function reads of an attention product inside the LLM: those of all tokens; of the "last" of
+        each row's prompt; or of the "words", the text behind its first image. With the latter two it reads no values,
+        and where the layer has not run yet, the other queries and all values are not computed.
 
     Raises ValueError or TypeError where these do not fit together.
     """
@@ -105,6 +109,7 @@ class SignalKind:
     so_far: bool = False
     rope: bool = False
     vit: str | None = None
+    asks: Asks = "all"
 
     def __post_init__(self) -> None:
         # For the registry, which tells plug-ins by their modules, a row is at home where its function is.
@@ -138,6 +143,12 @@ class SignalKind:
             raise ValueError(f"{told}: so_far=True is for the sources 'attention' and 'heads', and not for words")
         if self.rope and (self.source, self.where) != ("attention", ("llm",)):
             raise ValueError(f"{told}: rope=True is for the source 'attention' inside the LLM")
+        elsewhere = (self.source, self.where) != ("attention", ("llm",))
+        if self.asks not in get_args(Asks) or (self.asks != "all" and elsewhere):
+            raise ValueError(
+                f"{told}: asks={self.asks!r}: choose {' or '.join(map(repr, get_args(Asks)))}, the latter two for the "
+                "source 'attention' inside the LLM"
+            )
         if not self.doc:
             raise ValueError(f"{told}: its function has no docstring, which says what the signal is")
 

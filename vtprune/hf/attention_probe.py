@@ -34,10 +34,13 @@ class DryRunDone(Exception):
     """Ends a layer's forward once its queries and keys are known."""
 
 
-def probe(module: nn.Module, reader: Reader, before: bool = False) -> Callable[[], None]:
+def probe(
+    module: nn.Module, reader: Reader, before: bool = False, wanted: Callable[[], bool] | None = None
+) -> Callable[[], None]:
     """Call `reader(module, q, k, v, mask, scaling)` after every attention product of `module`; return the undo.
 
     before: call it before the product instead, which it may stop by an exception.
+    wanted: where it answers False, nothing is made ready for the reader and it is not called.
 
     q: [B, H, M, d]; k, v: [B, G, N, d], all after RoPE and norms, detached, under no_grad.
     mask: None, or broadcastable to [B, H, M, N], boolean (True = attend) or additive. scaling: factor on q.k.
@@ -46,7 +49,7 @@ def probe(module: nn.Module, reader: Reader, before: bool = False) -> Callable[[
     Raises UnsupportedModel if the module does not go through transformers' attention interface.
     """
     installed = _probe_on(module)
-    entry = [reader, before]  # a fresh object: the same reader may be attached twice
+    entry = [reader, before, wanted]  # a fresh object: the same reader may be attached twice
     installed.entries = (*installed.entries, entry)
     return partial(_detach, module, installed, entry)  # not a closure, so that a copied model's undo undoes the copy
 
@@ -229,7 +232,9 @@ def _show(
     kwargs: dict[str, Any],
 ) -> None:
     """Call the readers that stand before or behind the product."""
-    readers = [reader for reader, early in installed.entries if early == before]
+    readers = [
+        reader for reader, early, wanted in installed.entries if early == before and (wanted is None or wanted())
+    ]
     if not readers:
         return
     with torch.no_grad(), full_precision(q.device):

@@ -37,9 +37,9 @@ def begin_base_call(
     tokens = call.get("input_ids")
     ids, tokens = tokens is not None, tokens if tokens is not None else call.get("inputs_embeds")
     if tokens is not None and tokens.shape[1] > 1:  # decode steps leave here: nothing to prune
-        given, attention = adapter.given(call), adapter.attention()
+        given = adapter.given(call)
         kinds = adapter.token_kinds(call, given) if given or not ids else None
-        check_call(patch, call, tokens, bool(given), attention)
+        check_call(patch, call, tokens, bool(given))
         if kinds is not None:
             call = _begin_prefill(patch, call, kinds, given)
         elif not ids:

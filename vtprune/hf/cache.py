@@ -21,6 +21,7 @@ from ..core.compaction import Compaction
 from ..core.errors import UnsupportedCall
 from ..model_adapters.cache_argument import NAME as NAME
 from ..model_adapters.cache_argument import renamed as renamed
+from .once import once
 
 # What `crop` takes: how many tokens go, negative; older versions take the length that is left as well.
 COUNTS_LEFT = "max_length" in signature(DynamicLayer.crop).parameters
@@ -54,9 +55,13 @@ class Pruned:
         full_kv  | all keys and values of the prompt, and of tokens that came back |      keys | visible | appended |
 
     full_kv: those keys and values. visible: the cut of them that the layer shows. real: [B, P] bool, which of them are
-        no padding. came: at which logical length each of the P tokens stored first came back, -1 for those stored
-        since they were fed; () if none came back. returning: how many of the next keys are of tokens that come back,
-        and join `full_kv`.
+        no padding.
+
+    Where tokens come back, nothing stands aside: the mask of a step hides what was not chosen.
+
+    came: at which logical length each of the `prefix` tokens came back, -1 for those stored since they were fed; () if
+        none came back. returning: how many of the next keys are of tokens that come back and join the prefix, and what
+        `valid` and `came` are then; None if none.
     selection: the `DecodeSelection` of the stage that acts here, or None. gate: at the first layer those of all layers,
         which may refuse a crop before anything is cropped.
     """
@@ -74,7 +79,7 @@ class Pruned:
     visible: Compaction | None = None
     real: Tensor | None = None
     came: tuple[int, ...] = ()
-    returning: int = 0
+    returning: tuple[int, Tensor | None, tuple[int, ...]] | None = None
     selection: Any = None
     gate: tuple[Any, ...] = ()
     keys: Tensor
@@ -85,6 +90,11 @@ class Pruned:
         """True if only a patched model can mask, place, silence or choose for what comes next."""
         needs = (self.valid, self.position_offset, self.layer_position_offset, self.visible, self.heads)
         return self.own_tokens or any(x is not None for x in needs)
+
+    @property
+    def own_arguments(self) -> bool:
+        """True if a single new token needs other arguments at this layer: for padding, position ids or silent heads."""
+        return self.valid is not None or self.layer_position_offset is not None or self.heads is not None
 
     def get_seq_length(self) -> Any:
         """Tokens fed so far, dropped ones included."""
@@ -97,14 +107,14 @@ class Pruned:
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As the base class; refuses to continue where only a patched model can mask or place the new tokens."""
-        if self.needs_patch and not inside.on:
+        if not inside.on and self.needs_patch:
             raise UnsupportedCall(
                 "this cache was filled by a patched model and its rows or layers kept different numbers of tokens (or "
                 "compact positions, silent heads, or a choice made at every decode step), so an unpatched model would "
                 "mask it wrongly: continue with the patched model, or start a new cache"
             )
         if self.returning:
-            key_states, value_states = self._take_back(key_states, value_states)
+            key_states, value_states = self._take_back(*self.returning, key_states, value_states)
         return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
 
     def reset(self) -> None:
@@ -112,7 +122,7 @@ class Pruned:
         self.dropped, self.prefix, self.valid, self.rebuild_mask, self.own_tokens = 0, 0, None, False, False
         self.position_offset = self.layer_position_offset = self.heads = None
         self.full_kv = self.visible = self.real = self.selection = None
-        self.returning, self.tail, self.came, self.gate = 0, 0, (), ()
+        self.returning, self.tail, self.came, self.gate = None, 0, (), ()
         super().reset()  # type: ignore[misc]
 
     def crop(self, tokens: int) -> None:
@@ -178,12 +188,11 @@ class Pruned:
 
     def show_all(self) -> None:
         """Show all that is stored, where the layer shows a selection."""
+        self.returning = None  # of a step that was interrupted: they did not come
         if self.visible is None:
             return
         assert self.real is not None
         length = self.get_seq_length()
-        if self.returning:  # an interrupted step: they did not come
-            self.real, self.came, self.returning = self.real[:, : -self.returning], self.came[: -self.returning], 0
         if self.full_kv is not None:
             self._gather(None)
             self.prefix, self.dropped = self.real.shape[1], length - stored(self)
@@ -212,17 +221,17 @@ class Pruned:
         if self.selection is not None:
             self.selection.select(rows)
 
-    def _take_back(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put the first keys and values behind `full_kv` and show what is chosen of it; return what is left."""
-        assert self.full_kv is not None
-        assert self.visible is not None
-        new, self.returning = self.returning, 0
-        self.full_kv = (
-            torch.cat([self.full_kv[0], keys[:, :, :new]], 2),
-            torch.cat([self.full_kv[1], values[:, :, :new]], 2),
-        )
-        self._gather(self.visible.index)
-        return keys[:, :, new:], values[:, :, new:]
+    def _take_back(
+        self, new: int, valid: Tensor | None, came: tuple[int, ...], keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Take all that stands behind the prefix off the store; return it behind the `new` first keys and values."""
+        at, self.returning = self.prefix, None
+        keys = torch.cat([keys[:, :, :new], self.keys[:, :, at:], keys[:, :, new:]], 2)
+        values = torch.cat([values[:, :, :new], self.values[:, :, at:], values[:, :, new:]], 2)
+        self.keys, self.values = self.keys[:, :, :at], self.values[:, :, :at]
+        self.prefix, self.dropped, self.valid, self.came = at + new, self.dropped - new, valid, came
+        self.rebuild_mask = self.rebuild_mask or valid is not None
+        return keys, values
 
     def _gather(self, index: Tensor | None) -> None:
         """Keys and values of `full_kv`, at index [B, n] or all, in place of the first `prefix` that are shown."""
@@ -291,6 +300,7 @@ def shrink(
     layer_position_offset: Tensor | None = None,
     own_tokens: bool = False,
     heads: Tensor | None = None,
+    made: dict[Any, Any] | None = None,
 ) -> None:
     """Tell layer i that this call fed it `fed` tokens of which it stored `ran`.
 
@@ -299,7 +309,9 @@ def shrink(
     position_offset, layer_position_offset: by how much this call lowered the ids of what follows, which adds to what
     earlier calls did.
     heads: as in `Pruned`, in place of what an earlier call said; None leaves that.
+    made: what other layers of this call say, so that those that say the same share it, and what is made of it later.
     """
+    made = {} if made is None else made
     layer = cache.layers[i]
     if not hasattr(layer, "get_mask_sizes") or getattr(layer, "keys", None) is None:
         return  # linear-attention state has no tokens
@@ -307,20 +319,17 @@ def shrink(
     before = past - (was.dropped if was else 0)
     old = was.valid if was else None
     if old is not None or valid is not None:
-        batch = (valid if valid is not None else old).shape[0]  # type: ignore[union-attr]
-        device = layer.keys.device
-        ones = torch.ones(batch, before + ran, dtype=torch.bool, device=device)
-        if old is not None:
-            ones[:, : old.shape[1]] = old
-        if valid is not None:
-            ones[:, before:] = valid.to(device)
-        valid = ones
+        now, device = valid, layer.keys.device
+        valid = once(made, ("valid", old, now, before, ran), lambda: _all_valid(old, now, before, ran, device))
     new = layer if was else _rebuild(type(layer), layer.__dict__)
     new.dropped = (was.dropped if was else 0) + fed - ran
     new.prefix, new.valid = before + ran, valid
     new.rebuild_mask = rebuild_mask or valid is not None or (was.rebuild_mask if was else False)
     new.position_offset = _sum(was.position_offset if was else None, position_offset)
-    new.layer_position_offset = _sum(was.layer_position_offset if was else None, layer_position_offset)
+    lowered = was.layer_position_offset if was else None
+    new.layer_position_offset = once(
+        made, ("lowered", lowered, layer_position_offset), lambda: _sum(lowered, layer_position_offset)
+    )
     new.own_tokens = own_tokens or (was.own_tokens if was else False)
     new.heads = heads if heads is not None else new.heads
     new.tail = tail
@@ -328,13 +337,25 @@ def shrink(
     cache.layers[i] = new
 
 
+def _all_valid(old: Tensor | None, new: Tensor | None, before: int, ran: int, device: torch.device) -> Tensor:
+    """[B, before + ran] bool: what is no padding, of `before` tokens that were stored and of those that ran now."""
+    batch = (new if new is not None else old).shape[0]  # type: ignore[union-attr]
+    ones = torch.ones(batch, before + ran, dtype=torch.bool, device=device)
+    if old is not None:
+        ones[:, : old.shape[1]] = old
+    if new is not None:
+        ones[:, before:] = new.to(device)
+    return ones
+
+
 def shrink_layers(cache: Any, layers: Sequence[dict[str, Any]], **call: Any) -> None:
     """`shrink` every layer that the cache has: its own arguments in `layers`, those of all of them in `call`.
 
     All of them change, also those that were not cut: none may be cropped where another refuses.
     """
+    made: dict[Any, Any] = {}
     for i in range(min(len(cache.layers), len(layers))):
-        shrink(cache, i, **layers[i], **call)
+        shrink(cache, i, **layers[i], **call, made=made)
 
 
 def set_gate(cache: Any) -> None:

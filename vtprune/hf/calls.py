@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,15 +92,16 @@ class Local(threading.local):
         self.step: DecodeStep | None = None  # a decode step at which stages act
         self.dry_running = False  # a layer is run up to its attention product, before it runs
         self.told: dict[str, Any] = {}  # what `generate` was told of grids, which it keeps from the model
-        self.placed: tuple[Any, ...] = ()  # the last position ids that were lowered, and what came of them
+        self.made: dict[Any, Any] = {}  # masks and rotary tables that layers of this call share
         self.samples: packed.Samples | None = None  # of packed rows, while each is a row of its own
         self.prompt_length: int | None = None  # tokens up to the end of the prompt of the `generate` under way
         self.pruned_past = False  # layers of the cache of this call store fewer tokens than they answer for
+        self.own_arguments = False  # some of them want padding, positions or heads of their own
         self.depth = 0  # calls of the base and the text model under way, one inside the other
 
     def clear(self) -> None:
         """Nothing of a call is left, and nothing of one that was interrupted before."""
-        self.prefill, self.step, self.placed, self.dry_running, self.features = None, None, (), False, {}
+        self.prefill, self.step, self.made, self.dry_running, self.features = None, None, {}, False, {}
         self.samples = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Local:
@@ -160,7 +161,8 @@ class Forward(Cover):
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         patch = self.patch
-        with patch.running.one():
+        # Inside another call nothing is to wait for: that one is counted.
+        with nullcontext() if patch.local.depth else patch.running.one():
             if patch.removed:  # while this call waited
                 return self.original(*args, **kwargs)
             text, done = self.module is patch.adapter.text, False

@@ -222,19 +222,17 @@ def _way_out(plan: Plan, stage: Stage) -> str:
 # -- in a call --------------------------------------------------------------------------------------------------------
 
 
-def check_call(patch: Patch, call: dict[str, Any], tokens: Tensor, features: bool, attention: str) -> None:
+def check_call(patch: Patch, call: dict[str, Any], tokens: Tensor, features: bool) -> None:
     """Refuse recordings, and caches that cannot hold a pruned prompt.
 
-    tokens: ids or embeddings of the call. features: the call carries pixels or encoded features. attention: the
-    implementation of the text model.
+    tokens: ids or embeddings of the call. features: the call carries pixels or encoded features.
     """
     from transformers.cache_utils import Cache, EncoderDecoderCache
 
     cache = call.get(kv.NAME)
     if features:
         _check_tracers(tokens)
-    paged = "paged" in attention or (cache is not None and not isinstance(cache, Cache))
-    if paged and features:
+    if features and ("paged" in patch.adapter.attention() or not (cache is None or isinstance(cache, Cache))):
         raise UnsupportedCall(
             f"paged caches and continuous batching ({type(cache).__name__}) cannot hold pruned prompts: use "
             "model.generate with its own cache, or handle.remove() first; requests without images work"

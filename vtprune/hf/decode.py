@@ -1,8 +1,10 @@
 """Decode-time stages: at every step a method chooses anew which visual tokens the layers behind it see.
 
-What was stored stays stored: a layer of the cache shows a selection (its keys and values), the whole stands aside, so a
-token may come back at the next step. One that the prefill dropped has no keys behind that stage: its hidden state was
-put by, and when it is chosen it runs through those layers beside the new token, once for all.
+What was stored stays stored, so a token may be seen again at the next step. Where a choice often stays the same, a
+layer of the cache shows a selection (its keys and values), and the whole stands aside. A token that the prefill dropped
+has no keys behind that stage: its hidden state was put by, and when it is chosen it runs through those layers beside
+the new token, once for all. There the choice is another at every step, so one mask for all layers behind a stage hides
+what was not chosen, and no layer gathers anything.
 
 State lives on the cache: a `DecodeSelection` on the layer where a stage stands, for the layers up to the next such
 stage.
@@ -24,9 +26,11 @@ from ..core.masks import mask_of
 from ..core.method import Stage
 from ..core.visual import Visual
 from ..kernels import DeferredChecks, deferring, full_precision
+from ..model_adapters.base import Adapter
 from . import cache as kv
 from .attention_probe import read
 from .checks import ROW
+from .once import once
 
 Rope = tuple[Tensor, ...]
 
@@ -46,7 +50,8 @@ class DecodeSelection:
     counts, totals: visual tokens of each row, as they came to the first such stage and as fed.
     hidden: [B, V, D] states entering the layer, and rope: rotary embeddings [.., B, V, d], where tokens may come back.
     memory: the method's state, row by row. chosen: numbers chosen in each row at the last step, None before the first.
-    picks: the answers that led to them. visible: the cut of the store that the layers show.
+    picks: the answers that led to them. visible: the cut of the store that the layers show; seen: [B, P] bool, what
+        they see of it in place of such a cut, where tokens may come back.
     real: [B, P] bool, what of the store is no padding. came: at which length each of its P tokens came back, or ().
     steps: between which lengths the method was asked at every step and remembered something.
     """
@@ -64,6 +69,7 @@ class DecodeSelection:
     picks: list[Tensor] = field(default_factory=list)
     visible: Compaction | None = None
     visible_index: Tensor | None = None
+    seen: Tensor | None = None
     real: Tensor | None = None
     came: tuple[int, ...] = ()
     steps: list[tuple[int, int]] = field(default_factory=list)
@@ -131,7 +137,7 @@ class DecodeSelection:
 
     def _show_all(self) -> None:
         self.chosen, self.picks, self.visible, self.visible_index = None, [], None, None
-        self.real = None
+        self.seen = self.real = None
 
     def joined(self, later: DecodeSelection) -> DecodeSelection:
         """With the tokens of a later turn; `later.order` covers all that is stored by now."""
@@ -166,6 +172,8 @@ class DecodeStep:
         self.rows: dict[int, Tensor] = {}
         self.checks: list[DeferredChecks] = []
         self.running: Tensor | None = None  # [B, R] numbers of the tokens that came back, left-padded with -1
+        self.padded = False  # some of them are -1
+        self._here: DecodeSelection | None = None  # of the last stage that was passed
         self.length = int(cache.get_seq_length())
         found = [selection for k in self.stages if (selection := self._selection(k)) is not None]
         self._before = [
@@ -192,39 +200,73 @@ class DecodeStep:
 
     def enter(self, i: int, hidden: Tensor) -> Tensor:
         """Hidden states [B, R + 1, D] that layer i runs on, its cache showing what is chosen; the new token is last."""
-        selection = self._selection(max((k for k in self.stages if k <= i), default=-1))
-        if selection is None:
-            return hidden
         if i in self.stages:
-            hidden = self._choose(i, selection, hidden)
-        if selection.visible is not None:
-            show(self.cache.layers[i], selection, self.back)
+            self._here = self._selection(i)
+            if self._here is not None:
+                hidden = self._choose(i, self._here, hidden)
+        selection, layer = self._here, self.cache.layers[i]
+        if selection is not None and selection.visible is not None:
+            show(layer, selection)
+        if self.hides and layer.visible is not None:  # as version 0.1 left it in a pickle
+            layer.show_all()
+        if selection is not None and self.running is not None:
+            valid = None if layer.valid is None and not self.padded else selection.real
+            layer.returning = self.back, valid, selection.came
         return hidden
 
-    def extend(self, i: int, hidden: Tensor, call: dict[str, Any], attention: str) -> None:
-        """Arguments of layer i, made for the new token alone, for those that came back as well."""
+    @property
+    def hides(self) -> bool:
+        """True where the arguments of a layer are made here: they hide what was not chosen of all that it stores."""
+        return self._here is not None and self._here.seen is not None
+
+    def extend(self, i: int, hidden: Tensor, call: dict[str, Any], adapter: Adapter, made: dict[Any, Any]) -> None:
+        """Arguments of layer i, made for the new token alone, as they are with the choice and those that came back.
+
+        made: those of this call, which the layers behind a stage share.
+        """
         call["hidden_states"] = hidden
-        if self.running is None:
+        selection = self._here
+        if selection is None or selection.seen is None:
             return
-        selection = self._selection(max(k for k in self.stages if k <= i))
-        assert selection is not None
-        assert selection.visible is not None
+        stage = max(k for k in self.stages if k <= i)
+        mask, rope, layer = call.get("attention_mask"), call["position_embeddings"], self.cache.layers[i]
+
+        def arguments() -> dict[str, Any]:
+            appended = kv.stored(layer) - layer.prefix
+            allowed = self._allowed(selection, mask, appended + 1)
+            found: dict[str, Any] = {"attention_mask": mask_of(allowed[:, None], adapter.attention(), hidden.dtype)}
+            if self.running is not None:
+                found["position_embeddings"] = self._ropes(selection, rope)
+            return found
+
+        call |= once(made, ("step", stage, mask, rope), arguments)
+
+    def _allowed(self, selection: DecodeSelection, mask: Tensor | None, behind: int) -> Tensor:
+        """[B, R + 1, P + behind] bool: what those that came back and the new token see.
+
+        mask: of the new token as its first layer is given it, whose last columns are of what stands behind the prompt.
+        """
+        seen = selection.seen
+        assert seen is not None
+        new = seen.new_ones(len(seen), behind)
+        if mask is not None:
+            new = (mask if mask.dtype == torch.bool else mask == 0)[:, 0, 0, -behind:].expand(len(seen), -1)
+        allowed = torch.cat([seen, new], 1)[:, None]
+        if self.running is None:
+            return allowed
+        place = self.running.clamp(min=0)
+        at = selection.where.gather(1, place).masked_fill(self.running < 0, -1)
+        before = seen[:, None] & (selection.order[:, None] <= at[:, :, None])
+        later = seen.new_zeros(len(seen), self.back, behind)
+        later[..., -1] = self.running < 0  # pads see something, so that they stay finite; nothing sees them
+        return torch.cat([torch.cat([before, later], 2), allowed], 1)
+
+    def _ropes(self, selection: DecodeSelection, new: Rope) -> Rope:
+        """Rotary embeddings of those that came back, before those of the new token."""
+        assert self.running is not None
         assert selection.rope is not None
         place = self.running.clamp(min=0)
-        ropes = zip(selection.rope, call["position_embeddings"])
-        call["position_embeddings"] = tuple(torch.cat([pick(x, place), _rows(new, place)], -2) for x, new in ropes)
-        visible, mask = selection.visible, call.get("attention_mask")
-        at = selection.where.gather(1, place).masked_fill(self.running < 0, -1)
-        allowed = selection.order.gather(1, visible.index)[:, None] <= at[:, :, None]
-        allowed = allowed if visible.valid is None else allowed & visible.valid[:, None]
-        length = kv.stored(self.cache.layers[i]) + 1
-        new = torch.ones(len(at), 1, length, dtype=torch.bool, device=at.device)
-        if mask is not None:
-            new = (mask if mask.dtype == torch.bool else mask == 0)[:, 0].expand(len(at), -1, -1)
-        behind = new.new_zeros(len(at), self.back, length - visible.n)
-        behind[..., -1] = self.running < 0  # pads see something, so that they stay finite; nothing sees them
-        allowed = torch.cat([torch.cat([allowed, behind], 2), new], 1)
-        call["attention_mask"] = mask_of(allowed[:, None], attention, hidden.dtype)
+        return tuple(torch.cat([pick(x, place), _rows(y, place)], -2) for x, y in zip(selection.rope, new))
 
     def raise_if_failed(self) -> None:
         """Raise what the checks found."""
@@ -311,6 +353,7 @@ class DecodeStep:
             return new
         back = Compaction.of(wanted, counts)
         self.running = back.index if back.valid is None else back.index.masked_fill(~back.valid, -1)
+        self.padded = back.valid is not None
         ends = torch.arange(self.back, device=new.device) + selection.order.shape[1]
         at = selection.where.gather(1, back.index).masked_fill(self.running < 0, -1)
         stood = selection.came or (-1,) * selection.order.shape[1]
@@ -320,14 +363,14 @@ class DecodeStep:
         return torch.cat([pick(selection.hidden, back.index).to(new.dtype), new], 1)
 
 
-def show(layer: kv.Pruned, selection: DecodeSelection, returning: int) -> None:
+def show(layer: kv.Pruned, selection: DecodeSelection) -> None:
     """Let a layer show the cut `selection.visible` of the tokens it stores first, and all that came behind them.
 
-    returning: how many of those tokens, the last, come back with the next update. A static layer hides the others.
+    A static layer hides the others.
     """
-    visible, size = selection.visible, selection.order.shape[1] - returning
+    visible, size = selection.visible, selection.order.shape[1]
     assert visible is not None
-    if layer.visible is visible and not returning:
+    if layer.visible is visible:
         return
     layer.real = selection.real
     if kv.is_static(layer):
@@ -336,11 +379,9 @@ def show(layer: kv.Pruned, selection: DecodeSelection, returning: int) -> None:
     length = layer.get_seq_length()
     if layer.full_kv is None:
         layer.full_kv, layer.prefix = (layer.keys[:, :, :size], layer.values[:, :, :size]), size
-    index = visible.index.clamp(max=size - 1)  # of those that come back nothing is there yet
-    layer._gather(index)
+    layer._gather(visible.index)
     layer.prefix, layer.valid, layer.rebuild_mask = visible.n, visible.valid, True
-    layer.dropped, layer.visible, layer.returning = length - kv.stored(layer), visible, returning
-    layer.came = selection.came
+    layer.dropped, layer.visible = length - kv.stored(layer), visible
 
 
 def selections(cache: Any) -> bool:
@@ -359,18 +400,20 @@ def show_all(cache: Any) -> None:
 
 
 def _select_visible(selection: DecodeSelection, chosen: list[Tensor]) -> None:
-    """Let the layers show the text and the chosen visual tokens: `visible` and `visible_index`."""
+    """Let the layers show the text and the chosen visual tokens: `visible` or `seen`, and `visible_index`."""
     keep = selection.real = selection.order >= 0
     visual = keep.new_zeros(len(keep), keep.shape[1] + 1)  # one place more, for tokens that are not stored
     visual.scatter_(1, selection.kv_index.masked_fill(selection.kv_index < 0, keep.shape[1]), True)
     keep = keep & ~visual[:, :-1]
-    counts = keep.sum(1).tolist()
+    text = keep.sum(1).tolist() if selection.hidden is None else []
     picked = torch.zeros_like(selection.where, dtype=torch.bool)
     for b, some in enumerate(chosen):
         keep[b].index_fill_(0, selection.kv_index[b].index_select(0, some), True)
         picked[b].index_fill_(0, some, True)
-        counts[b] += len(some)
-    selection.visible = Compaction.of(keep, counts)
+    if selection.hidden is not None:  # the layers store no token that was not fed or brought back, and hide the others
+        selection.seen, selection.visible_index = keep, selection.kv_index.masked_fill(~picked, -1)
+        return
+    selection.visible = Compaction.of(keep, [stays + len(some) for stays, some in zip(text, chosen)])
     selection.visible_index = selection.visible.src.gather(1, selection.kv_index.clamp(min=0)).masked_fill(~picked, -1)
 
 

@@ -20,6 +20,8 @@ from .attention_probe import HEADS, DryRunDone
 from .checks import check_cache_of_past, check_checkpointing, check_features, check_guesses, check_room
 from .compilers import outside
 from .layers import run_layer
+from .look import hand_over
+from .once import once
 from .past import ReadOnlyCache, set_layer_mask, with_past_mask, with_position_offset
 from .prefill import Prefill, keep_all, open_prompt, replaced, report, run_before_llm
 from .remember import shrink_cache
@@ -54,8 +56,9 @@ def before_text(patch: Patch, module: nn.Module, args: tuple[Any, ...], kwargs: 
         patch.local.clear()
     call = kwargs if not args and kv.NAME in kwargs else patch.adapter.bind(module, args, kwargs)
     cache = call.get(kv.NAME)
-    patch.local.pruned_past = any(isinstance(layer, kv.Pruned) for layer in getattr(cache, "layers", ()))
-    if patch.local.pruned_past:
+    held = [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, kv.Pruned)]
+    patch.local.pruned_past, patch.local.own_arguments = bool(held), any(layer.own_arguments for layer in held)
+    if held:
         call = _over_past(patch, call, cache)
     prefill = patch.local.prefill
     if prefill is not None and call.get("inputs_embeds") is not None:
@@ -163,11 +166,12 @@ def before_layer(patch: Patch, i: int, module: nn.Module, args: tuple[Any, ...],
     local, plan = patch.local, patch.plan
     prefill, step = local.prefill, local.step
     prefill = prefill if prefill is not None and prefill.acting else None
+    if prefill is None and step is None and not local.pruned_past:
+        return None  # nothing is pruned in this call, nor was in one before it
     hidden = args[0] if args else kwargs["hidden_states"]
-    if prefill is None and step is None and hidden.shape[1] == 1 and kwargs.get("attention_mask") is None:
-        held = kv.state(kv.renamed(kwargs).get(kv.NAME), i)
-        if held is None or (held.valid is None and held.layer_position_offset is None and held.heads is None):
-            return None  # decode without padding: every layer sees all it stores, so there is nothing to change
+    without_mask = hidden.shape[1] == 1 and kwargs.get("attention_mask") is None
+    if prefill is None and step is None and without_mask and not local.own_arguments:
+        return None  # decode without padding: every layer sees all it stores, so there is nothing to change
     if len(args) == 1 and kv.NAME in kwargs:
         call = {"hidden_states": hidden, **kwargs}
     else:
@@ -175,10 +179,11 @@ def before_layer(patch: Patch, i: int, module: nn.Module, args: tuple[Any, ...],
     held = kv.state(call.get(kv.NAME), i) if local.pruned_past else None
     if step is not None:
         hidden = step.enter(i, hidden)
-        call = {**call, "hidden_states": hidden[:, -1:]}
+        call = {**call, "hidden_states": hidden}
     changed = dict(call)
-    if held is not None and i != (reference := kv.reference_layer(call[kv.NAME])):
-        set_layer_mask(changed, held, kv.state(call[kv.NAME], reference), patch.adapter.attention())
+    hides = step is not None and step.hides
+    if held is not None and not hides and i != (reference := kv.reference_layer(call[kv.NAME])):
+        set_layer_mask(changed, held, kv.state(call[kv.NAME], reference), patch.adapter, local.made)
     if prefill is not None:
         _prune_layer(patch, prefill, i, module, changed)
     lowered = prefill.layers.position_offset[i] if prefill else None
@@ -186,7 +191,7 @@ def before_layer(patch: Patch, i: int, module: nn.Module, args: tuple[Any, ...],
     if lowered is not None or held_offset is not None:
         _lower_positions(patch, changed, lowered, held_offset)
     if step is not None:
-        step.extend(i, hidden, changed, patch.adapter.attention())
+        step.extend(i, hidden, changed, patch.adapter, local.made)
     heads = prefill.layers.heads[i] if prefill else None
     heads = held.heads if heads is None and held is not None else heads
     if heads is not None:
@@ -205,8 +210,9 @@ def _prune_layer(patch: Patch, prefill: Prefill, i: int, layer: nn.Module, call:
     if i in patch.plan.stage_layers:
         if i in patch.plan.dry_run_layers:
             _dry_run(patch, i, layer, dict(call), prefill)
-        ids, rope = call.get("position_ids"), call.get("position_embeddings")
+        ids, rope, cuts = call.get("position_ids"), call.get("position_embeddings"), len(prefill.inner_cuts)
         call["hidden_states"] = run_layer(prefill, i, call["hidden_states"], ids, rope)
+        hand_over(prefill, i, cuts)
     if prefill.inner is not None:
         cut_layer_call(prefill, i, call)
 
@@ -235,17 +241,14 @@ def _dry_run(patch: Patch, i: int, layer: nn.Module, call: dict[str, Any], prefi
 
 def _lower_positions(patch: Patch, call: dict[str, Any], lowered: Tensor | None, held: Tensor | None) -> None:
     """positions="compact" inside the LLM: this layer's own ids, by `lowered` [B, n] of this call and `held` [B]."""
-    local, ids = patch.local, call["position_ids"]
-    key, compiling = (ids, lowered, held), torch.compiler.is_compiling()
-    if not compiling and local.placed and all(a is b for a, b in zip(key, local.placed)):
-        ids, embeddings = local.placed[3:]
-    else:
-        ids = ids if lowered is None else ids - lowered.to(ids.device)
-        ids = ids if held is None else ids - held.to(ids.device)[:, None]
-        embeddings = patch.adapter.text.rotary_emb(call["hidden_states"], ids)  # type: ignore[operator]
-        if not compiling:
-            local.placed = (*key, ids, embeddings)
-    call["position_ids"], call["position_embeddings"] = ids, embeddings
+    ids = call["position_ids"]
+
+    def place() -> tuple[Tensor, Any]:
+        low = ids if lowered is None else ids - lowered.to(ids.device)
+        low = low if held is None else low - held.to(ids.device)[:, None]
+        return low, patch.adapter.text.rotary_emb(call["hidden_states"], low)  # type: ignore[operator]
+
+    call["position_ids"], call["position_embeddings"] = once(patch.local.made, (ids, lowered, held), place)
 
 
 def add_features(patch: Patch, hidden: Tensor, where: Tensor, features: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ..core.masks import hidden_like, hide, mask_for, tensor_mask
+from ..model_adapters.base import Adapter
 from . import cache as kv
+from .once import once
 
 
 def past_mask_2d(mask: Tensor, layer: kv.Pruned) -> Tensor:
@@ -70,17 +72,30 @@ def _over_past(mask: Any, layer: kv.Pruned) -> Any:
     return past_mask_2d(mask, layer) if mask.dim() == 2 else past_mask(mask, layer, layer)
 
 
-def set_layer_mask(call: dict[str, Any], layer: kv.Pruned, reference: kv.Pruned | None, attention: str) -> None:
-    """Give one layer the mask over its own past, in place of the one sized by the reference layer."""
+def set_layer_mask(
+    call: dict[str, Any], layer: kv.Pruned, reference: kv.Pruned | None, adapter: Adapter, made: dict[Any, Any]
+) -> None:
+    """Give one layer the mask over its own past, in place of the one sized by the reference layer.
+
+    made: the masks of this call, which layers that store the same share.
+    """
     mask = call.get("attention_mask")
+    stored = (layer.valid, layer.dropped, layer.prefix, layer.rebuild_mask, kv.is_static(layer))
     if mask is not None:
-        call["attention_mask"] = past_mask(mask, layer, reference)
+        of = (mask, *stored, reference.dropped if reference else 0)
+        call["attention_mask"] = once(made, of, lambda: past_mask(mask, layer, reference))
     elif layer.valid is not None:
         hidden = call["hidden_states"]
-        stored = int(layer.get_seq_length()) - layer.dropped
-        valid = hidden.new_ones(hidden.shape[0], stored + hidden.shape[1], dtype=torch.bool)
-        valid[:, : layer.prefix] = layer.valid
-        call["attention_mask"] = mask_for(attention, valid, hidden.shape[1], hidden.dtype)
+        call["attention_mask"] = once(made, stored, lambda: _mask_over(layer, hidden, adapter.attention()))
+
+
+def _mask_over(layer: kv.Pruned, hidden: Tensor, attention: str) -> Tensor:
+    """What stands for no mask, where the layer stores padding."""
+    assert layer.valid is not None
+    stored = int(layer.get_seq_length()) - layer.dropped
+    valid = hidden.new_ones(hidden.shape[0], stored + hidden.shape[1], dtype=torch.bool)
+    valid[:, : layer.prefix] = layer.valid
+    return mask_for(attention, valid, hidden.shape[1], hidden.dtype)
 
 
 def with_position_offset(call: dict[str, Any], layer: kv.Pruned) -> dict[str, Any]:

@@ -80,6 +80,7 @@ class Prefill:
     prompt: which tokens are left; there from `open_prompt` on, which sets `opened`. acting: stages act and read signals
     by now; never where all tokens stay. position_offset: [B], by how much new tokens' ids are lower.
     inner: the cut made inside the LLM, inner_cuts: its steps with their merges. memo: arguments that were cut already.
+    keys: by layer [B, n, d] what its key projection made in a look before it runs, until it takes them.
     selections: by layer what stages at decode will know. active_heads: by layer [K] the heads that speak, row by row.
     """
 
@@ -107,6 +108,7 @@ class Prefill:
     inner: Compaction | None = None
     inner_cuts: list[tuple[list[Merge], Compaction]] = field(default_factory=list)
     memo: dict[Any, Any] = field(default_factory=dict)
+    keys: dict[int, Tensor] = field(default_factory=dict)
     selections: dict[int, DecodeSelection] = field(default_factory=dict)
     active_heads: dict[int, list[Tensor]] = field(default_factory=dict)
     tower_steps: list[TowerStep] = field(default_factory=list)

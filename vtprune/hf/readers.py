@@ -5,7 +5,7 @@ A signal is kept for the slots of this call (`vtprune.signals` has the formulas)
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from ..signals import LayerAttention, LayerPass, kind_of
 from .attention_probe import DryRunDone, Reader, probe, probe_change, reweighed
 from .checks import layers_read
 from .hooks import untraced_while_pruning
+from .look import install_look
 from .plan import layer_of
 from .prefill import Prefill
 from .slots import PromptSlots, prompt_slots
@@ -39,9 +40,11 @@ def install_readers(patch: Patch) -> None:
                     seen.add(key)
                     _read(patch, *key)
                 if "decode" in stage.method.phases:
-                    _probe(patch, layer, partial(read_step, patch, layer))
+                    _probe(patch, layer, partial(read_step, patch, layer), partial(at_step, patch))
     for i in sorted(plan.dry_run_layers):
-        _probe(patch, i, partial(stop_dry_run, patch), before=True)
+        _probe(patch, i, partial(stop_dry_run, patch), partial(acts, patch, True), before=True)
+        kinds = [kind for kind, layer, dry in seen if layer == i and dry and kind.source == "attention"]
+        install_look(patch, i, attention_of(patch.adapter.layers[i]), kinds)
     for i, module in enumerate(patch.adapter.layers if plan.reweighing or plan.of_heads else ()):
         patch.undo(probe_change(attention_of(module), partial(change_attention, patch, i)))
         patch.announce(attention_of(module))
@@ -66,12 +69,12 @@ def _read(patch: Patch, kind: SignalKind, i: int, dry: bool) -> None:
         if kind.rope:
             hook = attention_of(layer).register_forward_pre_hook(partial(rope_keeper, patch, i), with_kwargs=True)
             patch.undo(hook.remove)
-        _probe(patch, i, partial(attention_reader, patch, kind, i, dry), before=dry)
+        _probe(patch, i, partial(attention_reader, patch, kind, i), partial(acts, patch, dry), before=dry)
 
 
-def _probe(patch: Patch, i: int, reader: Reader, before: bool = False) -> None:
+def _probe(patch: Patch, i: int, reader: Reader, wanted: Callable[[], bool], before: bool = False) -> None:
     attention = attention_of(patch.adapter.layers[i])
-    patch.undo(probe(attention, reader, before=before))
+    patch.undo(probe(attention, reader, before=before, wanted=wanted))
     patch.announce(attention)
 
 
@@ -84,12 +87,21 @@ def _acting(patch: Patch) -> Prefill | None:
     return prefill if prefill is not None and prefill.acting else None
 
 
+def acts(patch: Patch, dry: bool) -> bool:
+    """True while a prompt is pruned by signals, in a dry run of a layer or in its real one."""
+    return _acting(patch) is not None and patch.local.dry_running == dry
+
+
+def at_step(patch: Patch) -> bool:
+    """True in a decode step at which stages act."""
+    return patch.local.step is not None
+
+
 @untraced_while_pruning
 def attention_reader(
     patch: Patch,
     kind: SignalKind,
     layer: int,
-    dry: bool,
     module: nn.Module,
     q: Tensor,
     k: Tensor,
@@ -97,9 +109,9 @@ def attention_reader(
     mask: Tensor | None,
     scaling: float,
 ) -> None:
-    """Read one signal of a layer's attention product; dry: of its dry run, else of its real one."""
+    """Read one signal of a layer's attention product, where it `acts`."""
     prefill = _acting(patch)
-    if prefill is not None and q.shape[2] > 1 and patch.local.dry_running == dry:
+    if prefill is not None and q.shape[2] > 1:
         past, prompt = prefill.past_at(layer) if prefill.past else 0, PromptSlots(prefill)
         rope = prefill.readings.rope.get(layer)
         read_attention(prefill, kind, layer, LayerAttention(q, k, v, mask, scaling, past, prompt, rope=rope))
@@ -107,8 +119,7 @@ def attention_reader(
 
 def read_step(patch: Patch, layer: int, module: nn.Module, *product: Any) -> None:
     """Read the new token's attention row at a decode step."""
-    if patch.local.step is not None:
-        patch.local.step.read_row(layer, module, *product)
+    patch.local.step.read_row(layer, module, *product)  # type: ignore[union-attr]
 
 
 @untraced_while_pruning
@@ -164,8 +175,7 @@ def layer_reader(
 @untraced_while_pruning
 def stop_dry_run(patch: Patch, *_: Any) -> None:
     """End a dry run once the readers before have seen its queries and keys."""
-    if patch.local.dry_running:
-        raise DryRunDone
+    raise DryRunDone
 
 
 @untraced_while_pruning

@@ -14,7 +14,7 @@ from .row import signal
 SHARPNESS, STEPS = 10, 5  # of the PageRank in AIM (https://arxiv.org/abs/2412.03248)
 
 
-@signal("last_row", shape="[N]", where=("llm",))
+@signal("last_row", shape="[N]", where=("llm",), asks="last")
 def last_row(a: LayerAttention) -> Tensor:
     """The softmax row of the prompt's last query restricted to the unit's tokens, mean over heads.
 
@@ -23,7 +23,7 @@ def last_row(a: LayerAttention) -> Tensor:
     return a.last_rows().mean(1)
 
 
-@signal("last_visual", shape="[N]", where=("llm",))
+@signal("last_visual", shape="[N]", where=("llm",), asks="last")
 def last_visual(a: LayerAttention) -> Tensor:
     """The prompt's last softmax row over the visual tokens only, so that each head's sums to 1, mean over heads."""
     return _among_visual(a, a.last_rows()).mean(1)

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from ..core.signal import Place, Signal, SignalKind, Source
+from ..core.signal import Asks, Place, Signal, SignalKind, Source
 from ..registry import SIGNALS
 
 
@@ -22,6 +22,7 @@ def signal(
     so_far: bool = False,
     rope: bool = False,
     vit: str | None = None,
+    asks: Asks = "all",
 ) -> Callable[[Callable[..., Any]], SignalKind]:
     """Decorator: make a function known as the signal `name`, which any method may then list in `needs`.
 
@@ -36,7 +37,7 @@ def signal(
 
     def add(read: Callable[..., Any]) -> SignalKind:
         doc = inspect.cleandoc(read.__doc__ or "")
-        row = SignalKind(name, shape, where, source, read, doc, of_cls, over_queries, so_far, rope, vit)
+        row = SignalKind(name, shape, where, source, read, doc, of_cls, over_queries, so_far, rope, vit, asks)
         SIGNALS.add(name, row, f"@signal({name!r})")
         return row
 

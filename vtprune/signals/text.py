@@ -10,7 +10,7 @@ from .product import ROWS, LayerAttention, LayerPass, Prompt, padded
 from .row import signal
 
 
-@signal("from_text", shape="[N]", where=("llm",))
+@signal("from_text", shape="[N]", where=("llm",), asks="words")
 def from_text(a: LayerAttention) -> Tensor:
     """The mean of the softmax rows of all that text, mean over heads."""
     return torch.stack([_from_text(a.of(row), row) for row in range(a.words.batch)])
@@ -22,13 +22,13 @@ def to_text(a: LayerAttention) -> Tensor:
     return torch.stack([_to_text(a.of(row), row) for row in range(a.words.batch)])
 
 
-@signal("text_rows", shape="[N, T]", where=("llm",))
+@signal("text_rows", shape="[N, T]", where=("llm",), asks="words")
 def text_rows(a: LayerAttention) -> Tensor:
     """The softmax row of each token of that text, mean over heads."""
     return padded([_text_rows(a.of(row), row, mean=True) for row in range(a.words.batch)])
 
 
-@signal("text_rows_by_head", shape="[N, H, T]", where=("llm",))
+@signal("text_rows_by_head", shape="[N, H, T]", where=("llm",), asks="words")
 def text_rows_by_head(a: LayerAttention) -> Tensor:
     """The softmax row of each token of that text, of every head."""
     return padded([_text_rows(a.of(row), row, mean=False) for row in range(a.words.batch)])
