@@ -37,8 +37,9 @@ def farthest_point(
     weights: one [N_i] tensor per problem on the device of the features, for "maxmin" only: the distance 1 - cosine to
         row j counts weights[i][j] times, also for the first pick (FlashVID, https://arxiv.org/abs/2602.08024). Rows of
         negative weight are picked last. None: all count alike.
-    memory: "fast" holds an N x N float32 Gram matrix per problem; "low" never does and computes one row per
-        pick; "auto" is "fast" up to 1 GiB per problem.
+    memory: "fast" holds an N x N float32 Gram matrix per problem; "low" never does and computes one row per pick, on
+        the CPU many of them at a time; "auto" does what is sooner: without the matrix above 1 GiB per problem, and on
+        the CPU above 6,144 rows for "maxmin" unless more than half of them are picked.
     Returns one int64 tensor [budgets[i]] per problem: distinct indices in pick order. Ties go to the lower
     index. A batch gives what its problems give one by one (half precision on CUDA: where cuBLAS rounds a batch of
     equal problems as it rounds one). The device is waited for once at most, to check for NaN and Inf.

@@ -1,4 +1,9 @@
-"""Farthest point selection in plain torch: O(k N) after the Gram matrix, or O(k N D) without it."""
+"""Farthest point selection in plain torch: O(k N) after the Gram matrix, or O(k N D) without it.
+
+On the CPU a large problem is solved in blocks. The rows that are farthest now, a few hundred at most, are enough to
+guess the next picks; the similarities of all rows to the picks guessed are one product of matrices; and the guesses
+are kept as long as each is what the loop over all rows picks.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +22,9 @@ Memory = Literal["auto", "fast", "low"]
 GRAM_BYTES = 1 << 30  # memory="auto" keeps all Gram matrices held at one time below this
 BLOCK_BYTES = 1 << 25
 GRAM_BLOCK = 384  # rows per product: skips most of the lower half and still keeps the BLAS busy
+TOGETHER = 256  # problems of at most so many rows share one loop on the CPU, others take theirs in turn
+MATRIX_ROWS = 6144  # on the CPU a tenth of more rows than this is picked sooner without the matrix
+FEWEST, MOST = 4, 128  # picks guessed at a time, twice as many as were right before
 
 
 @torch.no_grad()
@@ -44,7 +52,9 @@ def farthest_point(
     picks: dict[int, Tensor] = {}
     with_gram: list[int] = []
     for i, unit in enumerate(rows):
-        if without_gram(unit.shape[0], memory):
+        if in_blocks(unit, budgets[i], objective, memory):
+            picks[i] = _in_blocks(unit, budgets[i], objective, starts[i], scale[i])
+        elif without_gram(unit.shape[0], memory):
             picks[i] = _without_gram(unit, budgets[i], objective, starts[i], scale[i])
         else:
             with_gram.append(i)
@@ -118,6 +128,20 @@ def most_rows_with_gram(features: Sequence[Tensor], memory: Memory) -> int:
 def without_gram(n: int, memory: Memory) -> bool:
     """Whether a problem of n rows is solved without its N x N matrix."""
     return memory == "low" or (memory == "auto" and 4 * n**2 > GRAM_BYTES)
+
+
+def in_blocks(x: Tensor, budget: int, objective: Objective, memory: Memory) -> bool:
+    """Whether the host guesses and checks the picks of features x [N, D]; a GPU it would have to wait for.
+
+    The matrix takes N^2 / 2 products. The blocks take `budget` * N and what the first pick needs, far below that. Sums
+    of similarities carry the rounding of every product from pick to pick, so near ties of "maxsum" may fall another
+    way in blocks: it goes without the matrix only where the matrix would be too large.
+    """
+    n = x.shape[0]
+    if x.is_cuda or n <= TOGETHER:
+        return False
+    sooner = memory == "auto" and objective == "maxmin" and n > MATRIX_ROWS and 2 * budget <= n
+    return sooner or without_gram(n, memory)
 
 
 @contextmanager
@@ -241,3 +265,78 @@ def most_isolated(rows: Tensor, weight: Tensor | None = None) -> Tensor:
         block.diagonal(start).fill_(-torch.inf)
         nearest.append(block.amax(dim=1))
     return weighed(torch.cat(nearest), weight).argmin()
+
+
+def _in_blocks(rows: Tensor, budget: int, objective: Objective, start: Tensor | None, weight: Tensor | None) -> Tensor:
+    """[budget] picks of one problem on the CPU."""
+    combine = torch.maximum if objective == "maxmin" else torch.add
+    running = rows.new_full(rows.shape[:1], -torch.inf if objective == "maxmin" else 0.0)
+    picks: list[int] = []
+    most = FEWEST
+    with full_precision(rows.device):
+        guessed = (first_in_blocks(rows, weight) if start is None else start).view(1)
+        while True:
+            table, kept = weighed(rows.index_select(0, guessed) @ rows.T, weight), len(picks)
+            for pick, row in zip(guessed.tolist(), table):
+                # The first is never wrong, so that there is progress also where NaN compares with nothing.
+                if len(picks) > kept and int(running.argmin()) != pick:
+                    break
+                picks.append(pick)
+                combine(running, row, out=running)
+                running[pick] = torch.inf
+            if len(picks) == budget:
+                return torch.tensor(picks)
+            if kept:
+                most = min(MOST, max(FEWEST, 2 * (len(picks) - kept)))
+            guessed = _guess(rows, running, min(most, budget - len(picks)), objective, weight)
+
+
+def _guess(rows: Tensor, running: Tensor, most: int, objective: Objective, weight: Tensor | None) -> Tensor:
+    """[h] the next picks, 1 <= h <= most, if only the rows of the lowest running scores [N] were there."""
+    lowest = running.sort(stable=True)  # ties go to the lower index
+    width = min(len(rows), 4 * MOST, max(4 * most, len(rows) // 32))
+    at = lowest.indices[:width].sort().values
+    some, score = rows.index_select(0, at), running.index_select(0, at)
+    some_weight = None if weight is None else weight.index_select(0, at)
+    table = weighed(fill_gram(some, some.new_empty(width, width)), some_weight)
+    table.diagonal().fill_(torch.inf)
+    combine = torch.maximum if objective == "maxmin" else torch.add
+    found: list[int] = []
+    # The nearest picks only come nearer: a row that is not looked at is not picked before one below its score.
+    bound = lowest.values[width].item() if objective == "maxmin" and width < len(rows) else torch.inf
+    while len(found) < most:
+        value, pick = score.min(0)
+        if found and value > bound:
+            break
+        found.append(int(pick))
+        combine(score, table[found[-1]], out=score)
+    return at[found]
+
+
+def first_in_blocks(rows: Tensor, weight: Tensor | None = None) -> Tensor:
+    """As `most_isolated`, but only until it is certain: each pair of rows is compared about once at most.
+
+    The rows that look most isolated are compared with all others first. That also tells the others how near these
+    rows are to them, so that soon none can be more isolated than the best one found. `looks` holds the similarity of
+    each to its nearest neighbour as far as known: a row that looks less isolated than the best one is less isolated.
+    """
+    if weight is not None and weight.min() < 0:  # what has a near neighbour counts as farther then
+        return most_isolated(rows, weight)
+    best, where = torch.inf, 0
+    left, looks = torch.arange(len(rows)), rows.new_full(rows.shape[:1], -torch.inf)
+    done = torch.zeros_like(left, dtype=torch.bool)
+    while True:
+        if 4 * int(done.sum()) >= len(left):
+            left, looks, rows = left[~done], looks[~done], rows[~done]
+            weight, done = None if weight is None else weight[~done], done[~done]
+        score = weighed(looks, weight).masked_fill(done, torch.inf)
+        some = score.sort(stable=True).indices[: min(MOST, max(16, len(left) // 64))]
+        if not len(left) or not (score[some[0]].item(), int(left[some[0]])) < (best, where):
+            return torch.tensor(where)
+        product = rows.index_select(0, some) @ rows.T
+        product.scatter_(1, some[:, None], -torch.inf)
+        torch.maximum(looks, product.amax(0), out=looks)
+        near = torch.maximum(looks[some], product.amax(1))
+        own = weighed(near, None if weight is None else weight[some]).tolist()
+        best, where = min([(best, where), *zip(own, left[some].tolist())])
+        done[some] = True

@@ -11,6 +11,7 @@ import pytest
 import torch
 from greedy import Watch, clustered
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vtprune.kernels import attention_received, attention_rows, check_finite, deferring, farthest_point
 from vtprune.kernels.farthest_point import reference
@@ -127,13 +128,13 @@ def test_the_loop_reads_nothing_back(memory: str) -> None:
 
 
 def test_low_memory_makes_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    n = 500
-    monkeypatch.setattr(reference, "BLOCK_BYTES", 4 * n * 32)
+    n = 600
+    monkeypatch.setattr(reference, "MOST", 64)
     with Watch() as low:
         farthest_point([clustered(n, 16)], [50], memory="low")
     with Watch() as fast:
         farthest_point([clustered(n, 16)], [50], memory="fast")
-    assert low.largest <= n * 32 < n * n <= fast.largest
+    assert low.largest <= n * 64 < n * n <= fast.largest
 
 
 def test_no_gradient_is_recorded() -> None:
@@ -284,3 +285,63 @@ def test_a_check_makes_nothing_as_large_as_what_it_reads(dtype: torch.dtype) -> 
     with deferring() as checks:
         check_finite([x[:0]])
     assert not checks
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("kind", ["clustered", "equal", "axes"])
+def test_picks_guessed_in_blocks_are_those_of_the_loop(
+    kind: str, objective: str, weighed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where more rows tie than are looked at, and where all rows are picked."""
+    n = 300
+    made = {"clustered": clustered(n, 24), "equal": torch.ones(n, 4), "axes": torch.eye(6).repeat(50, 1)[: n - 3]}
+    x = made[kind]
+    weights = [torch.linspace(0.5, 1, len(x))] if weighed and objective == "maxmin" else None
+    monkeypatch.setattr(reference, "MOST", 32)
+    for k in (1, 40, len(x)):
+        for first in (None, [7]):
+            given = {"objective": objective, "first": first, "weights": weights}
+            expected = farthest_point([x], [k], memory="fast", **given)[0]
+            assert torch.equal(farthest_point([x], [k], memory="low", **given)[0], expected)
+
+
+def test_blocks_with_negative_weights() -> None:
+    x, weights = clustered(300, 24), -torch.linspace(0.5, 1, 300)
+    for w in (weights, weights.abs().index_fill(0, torch.arange(9), -1.0)):
+        fast, low = (farthest_point([x], [30], weights=[w], memory=memory)[0] for memory in MEMORY)
+        assert torch.equal(fast, low)
+
+
+class Products(TorchDispatchMode):
+    """Counts the multiplications of `mm`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ == "mm":
+            self.count += args[0].numel() * args[1].shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_no_cliff_and_no_matrix_in_a_long_clip(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row above the largest matrix there is neither a matrix nor much more work than it took."""
+    n, d = 1500, 128
+    monkeypatch.setattr(reference, "MATRIX_ROWS", n)
+    monkeypatch.setattr(reference, "GRAM_BYTES", 4 * n * n)
+    first = None if objective == "maxmin" else [0]
+    seen = []
+    for size in (n, n + 1):
+        with Products() as products, Watch() as watch:
+            farthest_point([clustered(size, d)], [n // 9], objective=objective, first=first)
+        seen.append((products.count, watch.largest))
+    (matrix, _), (blocks, largest) = seen
+    assert matrix > n * n * d / 2 > 0
+    assert blocks < 1.5 * matrix
+    assert largest <= 4 * reference.MOST * n
+    with Products() as products:
+        reference.first_in_blocks(reference.unit_rows(clustered(n, d))[0])
+    assert products.count < n * n * d / 2, "each pair is compared once at most, and most are not needed"
