@@ -23,13 +23,13 @@ from vtprune.evals.report import Row, environment, share
 from vtprune.evals.speed import geometries
 from vtprune.evals.speed.bench import Subject
 from vtprune.evals.speed.bench_parts import PartsReport
-from vtprune.evals.speed.bench_selection import plain_loops
 from vtprune.evals.speed.bench_video import segmentation
 from vtprune.evals.speed.free_cuts import FreeCuts, Lengths, continued, lengths_of, plain_cache
 from vtprune.evals.speed.geometries import TEXT_TOKENS
 from vtprune.evals.speed.growth import NOTE, GrowthReport, growth
 from vtprune.evals.speed.limits import SELECTION_SHARE
 from vtprune.evals.speed.meter import one_thread, spent
+from vtprune.evals.speed.plain_loops import plain_loops
 from vtprune.evals.speed.tables import BenchReport
 from vtprune.model_adapters.cache_argument import NAME
 from vtprune.model_adapters.tower_layout import Modality

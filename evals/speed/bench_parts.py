@@ -23,12 +23,13 @@ def _kernels(device: str) -> list[Row]:
 
 def _selection(device: str) -> list[Row]:
     from vtprune.evals.speed import bench_selection as selection
+    from vtprune.evals.speed.plain_loops import plain_loops
 
     if device == "cuda":
         return selection.gpu()
     named = {
         "against the published loop": [selection.measure()],
-        "against plain loops": selection.plain_loops(progress=True),
+        "against plain loops": plain_loops(progress=True),
         "against its Gram product": [selection.overhead()],
         "many problems in one call": selection.batches(),
         "memory": [selection.memory(mode="low"), selection.memory(mode="fast")],

@@ -3,9 +3,8 @@
 The rival is the form in which DivPrune was published: at every step the rows of all picked tokens are gathered from
 the distance matrix and minimised again, O(k^2 N). Ours keeps the running extreme, O(k N). Both run in turns in one
 process on the same features, and must pick the same tokens in the same order. `overhead` compares with the Gram
-product that the selection cannot do without; `volume` compares volume and coverage with farthest points; `plain_loops`
-compares all greedy selections with loops that compute every score again at every step; `gpu` compares Triton with plain
-torch on a CUDA device.
+product that the selection cannot do without; `volume` compares volume and coverage with farthest points; `gpu` compares
+Triton with plain torch on a CUDA device.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vtprune.evals.speed.meter import best_in_turns, one_thread
 from vtprune.kernels import deferring, dpp_greedy, facility_greedy, farthest_point, use, volume_coverage
@@ -35,7 +33,6 @@ GPU_CASES = (  # problems, N, k, D, milliseconds it may take
     (5, 576, 64, 4096, None),  # LLaVA-NeXT, per crop
     (32, 196, 20, 3584, None),  # LLaVA-OneVision, per frame
 )
-PLAIN_CASES = ((576, 64), (2880, 320), (6272, 627))  # N, k: LLaVA-1.5, LLaVA-NeXT, a video of LLaVA-OneVision
 
 
 def rival_first(distance: Tensor) -> Tensor:
@@ -57,80 +54,6 @@ def rival(x: Tensor, budget: int) -> Tensor:
     unit = x / x.norm(dim=1, keepdim=True)
     distance = 1.0 - unit @ unit.T
     return rival_loop(distance, rival_first(distance), budget)
-
-
-def facility_rival(x: Tensor, budget: int) -> Tensor:
-    """Facility location with all gains summed again at every step, O(k N^2)."""
-    unit = x / x.norm(dim=1, keepdim=True)
-    matrix = (unit @ unit.T).clamp(min=0)
-    best = matrix.new_zeros(len(x), 1)
-    picks: list[int] = []
-    for _ in range(budget):
-        gain = (matrix - best).clamp_(min=0).sum(0)
-        gain[picks] = -1
-        picks.append(int(gain.argmax()))
-        best = torch.maximum(best, matrix[:, picks[-1]][:, None])
-    return torch.tensor(picks)
-
-
-def dpp_rival(x: Tensor, budget: int) -> Tensor:
-    """Greedy determinants, the factor of the picked rows made anew at every step, O(k^3 N)."""
-    unit = x / x.norm(dim=1, keepdim=True)
-    matrix = unit @ unit.T
-    left, picks = matrix.diagonal().clone(), [0]
-    for _ in range(1, budget):
-        factor = torch.linalg.cholesky(matrix[picks][:, picks])
-        spanned = torch.linalg.solve_triangular(factor, matrix[picks], upper=False).square().sum(0)
-        score = left - spanned
-        score[picks] = -1
-        picks.append(int(score.argmax()))
-    return torch.tensor(picks)
-
-
-KERNELS: dict[str, tuple[Callable[..., list[Tensor]], Callable[[Tensor, int], Tensor]]] = {
-    "farthest_point": (farthest_point, rival),
-    "facility_greedy": (facility_greedy, facility_rival),
-    "dpp_greedy": (dpp_greedy, dpp_rival),
-}
-
-
-def plain_loops(
-    cases: Sequence[tuple[int, int]] = PLAIN_CASES, widths: Sequence[int] = (1024, 896), progress: bool = False
-) -> list[dict[str, Any]]:
-    """Each greedy selection against its plain loop, CPU seconds as in `measure`; farthest points at all widths.
-
-    same_picks: both keep the same tokens. same_order: and in the same order, which the rounding of a plain loop changes
-    where two scores nearly tie. peak_growth_bytes: of the selection, as in `memory`. gram_bytes: the matrix that the
-    plain loop holds. The plain loops of the larger sizes take up to a minute, and run once.
-    """
-    todo = [
-        (name, n, k, d)
-        for name in KERNELS
-        for d in (widths if name == "farthest_point" else widths[:1])
-        for n, k in cases
-    ]
-    found = []
-    for name, n, k, d in tqdm(todo, desc="plain loops", disable=not progress):
-        kernel, plain = KERNELS[name]
-        x, repeats = _rows(n, d), 3 if n < 1000 else 1
-
-        def ours(x: Tensor = x, k: int = k, kernel: Any = kernel) -> Tensor:
-            return kernel([x], [k])[0]
-
-        def theirs(x: Tensor = x, k: int = k, plain: Any = plain) -> Tensor:
-            return plain(x, k)
-
-        with one_thread():
-            (seconds, rival_seconds), picks = best_in_turns([ours, theirs], repeats)
-        row = {"kernel": name, "n": n, "k": k, "d": d, "dtype": "float32", "threads": 1, "repeats": repeats}
-        row |= {"seconds": seconds, "rival_seconds": rival_seconds, "speedup": rival_seconds / seconds}
-        kept = [set(one.tolist()) for one in picks]
-        row |= {"same_picks": kept[0] == kept[1], "same_order": torch.equal(*picks)}
-        if sys.platform == "linux":
-            own = memory(n, k, d, "auto", name)
-            row |= {name: own[name] for name in ("peak_growth_bytes", "gram_bytes")}
-        found.append(row)
-    return found
 
 
 def measure(n: int = 2880, k: int = 320, d: int = 256, repeats: int = 7) -> dict[str, Any]:
@@ -326,8 +249,12 @@ def memory(
 
 
 def _probe(n: int, k: int, d: int, mode: Any, kernel: str) -> None:
-    kernels: dict[str, Callable[..., Any]] = {name: own for name, (own, _) in KERNELS.items()}
-    kernels |= {"volume_coverage": volume_coverage, "dpp_greedy": lambda x, k, memory: dpp_greedy(x, k)}
+    kernels: dict[str, Callable[..., Any]] = {
+        "farthest_point": farthest_point,
+        "volume_coverage": volume_coverage,
+        "facility_greedy": facility_greedy,
+        "dpp_greedy": lambda x, k, memory: dpp_greedy(x, k),
+    }
     run = kernels[kernel]
     torch.set_num_threads(1)
     x = torch.randn(n, d, generator=torch.Generator().manual_seed(0))
@@ -358,7 +285,6 @@ def main() -> None:
     else:
         found = {"speed": measure(), "overhead": overhead(), "batches": batches()}
         found["volume"] = volume()
-        found["plain_loops"] = plain_loops()
         found["memory"] = [memory(), memory(mode="fast"), memory(16384, 1802, 1024, "auto", "volume_coverage")]
         where = environment("cpu", "float32", 1, cpu_threads=1)
     if options.json:
@@ -399,11 +325,6 @@ def _sentences(found: dict[str, Any]) -> Iterator[str]:
         yield (
             "volume and coverage, N={n}, k={k}, D={d}, {rows} rows: {ratio:.2f} times as long as farthest points"
         ).format(**row)
-    for row in found["plain_loops"]:
-        yield (
-            f"{row['kernel']}, N={row['n']}, k={row['k']}, D={row['d']}: {row['speedup']:.1f} times as fast as the "
-            f"plain loop of {row['rival_seconds']:.2f} s; same picks: {'yes' if row['same_picks'] else 'NO'}"
-        )
     for row in found["memory"]:
         grown, gram = row["peak_growth_bytes"] / 2**20, row["gram_bytes"] / 2**20
         yield (

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import vtprune
 from vtprune.cli import app
-from vtprune.evals.speed import bench_selection, geometries, growth
+from vtprune.evals.speed import geometries, growth, plain_loops
 from vtprune.evals.speed.bench import Subject
 from vtprune.evals.speed.bench_overhead import Forms, overhead, small_llava
 from vtprune.evals.speed.flops import counted
@@ -181,8 +181,8 @@ def test_a_process_that_ends_early_is_told_of_every_method_left(monkeypatch: pyt
 
 def test_plain_loops_pick_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     weighed = {"peak_growth_bytes": 1, "gram_bytes": 2}
-    monkeypatch.setattr(bench_selection, "memory", lambda *_: weighed)
-    rows = bench_selection.plain_loops(cases=[(60, 9)], widths=[32, 16])
+    monkeypatch.setattr(plain_loops, "memory", lambda *_: weighed)
+    rows = plain_loops.plain_loops(cases=[(60, 9)], widths=[32, 16])
     named = [(row["kernel"], row["d"]) for row in rows]
     assert named == [("farthest_point", 32), ("farthest_point", 16), ("facility_greedy", 32), ("dpp_greedy", 32)]
     assert all(row["same_picks"] and row["same_order"] and row["speedup"] > 0 for row in rows)
