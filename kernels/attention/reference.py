@@ -81,7 +81,8 @@ def attention_rows(q_rows: Tensor, k: Tensor, mask: Tensor | None, scaling: floa
     room = Room(q_rows, k, mask)
     for part in blocks(q_rows, k, mask):
         weights, rows = part.rows(scaling, room), part.seen.rows
-        out[(*part.at, part.seen.cols)] = weights if rows is None else weights * rows
+        place = (*part.at, part.seen.cols)
+        out[place] = weights if rows is None else weights * rows
     return out
 
 
@@ -103,7 +104,8 @@ def columns(
     out = k.new_zeros(*q.shape[:2], k.shape[2], dtype=torch.float32)
     room = Room(q, k, mask)
     for part in blocks(q, k, mask, rows=block):
-        out[(*part.at[:2], part.seen.cols)] += weighed(weights[part.at], part, part.rows(scaling, room))
+        place = (*part.at[:2], part.seen.cols)
+        out[place] += weighed(weights[part.at], part, part.rows(scaling, room))
     return out
 
 
