@@ -40,8 +40,8 @@ def run(
 ) -> tuple[AccuracyReport, list[Path]]:
     """Answer `limit` questions a capability, dense and pruned; returns the report and the files written.
 
-    which: a name of `TOYS`; "video" asks about generated clips. every: with all methods, of which those that the model
-    cannot take are noted; else with six.
+    which: a name of `TOYS`; "video" asks about generated clips. every: with all methods; those that the model of clips
+    cannot take are noted. Else with six.
     """
     from vtprune.evals.pictures import film_gallery, gallery
 
@@ -54,7 +54,7 @@ def run(
     title = f"{TOYS[which]}, dense and pruned".capitalize()
     report = evaluate(
         model, processor, questions, methods, keeps, seeds=1, title=title, progress=progress,
-        workers=min(4, os.cpu_count() or 1), skip=every and video, prompts=4,
+        workers=min(4, os.cpu_count() or 1), skip=video, prompts=4,
     )  # fmt: skip
     report.notes = (caveat(which), *report.notes)
     ran = {row["method"] for row in report.rows}

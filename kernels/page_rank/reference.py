@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import groupby
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from ..attention.reference import ROWS, Room, blocks, columns, looks_at, weighed
+from ..attention.reference import ROWS, Block, Room, blocks, columns, looks_at, weighed
 
 MAP_ELEMENTS = 1 << 24  # 64 MiB of float32: the largest map that is kept between steps
 TOGETHER = 1 << 21  # small maps are worked on together as long as they stay in the cache
@@ -27,7 +27,8 @@ def page_rank(
     room = Room(q, k, mask)
     rows = max(ROWS, n // 16) if looks_at(mask) or n * n > TOGETHER else n
     cut = blocks(q, k, mask, rows=rows, elements=max(n * n, TOGETHER) * min(rows, n) // n)
-    for at, parts in groupby(cut, lambda part: part.at[:2]):
+    for parts in _by_heads(cut):
+        at = parts[0].at[:2]
         whole = [(part, part.rows(scaling, room, place)) for place, part in enumerate(parts)]
         score = first = start[at]
         for _ in range(steps):
@@ -37,6 +38,18 @@ def page_rank(
             score = _damped(given, first, damping)
         out[at] = score
     return out
+
+
+def _by_heads(cut: Iterable[Block]) -> Iterator[list[Block]]:
+    """The blocks of the same heads together. (`torch.compile` cannot read `itertools.groupby`.)"""
+    held: list[Block] = []
+    for part in cut:
+        if held and part.at[:2] != held[0].at[:2]:
+            yield held
+            held = []
+        held.append(part)
+    if held:
+        yield held
 
 
 def _damped(score: Tensor, start: Tensor, damping: float) -> Tensor:

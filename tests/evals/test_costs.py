@@ -67,14 +67,14 @@ def test_fastv_keeps_all_tokens_up_to_its_layer(loaded, probe: CostProbe) -> Non
     assert cost["flops"] == pytest.approx(expected, rel=2e-3), "prompts differ by a word or two"
 
 
-def test_a_stage_that_reads_its_own_layer_pays_its_projections_again(loaded, probe: CostProbe) -> None:
+def test_a_stage_that_reads_its_own_layer_pays_the_keys_of_what_it_drops(loaded, probe: CostProbe) -> None:
     inputs = probe.inputs[0]
     fed = inputs["input_ids"].shape[1]
     stage = Stage(3, vtprune.create("pyramiddrop"), keep=64)
     with vtprune.patch(loaded[0], stage) as handle, torch.inference_mode():
         loaded[0](**inputs)
         flops = llm_flops(loaded[0], fed, handle)
-    assert flops == prefill([fed] * 3 + [fed - VISUAL + 64] * 3) + 2 * fed * 3 * D * D
+    assert flops == prefill([fed] * 3 + [fed - VISUAL + 64] * 3) + 2 * (VISUAL - 64) * D * D
 
 
 def test_before_the_llm_every_layer_runs_on_what_is_kept(probe: CostProbe) -> None:

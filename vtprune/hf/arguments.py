@@ -15,7 +15,6 @@ from ..core.masks import hidden_like, hide, in_window, mask_for, tensor_mask
 from ..core.prompt import Merge
 from ..kernels import compact, recording
 from . import cache as kv
-from .once import once
 from .plan import LINEAR
 from .prefill import Prefill
 
@@ -202,6 +201,9 @@ def cut_layer_call(prefill: Prefill, layer: int, call: dict[str, Any]) -> None:
 
 
 def _once(prefill: Prefill, values: dict[str, Any], cut: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
-    """Layers share their arguments: cut the same objects once per stage."""
-    found: dict[str, Any] = once(prefill.memo, (*values.values(), len(prefill.prompt.results)), lambda: cut(values))
+    """Layers share their arguments: cut the same objects once per stage (and keep them alive while ids are a key)."""
+    key = (*map(id, values.values()), len(prefill.prompt.results))
+    if key not in prefill.memo:
+        prefill.memo[key] = (values, cut(values))
+    found: dict[str, Any] = prefill.memo[key][1]
     return found

@@ -8,7 +8,6 @@ storage is physical (what was kept), every answer about length is logical (what 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from functools import lru_cache
 from inspect import signature
 from typing import Any
@@ -326,10 +325,10 @@ def shrink(
     new.prefix, new.valid = before + ran, valid
     new.rebuild_mask = rebuild_mask or valid is not None or (was.rebuild_mask if was else False)
     new.position_offset = _sum(was.position_offset if was else None, position_offset)
-    lowered = was.layer_position_offset if was else None
-    new.layer_position_offset = once(
-        made, ("lowered", lowered, layer_position_offset), lambda: _sum(lowered, layer_position_offset)
-    )
+    lowered, more = was.layer_position_offset if was else None, layer_position_offset
+    new.layer_position_offset = lowered
+    if more is not None:
+        new.layer_position_offset = once(made, ("lowered", lowered, more), lambda: _sum(lowered, more))
     new.own_tokens = own_tokens or (was.own_tokens if was else False)
     new.heads = heads if heads is not None else new.heads
     new.tail = tail
@@ -346,16 +345,6 @@ def _all_valid(old: Tensor | None, new: Tensor | None, before: int, ran: int, de
     if new is not None:
         ones[:, before:] = new.to(device)
     return ones
-
-
-def shrink_layers(cache: Any, layers: Sequence[dict[str, Any]], **call: Any) -> None:
-    """`shrink` every layer that the cache has: its own arguments in `layers`, those of all of them in `call`.
-
-    All of them change, also those that were not cut: none may be cropped where another refuses.
-    """
-    made: dict[Any, Any] = {}
-    for i in range(min(len(cache.layers), len(layers))):
-        shrink(cache, i, **layers[i], **call, made=made)
 
 
 def set_gate(cache: Any) -> None:

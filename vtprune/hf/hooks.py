@@ -212,7 +212,8 @@ def _prune_layer(patch: Patch, prefill: Prefill, i: int, layer: nn.Module, call:
             _dry_run(patch, i, layer, dict(call), prefill)
         ids, rope, cuts = call.get("position_ids"), call.get("position_embeddings"), len(prefill.inner_cuts)
         call["hidden_states"] = run_layer(prefill, i, call["hidden_states"], ids, rope)
-        hand_over(prefill, i, cuts)
+        if i in prefill.keys:
+            hand_over(prefill, i, cuts)
     if prefill.inner is not None:
         cut_layer_call(prefill, i, call)
 

@@ -75,7 +75,7 @@ def project_values(patch: Patch, original: Project, x: Tensor, *args: Any, **kwa
 
 def hand_over(prefill: Prefill, i: int, cuts: int) -> None:
     """Cut the keys of layer i to what its stages left; cuts: how many cuts were made before them."""
-    for merges, step in prefill.inner_cuts[cuts:] if i in prefill.keys else ():
+    for merges, step in prefill.inner_cuts[cuts:]:
         if merges:  # the states of some tokens are others now, and so are their keys
             del prefill.keys[i]
             return

@@ -28,7 +28,7 @@ from ..model_adapters.base import Adapter
 from ..model_adapters.entries import MODALITIES, Features
 from . import cache as kv
 from .checks import check_runs
-from .decode import DecodeSelection
+from .decode_selection import DecodeSelection
 from .plan import Plan
 
 GRIDLESS = "features were encoded elsewhere: image grids are unknown, every run of tokens is a unit"

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.errors import UnsupportedCall
 from ..core.method import Stage
 from . import cache as kv
-from .decode import DecodeSelection, pick
+from .decode_selection import DecodeSelection, pick
 from .prefill import Prefill
 
 
@@ -81,7 +81,11 @@ def shrink_cache(prefill: Prefill, cache: Any) -> None:
             {"ran": ran, "valid": valid, "rebuild_mask": rebuild, "own_tokens": own, "heads": heads}
             | {"layer_position_offset": lowered.get(id(offset))}
         )
-    kv.shrink_layers(cache, told, past=prefill.past, fed=length, tail=tail, position_offset=prefill.position_offset)
+    call = {"past": prefill.past, "fed": length, "tail": tail, "position_offset": prefill.position_offset}
+    made: dict[Any, Any] = {}
+    # All of them change, also those that were not cut: none may be cropped where another refuses.
+    for i in range(min(len(cache.layers), len(told))):
+        kv.shrink(cache, i, **told[i], **call, made=made)
     if prefill.selections:
         _leave_selections(prefill, cache, entered, stored)
     kv.set_gate(cache)
