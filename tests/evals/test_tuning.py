@@ -53,7 +53,7 @@ def test_the_drop_on_other_questions_agrees(tmp_path: Path, video: bool) -> None
     """With the embedded models: the interval that is told and that of questions of another seed overlap."""
     names = ("vidcom2", "divprune", "average_pool") if video else ("divprune", "visionzip", "average_pool")
     methods = [part for name in names for part in ("--method", name)]
-    asked = ["--video", "--limit", 20] if video else ["--data", write_questions(tmp_path / "data", 90, KINDS)]
+    asked = ["--video", "--limit", 20] if video else ["--data", write_questions(tmp_path / "data", 48, KINDS)]
     some = [*asked, *methods, "--keep", "0.5,0.25", "--out", tmp_path / "out"]
     out = run("tune", *some, "--max-drop", "10%")
     tmp_path /= "out"
