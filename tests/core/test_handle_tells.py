@@ -31,7 +31,9 @@ def ran(family: str, stages: object, rows: tuple[int, ...] = (1,), **options: ob
 
 @pytest.mark.parametrize("thing", [vtprune.patch, vtprune.Handle])
 def test_help_fits_a_screen(thing: object) -> None:
-    assert len(pydoc.render_doc(thing, renderer=pydoc.plaintext).splitlines()) <= 48
+    told = pydoc.render_doc(thing, renderer=pydoc.plaintext)
+    told = told.partition(" |  Data and other attributes")[0]  # `__slotnames__`, once another test has copied a handle
+    assert len(told.splitlines()) <= 48
 
 
 def test_every_field_is_documented() -> None:
