@@ -78,7 +78,7 @@ def _curves(
     others = sorted({row["method"] for row in pruned} - set(named))
     for i, method in enumerate(others):
         own = sorted((costs[method, row["keep"]][cost], row["right"]) for row in pruned if row["method"] == method)
-        label = f"{len(others)} other methods" if i == 0 else None
+        label = f"{len(others)} other method{'s' * (len(others) > 1)}" if i == 0 else None
         axis.plot(*zip(*own), "-", color="#c4c4c4", marker="o", ms=marks / 2, lw=0.8, label=label, zorder=1)
     for method, (color, style, marker) in _styles([row for row in pruned if row["method"] in named]).items():
         own = [(costs[method, row["keep"]][cost], row) for row in pruned if row["method"] == method]

@@ -35,7 +35,8 @@ def gallery(
     pen = ImageDraw.Draw(sheet)
     for r, question in enumerate(asked):
         top = GAP + r * height
-        pen.text((GAP, top), f"{words_of(question.prompt)}  ({question.answer})", fill=INK, font=font)
+        asks = words_of(question.prompt).partition("\n")[0]  # a chat prompt ends in a line for the answer
+        pen.text((GAP, top), f"{asks}  ({question.answer})", fill=INK, font=font)
         for i, name in enumerate(columns):
             line, column = divmod(i, across)
             x, y = GAP + column * (side + GAP), top + TITLE + line * cell
