@@ -51,7 +51,7 @@ def run(
     model: Any
     model, processor = toy(which).load("cpu")
     questions: Sequence[Any] = toy(which).questions(per_capability=limit)
-    title = f"{TOYS[which]}, dense and pruned".capitalize()
+    title = f"{TOYS[which][0].upper()}{TOYS[which][1:]}, dense and pruned"
     report = evaluate(
         model, processor, questions, methods, keeps, seeds=1, title=title, progress=progress,
         workers=min(4, os.cpu_count() or 1), skip=video, prompts=4,

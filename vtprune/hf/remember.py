@@ -73,7 +73,7 @@ def shrink_cache(prefill: Prefill, cache: Any) -> None:
     stored = {i: _stored_before(prefill, cache, i) for i in prefill.selections}
     entered = prefill.past_at(min(prefill.selections) - 1) if prefill.selections else 0
     tail, first = _text_at_end(prefill.token_kind_on_host), kv.reference_layer(cache)
-    told = []
+    told: list[dict[str, Any]] = []
     for ran, valid, offset, heads in zip(layers.lengths, layers.valid, layers.position_offset, layers.heads):
         own = ran != layers.lengths[first] or valid is not layers.valid[first]
         rebuild = prefill.holes and ran < length
@@ -81,7 +81,12 @@ def shrink_cache(prefill: Prefill, cache: Any) -> None:
             {"ran": ran, "valid": valid, "rebuild_mask": rebuild, "own_tokens": own, "heads": heads}
             | {"layer_position_offset": lowered.get(id(offset))}
         )
-    call = {"past": prefill.past, "fed": length, "tail": tail, "position_offset": prefill.position_offset}
+    call: dict[str, Any] = {
+        "past": prefill.past,
+        "fed": length,
+        "tail": tail,
+        "position_offset": prefill.position_offset,
+    }
     made: dict[Any, Any] = {}
     # All of them change, also those that were not cut: none may be cropped where another refuses.
     for i in range(min(len(cache.layers), len(told))):
