@@ -37,17 +37,18 @@ def pareto(rows: Sequence[Row], title: str, path: str | Path) -> Path:
     large = ["llm_share", "flops"] if all(row["flops"] is not None for row in costs.values()) else ["llm_share"]
     figure = Figure(figsize=(5 * len(large) + 1.8 * columns, max(5.0, 1.75 * lines) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
+    named = _leaders([row for row in rows if row["capability"] == "mean" and row["keep"] != 1.0], costs)
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(5 * len(large), 1.8 * columns))[0]
     axes = left.subplots(1, len(large), sharey=True, squeeze=False)[0]
     for axis, cost in zip(axes, large):
-        _curves(axis, rows, "mean", costs, cost)
+        _curves(axis, rows, "mean", costs, cost, named)
         axis.set(xlabel=COSTS[cost])
     axes[0].set(ylabel="answer right, mean over capabilities")
     handles, labels = axes[0].get_legend_handles_labels()
     left.legend(handles, labels, fontsize=8, frameon=False, loc="outside lower center", ncols=3 * len(large))
     small = right.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     for cell, name in zip(small.flat, names):
-        _curves(cell, rows, name, costs, "llm_share", marks=2.5)
+        _curves(cell, rows, name, costs, "llm_share", named, marks=2.5)
         cell.set_title(name, fontsize=9)
         cell.tick_params(labelsize=6.5)
     for cell in small.flat[len(names) :]:
@@ -66,7 +67,13 @@ COSTS = {
 
 
 def _curves(
-    axis: Any, rows: Sequence[Row], capability: str, costs: dict[tuple[str, Any], Row], cost: str, marks: float = 5
+    axis: Any,
+    rows: Sequence[Row],
+    capability: str,
+    costs: dict[tuple[str, Any], Row],
+    cost: str,
+    named: Sequence[str],
+    marks: float = 5,
 ) -> None:
     mine = [row for row in rows if row["capability"] == capability]
     full = next(row["right"] for row in mine if row["method"] == "dense")
@@ -74,7 +81,6 @@ def _curves(
     axis.axhline(full, color="black", lw=1, label="all tokens")
     axis.axhspan(0, blind, color="black", alpha=0.08, lw=0, label="blind")
     pruned = [row for row in mine if row["keep"] != 1.0]
-    named = _leaders([row for row in rows if row["capability"] == "mean" and row["keep"] != 1.0], costs)
     others = sorted({row["method"] for row in pruned} - set(named))
     for i, method in enumerate(others):
         own = sorted((costs[method, row["keep"]][cost], row["right"]) for row in pruned if row["method"] == method)
