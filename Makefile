@@ -17,9 +17,8 @@ demo: .venv/.evals
 # mypy sees the package as it is installed, and has to notice each of four wrong calls from one folder into another.
 SITE := out/site
 MYPY := MYPYPATH=$(SITE) $(BIN)/mypy
-WRONG := from vtprune import kernels, registry; kernels.merge("not", "a", "tensor"); registry.get(7)
-WRONG += ; from vtprune.evals.readme import refreshed; refreshed(7)
-WRONG += ; from vtprune.model_adapters import generic; generic.MODALITIES.append("sound")
+WRONG := from vtprune import kernels, registry; from vtprune.evals import readme; from vtprune.model_adapters import generic
+WRONG += ; a: int = kernels.merge; b: int = registry.get; c: int = readme.refreshed; d: int = generic.MODALITIES
 lint: .venv/.dev $(SITE)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
