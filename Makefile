@@ -14,14 +14,16 @@ VLLM := .venv-vllm/bin
 demo: .venv/.evals
 	$(BIN)/vtprune demo --out out/
 
-# mypy sees the package as it is installed, and has to notice a wrong call from one folder into another.
+# mypy sees the package as it is installed, and has to notice each of four wrong calls from one folder into another.
 SITE := out/site
 MYPY := MYPYPATH=$(SITE) $(BIN)/mypy
+WRONG := from vtprune import kernels, registry; from vtprune.evals import readme; from vtprune.model_adapters import generic
+WRONG += ; a: int = kernels.merge; b: int = registry.get; c: int = readme.refreshed; d: int = generic.MODALITIES
 lint: .venv/.dev $(SITE)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(MYPY) -p vtprune
-	@! $(MYPY) -c 'from vtprune.kernels import merge; x: int = merge("not", "a", "tensor")' > /dev/null
+	@test "$$($(MYPY) -c '$(WRONG)' | grep -c ': error:')" = 4
 
 # Made anew each time, so that no link to a file that has moved is left.
 .PHONY: $(SITE)
@@ -34,7 +36,7 @@ $(SITE):
 # below the floor, `fail_under` in pyproject.toml.
 test: lint
 	@mkdir -p out
-	$(BIN)/pytest -n 2 $(if $(COVERAGE),--cov --cov-report term) 2>&1 | tee out/pytest.txt
+	$(BIN)/pytest -n 2 --dist worksteal $(if $(COVERAGE),--cov --cov-report term) 2>&1 | tee out/pytest.txt
 
 coverage:
 	$(MAKE) test COVERAGE=1
@@ -42,7 +44,7 @@ coverage:
 # What `make test` leaves out of the matrix of methods and families; the two together are all tests.
 test-whole: .venv/.dev
 	@mkdir -p out
-	$(BIN)/pytest -n 2 --matrix rest tests/hf/test_conformance.py 2>&1 | tee out/pytest-whole.txt
+	$(BIN)/pytest -n 2 --dist worksteal --matrix rest tests/hf/test_conformance.py 2>&1 | tee out/pytest-whole.txt
 
 # The seam on the oldest supported transformers, by one method of each kind; torch and the test tools are those of .venv.
 SEAM := test_contract or test_seam_calls or oracle_reproduces or divprune or visionzip or fastv or sparsevlm or lazyllm or flowcut or test_serve

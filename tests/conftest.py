@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+TRACED = 24  # cases of one test that coverage traces
+
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
@@ -38,6 +40,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=out)
     left = set(items) - set(out)
     items[:] = [item for item in items if item in left]
+    if config.pluginmanager.hasplugin("_cov"):
+        _trace_some(items)
+
+
+def _trace_some(items: list[pytest.Item]) -> None:
+    """Of a test with many cases trace a few for coverage: the others would reach the same lines, three times slower."""
+    cases: dict[object, list[pytest.Item]] = {}
+    for item in items:
+        cases.setdefault(getattr(item, "function", item), []).append(item)
+    for same in cases.values():
+        step = -(-len(same) // TRACED)
+        for i, item in enumerate(same):
+            if i % step:
+                item.add_marker("no_cover")
 
 
 def _is_of_default(item: pytest.Item) -> bool:
@@ -56,6 +72,13 @@ def pytest_configure() -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _untraced_processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a test is not traced, the commands that it starts are not either."""
+    if request.node.get_closest_marker("no_cover"):
+        monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
 
 
 @pytest.fixture(scope="session")

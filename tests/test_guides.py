@@ -31,6 +31,7 @@ def blocks(page: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.no_cover
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
 def test_the_blocks_of_a_page_run_in_order(page: str, tmp_path: Path) -> None:
     if page.endswith("transformers.md"):

@@ -24,22 +24,13 @@ def run(*command: str, status: int = 0, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
-def test_a_wrong_call_across_folders_is_reported() -> None:
+def test_lint_tries_wrong_calls_across_folders() -> None:
     """On four top-level names, mypy took each import from one folder to another for `Any` and let anything pass."""
-    pytest.importorskip("mypy")
-    run("make", "-s", "out/site")
-    wrong = {
-        "from vtprune.kernels import merge; x: int = merge('not', 'a', 'tensor')": "vtprune/kernels",
-        "from vtprune.model_adapters import generic; generic.MODALITIES.append('sound')": "vtprune/model_adapters",
-        "from vtprune.evals.readme import refreshed; refreshed(7)": "vtprune/evals",
-        "from vtprune.registry import get; get(7)": "vtprune",
-    }
-    code = "\n".join(wrong)
-    told = run(sys.executable, "-m", "mypy", "-c", code, status=1, MYPYPATH="out/site")
-    lines = {int(n) for n in re.findall(r"^<string>:(\d+): error", told, re.M)}
-    assert lines == {1, 2, 3, 4}, told
-    assert "$(MYPY) -p vtprune\n" in (ROOT / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    assert "$(MYPY) -p vtprune\n" in makefile
+    wrong = " ".join(re.findall(r"^WRONG [:+]= (.*)$", makefile, re.M))
+    assert {"kernels", "registry", "evals", "model_adapters"} <= set(re.findall(r"\w+", wrong))
+    assert "$(MYPY) -c '$(WRONG)' | grep -c ': error:')\" = 4" in makefile
 
 
 def collected(profile: str) -> Counter[str]:

@@ -62,7 +62,7 @@ def test_eval_prints_a_table_or_json_and_writes_files(tmp_path: Path) -> None:
 
 
 def test_demo_ends_with_table_plot_and_overlay(tmp_path: Path) -> None:
-    result = runner.invoke(app, ["demo", "--limit", "3", "--keep", "0.11", "--out", str(tmp_path)])
+    result = runner.invoke(app, ["demo", "--limit", "2", "--keep", "0.11", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert "A toy" in result.output
     for name in ("demo.json", "pareto.png", "overlay.png"):

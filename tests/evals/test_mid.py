@@ -183,13 +183,14 @@ def test_the_model_looks_and_can_be_pruned(asked: list[mid.Question]) -> None:
     model, processor = mid.load()
     assert len(model.model.language_model.layers) == 30
     right: dict[str, list[bool]] = {}
-    chosen = [q for kind in ("color", "shape", "position", "exist") for q in asked if q.capability == kind]
+    kinds = {kind: [q for q in asked if q.capability == kind] for kind in ("color", "shape", "position", "exist")}
+    chosen = [q for some in kinds.values() for q in some[:8]]
     for q in chosen:
         inputs = processor(images=[q.image], text=[q.prompt], return_tensors="pt")
         out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
         text = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         right.setdefault(q.capability, []).append(mark(text, True, q.answer)[0])
-    assert {kind: sum(hits) >= 15 for kind, hits in right.items()} == dict.fromkeys(right, True), right
+    assert {kind: sum(hits) >= 5 for kind, hits in right.items()} == dict.fromkeys(right, True), right
     with vtprune.patch(model, "divprune", keep=0.25) as handle:
         model.generate(**inputs, max_new_tokens=1, do_sample=False)
         assert [len(unit.idx) for unit in handle.last.units] == [64]
@@ -197,7 +198,7 @@ def test_the_model_looks_and_can_be_pruned(asked: list[mid.Question]) -> None:
 
 @pytest.mark.slow
 def test_the_commands_take_it(tmp_path: Path) -> None:
-    some = ["--mid", "--limit", "4", "--capability", "color", "--keep", "0.25", "--seeds", "1"]
+    some = ["--mid", "--limit", "2", "--capability", "color", "--keep", "0.25", "--seeds", "1"]
     done = CliRunner().invoke(app, ["eval", *some, "--method", "divprune", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
     assert "the mid model" in (tmp_path / "eval.md").read_text()

@@ -504,11 +504,16 @@ def recorded(way: str, module: nn.Module, x: Tensor, tmp_path: Any) -> Any:
     return onnx(module, x, way == "onnx", tmp_path)
 
 
-@pytest.mark.parametrize("way", ["export", "trace", "onnx-legacy", pytest.param("onnx", marks=pytest.mark.slow)])
+EXPORTED = [
+    *[("timm-deit", m) for m in ("tome", "diffrate", "zero_tprune", "topk_cls", "token_transforming")],
+    *[("vit", "tome"), ("dinov3", "tome"), ("dinov2-backbone", "tome"), ("timm-gap", "diffrate")],
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "method"),
-    [("timm-deit", m) for m in ("tome", "diffrate", "zero_tprune", "topk_cls", "token_transforming")]
-    + [("vit", "tome"), ("dinov3", "tome"), ("dinov2-backbone", "tome"), ("timm-gap", "diffrate")],
+    ("name", "method", "way"),
+    [(*case, way) for case in EXPORTED for way in ("export", "trace")]
+    + [(*case, way) for case in EXPORTED[:2] for way in ("onnx-legacy", "onnx")],
 )
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
