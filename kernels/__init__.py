@@ -23,7 +23,7 @@ def _step_aside() -> bool:
 if __name__ != "kernels" or not _step_aside():
     from .attention import attention_received, attention_rows
     from .compact import Compacted, compact
-    from .dispatch import best_first, full_precision, recorded, recording, use
+    from .dispatch import best_few, best_first, full_precision, recorded, recording, use
     from .dpp_greedy import dpp_greedy
     from .facility_greedy import facility_greedy
     from .farthest_point import farthest_point
@@ -38,6 +38,7 @@ if __name__ != "kernels" or not _step_aside():
         "HostCopy",
         "attention_received",
         "attention_rows",
+        "best_few",
         "best_first",
         "check",
         "check_finite",

@@ -142,27 +142,31 @@ def _together(problems: Sequence[Problem], budget: int) -> Tensor:
 
 
 def _in_blocks(problem: Problem, budget: int) -> Tensor:
-    """[budget] picks of one problem on the CPU; left, whole and factor as in `_together`."""
+    """[budget] picks of one problem on the CPU; left and whole as in `_together`, factor [k, N] of this round alone."""
     rows, own = problem
     left, whole, least = own.clone(), own.clone(), RANK * own
-    factor = rows.new_empty(budget, len(rows))
+    # A round has no more picks than rows have channels, but for rounding.
+    factor = rows.new_empty(min(budget, rows.shape[1]), len(rows))
     picks: list[int] = []
-    begun = 0
+    held = 0
     with full_precision(rows.device):
         while len(picks) < budget:
             if not left.amax() > 0:
-                left, begun = whole.clone(), len(picks)
-            past = factor[begun : len(picks)]
+                left, held = whole.clone(), 0
+            past = factor[:held]
             foreseen, lower = _foresee(rows, left, least, past, budget - len(picks))
             table = rows.index_select(0, foreseen) @ rows.T
             if len(past):
                 table.addmm_(past.index_select(1, foreseen).T, past, alpha=-1)
-            block = factor[len(picks) : len(picks) + len(foreseen)]
+            if held + len(foreseen) > len(factor):
+                factor = torch.cat([factor, factor.new_empty(len(foreseen), len(rows))])
+            block = factor[held : held + len(foreseen)]
             block.copy_(torch.linalg.solve_triangular(lower, table, upper=False))
             left -= block.square().sum(0)
             left.masked_fill_(left < least, 0.0)
             left.masked_fill_(whole.index_fill_(0, foreseen, -torch.inf) == -torch.inf, -torch.inf)
             picks += foreseen.tolist()
+            held += len(foreseen)
     return torch.tensor(picks)
 
 

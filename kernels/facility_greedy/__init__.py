@@ -42,8 +42,9 @@ def facility_greedy(
     temperature, scale: finite and > 0.
     excluded: one bool tensor [N_i] per problem: columns that are picked last, when all others have been picked.
     memory: "fast" holds M, (M_i + N_i) x N_i in float32; "low" makes rows of features again whenever their best
-        changes, and holds a few hundred of them at a time; "auto" is "fast" while M takes at most 64 MiB (N = 4096) and
-        "low" beyond it. The picks are the same, but for scores that differ by the rounding of float32 cosines.
+        changes, and holds a few hundred of them at a time; "auto" holds as many rows as take 1 GiB (all up to N =
+        16384) and makes the others, but on a GPU it is "fast" up to 64 MiB (N = 4096) and "low" beyond. The picks are
+        the same, but for scores that differ by the rounding of float32 cosines.
     Returns one int64 tensor [budgets[i]] per problem: distinct indices in pick order. Scores that differ by less than
     3e-7 of the largest tie, or without weights and temperature by less than 3e-7 * scale (two tokens that cover nothing
     but each other gain the same), and ties go to the lower index. A gain that rounding leaves counts as none. The

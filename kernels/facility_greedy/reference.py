@@ -17,7 +17,8 @@ Combine = Literal["multiply", "add"]
 
 MARGIN = 3e-7  # scores closer than this, in proportion to the largest, tie
 SLACK = 3e-7  # two tokens that cover nothing but each other have equal sums of cosines, up to rounding
-TABLE_BYTES = 1 << 26  # memory="auto": the whole matrix of a problem
+TABLE_BYTES = 1 << 26  # memory="auto", on a GPU: the whole matrix of a problem
+HELD_BYTES = 1 << 30  # memory="auto", on the CPU: as many rows of it as that takes
 OF_COSINES = 1e-7  # what rounding leaves of a gain, in proportion to N rows of cosines
 OF_SOFTMAX = 1e-6  # the same, in proportion to a column of mean weight
 OF_ROWS = 1e-9  # the same where the matrix is given, in proportion to the largest gain of the first pick
@@ -27,8 +28,8 @@ TINY = 1e-15
 class Problem(NamedTuple):
     """One problem, prepared: the rows [M, N] that were given, unit features [N, D] or None, and how they count.
 
-    whole: all rows of the matrix are held, those of the features before those given. floor: None where it follows from
-    the largest gain of the first pick. weight [N] float32, excluded [N] bool.
+    held: how many rows of features are kept as rows of the matrix, the last ones; the others are made when they are
+    needed. floor: None where it follows from the largest gain of the first pick. weight [N] float32, excluded [N] bool.
     """
 
     given: Tensor
@@ -37,7 +38,7 @@ class Problem(NamedTuple):
     scale: float
     weight: Tensor | None
     excluded: Tensor | None
-    whole: bool
+    held: int
     floor: float | None
 
     @property
@@ -59,6 +60,16 @@ class Problem(NamedTuple):
     def m(self) -> int:
         """Rows."""
         return self.pairs + self.given.shape[0]
+
+    @property
+    def made(self) -> int:
+        """Rows that are made when they are needed; those that are held come behind them."""
+        return self.pairs - self.held
+
+    @property
+    def whole(self) -> bool:
+        """All rows are held."""
+        return not self.made
 
 
 @torch.no_grad()
@@ -173,10 +184,17 @@ def prepare(
         if weight is not None and combine == "multiply":
             weight = (weight / weight.amax().clamp(min=LEAST)).clamp(min=LEAST)
         floor = None if unit is None else scale * (OF_COSINES * n if temperature is None else OF_SOFTMAX / n)
-        whole = unit is None or memory == "fast" or (memory == "auto" and 4 * (m + n) * n <= TABLE_BYTES)
+        held = 0 if unit is None else _held(m, n, own.is_cuda, memory)
         out = None if excluded is None else excluded[i]
-        found.append(Problem(own.float(), unit, temperature, scale, weight, out, whole, floor))
+        found.append(Problem(own.float(), unit, temperature, scale, weight, out, held, floor))
     return found
+
+
+def _held(m: int, n: int, on_gpu: bool, memory: Memory) -> int:
+    """How many rows of n features are held, beside m rows that were given."""
+    if on_gpu and memory == "auto":
+        return n if 4 * (m + n) * n <= TABLE_BYTES else 0
+    return {"fast": n, "low": 0, "auto": min(n, max(0, HELD_BYTES // (4 * n) - m))}[memory]
 
 
 def groups(problems: Sequence[Problem]) -> list[list[int]]:
@@ -214,18 +232,24 @@ def normaliser(p: Problem, cosines: Tensor) -> Tensor | None:
 
 
 def normalisers(p: Problem) -> Tensor:
-    """[N]: `normaliser` of all rows of the features, a block of rows at a time."""
+    """[made]: `normaliser` of the rows that are made, a block of rows at a time."""
     assert p.unit is not None
-    parts = [normaliser(p, block) for block in _products(p.unit, p.unit.split(BLOCK))]
+    parts = [normaliser(p, block) for block in _products(p.unit, p.unit[: p.made].split(BLOCK))]
     return torch.cat([part for part in parts if part is not None])[:, 0]
 
 
 def fill(p: Problem, out: Tensor) -> None:
-    """Write the whole matrix into out [M, N]."""
-    if p.unit is not None:
-        for block in fill_gram(p.unit, out[: p.n]).split(BLOCK):
+    """Write the rows that are held into out [M - made, N]."""
+    if p.unit is not None and p.held:
+        blocks = out[: p.held].split(BLOCK)
+        if p.whole:
+            fill_gram(p.unit, out[: p.n])
+        else:
+            for block, product in zip(blocks, _products(p.unit, p.unit[p.made :].split(BLOCK))):
+                block.copy_(product)
+        for block in blocks:
             shaped(p, block, normaliser(p, block))
-    out[p.pairs :] = p.given
+    out[p.held :] = p.given
 
 
 def scores(cover: Tensor, floor: Tensor, weight: Tensor | None, excluded: Tensor | None, combine: Combine) -> Tensor:
@@ -283,12 +307,11 @@ def greedy(problems: Sequence[Problem], budget: int, combine: Combine) -> Tensor
 
 def _on_host(p: Problem, budget: int, combine: Combine) -> Tensor:
     """[1, budget] picks of one problem on the CPU, where the rows that have changed can be told from the others."""
-    made = 0 if p.whole else p.n  # rows of the matrix that are made when they are needed; the table holds the others
     table = p.given
-    if p.whole and p.unit is not None:
-        table = table.new_empty(p.m, p.n)
+    if p.held:
+        table = table.new_empty(p.m - p.made, p.n)
         fill(p, table)
-    log = normalisers(p)[:, None] if made and p.temperature is not None else None
+    log = normalisers(p)[:, None] if p.made and p.temperature is not None else None
     weight, free = None if p.weight is None else p.weight.double(), torch.zeros(p.n, dtype=torch.float64)
     picks: list[int] = []
     best = table.new_zeros(p.m)
@@ -298,7 +321,7 @@ def _on_host(p: Problem, budget: int, combine: Combine) -> Tensor:
         if picks:
             free[picks[-1]] = -torch.inf
             column = table[:, picks[-1]]
-            if made:
+            if p.made:
                 column = torch.cat([_made_column(p, log, picks[-1]), column])
             nearer = torch.maximum(best, column)
             if len(picks) == 1:  # the first pick covers nearly all rows better
@@ -320,20 +343,19 @@ def _on_host(p: Problem, budget: int, combine: Combine) -> Tensor:
 
 
 def _made_column(p: Problem, log: Tensor | None, pick: int) -> Tensor:
-    """[N]: one column of the rows that are made of features."""
+    """[made]: one column of the rows that are made when they are needed."""
     assert p.unit is not None
     with full_precision(p.unit.device):
-        column = torch.mv(p.unit, p.unit[pick])
+        column = torch.mv(p.unit[: p.made], p.unit[pick])
     return shaped(p, column[:, None], log)[:, 0]
 
 
 def _some(p: Problem, table: Tensor, log: Tensor | None, at: Tensor) -> Tensor:
     """Rows `at` (ascending) of the matrix, copied from the table or made: log says how."""
-    if p.whole:
-        return table.index_select(0, at)
-    assert p.unit is not None
-    held = at[at >= p.n] - p.n
+    held = at[at >= p.made] - p.made
     first = at[: len(at) - len(held)]
+    if p.unit is None or not len(first):
+        return table.index_select(0, held)
     (block,) = _products(p.unit, [p.unit.index_select(0, first)])
     block = shaped(p, block, None if log is None else log.index_select(0, first))
     return torch.cat([block, table.index_select(0, held)]) if len(held) else block
@@ -373,7 +395,7 @@ def _all_gains(p: Problem, table: Tensor, log: Tensor | None, best: Tensor) -> T
     made = p.m - len(table)
     cover = gains(table[None], best[None, made:, None])[0]
     if made and p.unit is not None:
-        for start, block in zip(range(0, made, BLOCK), _products(p.unit, p.unit.split(BLOCK))):
+        for start, block in zip(range(0, made, BLOCK), _products(p.unit, p.unit[:made].split(BLOCK))):
             at = slice(start, start + BLOCK)
             block = shaped(p, block, None if log is None else log[at])
             cover += column_sums(block.sub_(best[:made][at, None]).clamp_(min=0))

@@ -1,4 +1,7 @@
-"""Volume and coverage in plain torch: O(k^2 N) for the volume, O(N) for each row that a pick comes closer to."""
+"""Volume and coverage in plain torch: O(k^2 N) for the volume, O(N) for each row that a pick comes closer to.
+
+Where more rows are picked than they have channels D, the volume takes O(k D N) and no k x N matrix (`_Inverse`).
+"""
 
 from __future__ import annotations
 
@@ -144,8 +147,7 @@ def greedy(problems: Sequence[Problem], budget: int, ridge: float) -> Tensor:
     """[B, budget] picks; the tail of a problem with fewer rows than that is meaningless, but in range.
 
     table: [B, M, N] similarities of the rows to cover; best: [B, M, 1] the largest one of each to a picked row.
-    left: [B, N] d_j, and -inf once a row is picked. factor: [B, k, N] the rows of a Cholesky factor of S + ridge I,
-    whose squares are what the picks took from d.
+    left: [B, N] d_j, and -inf once a row is picked.
     """
     one, at = problems[0].rows, problems[0].covered
     sizes = [p.rows.shape[0] for p in problems]
@@ -160,24 +162,24 @@ def greedy(problems: Sequence[Problem], budget: int, ridge: float) -> Tensor:
         left[i, :n] = torch.linalg.vector_norm(problem.rows, dim=1).square() + ridge
         weight[i, :n] = problem.weight
         floors[i].fill_(FLOOR * min(m, n))
-    offset = torch.arange(count, device=one.device) * width
-    factor = one.new_empty(count, budget, width)
+    on_host = width > TOGETHER and not one.is_cuda
+    alone = on_host or at is not None  # what shares its loop takes one form, however many it shares it with
+    volume: _Inverse | _Factor
+    if alone and budget > one.shape[1]:
+        volume = _Inverse(problems[0], table, ridge)
+    else:
+        volume = _Factor(problems, table, budget)
     picks = torch.empty(budget, count, dtype=torch.int64, device=one.device)
     best = one.new_zeros(count, m, 1)
     cover = gains(table, best)  # sums here, means in the formula: only ratios matter
     with full_precision(one.device):
         for step, pick in enumerate(picks):
             pick.copy_(best_row(cover.clamp(min=floors).float().mul_(weight).mul_(left)))
-            row = _row(problems, table, pick, offset)  # [B, N]
-            taken = row[:, None]
-            if step:
-                column = factor[:, :step].gather(2, pick.view(-1, 1, 1).expand(-1, step, 1)).mT
-                taken = torch.baddbmm(taken, column, factor[:, :step], alpha=-1)
             own = left.gather(1, pick[:, None]).clamp_(min=ridge)  # it is never less, but for rounding
-            factor[:, step] = taken = taken[:, 0] * own.rsqrt_()
+            taken, near = volume.take(pick, own)
             left.addcmul_(taken, taken, value=-1).scatter_(1, pick[:, None], -torch.inf)
-            nearer = torch.maximum(best, (row if at is None else row.index_select(1, at))[:, :, None])
-            if step and width > TOGETHER and not one.is_cuda:  # choosing rows waits for the device
+            nearer = torch.maximum(best, near[:, :, None])
+            if step and on_host:  # choosing rows waits for a device
                 _lower(cover[0], table[0], best[0], nearer[0])
             else:  # the first pick comes closer to all rows
                 cover = gains(table, nearer)
@@ -191,12 +193,48 @@ def best_row(score: Tensor, margin: float = MARGIN, slack: float = 0.0) -> Tenso
     return (score >= top - margin * top.abs() - slack).view(torch.uint8).argmax(1)
 
 
-def _row(problems: Sequence[Problem], table: Tensor, pick: Tensor, offset: Tensor) -> Tensor:
-    """[B, N]: the similarities of the picked rows with all rows."""
-    if problems[0].covered is None:
-        return table.flatten(0, 1).index_select(0, pick + offset)
-    rows = problems[0].rows
-    return torch.mv(rows, rows.index_select(0, pick)[0])[None]
+class _Factor:
+    """What picks take from d, by a Cholesky factor of S + ridge I: its rows [B, k, N], one for each pick."""
+
+    def __init__(self, problems: Sequence[Problem], table: Tensor, budget: int) -> None:
+        self.rows, self.covered, self.table = problems[0].rows, problems[0].covered, table
+        self.factor, self.step = table.new_empty(len(problems), budget, table.shape[2]), 0
+        self.offset = torch.arange(len(problems), device=table.device) * table.shape[2]
+
+    def take(self, pick: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, N], whose squares the picks [B] take from d, own [B, 1] theirs; and their likeness [B, M] to the rows."""
+        if self.covered is None:
+            row = near = self.table.flatten(0, 1).index_select(0, pick + self.offset)
+        else:
+            row = torch.mv(self.rows, self.rows.index_select(0, pick)[0])[None]
+            near = row.index_select(1, self.covered)
+        taken, past = row[:, None], self.factor[:, : self.step]
+        if self.step:
+            column = past.gather(2, pick.view(-1, 1, 1).expand(-1, self.step, 1)).mT
+            taken = torch.baddbmm(taken, column, past, alpha=-1)
+        self.factor[:, self.step] = taken = taken[:, 0] * own.rsqrt()
+        self.step += 1
+        return taken, near
+
+
+class _Inverse:
+    """The same of one problem by the inverse [D, D] of I + X_P^T X_P / ridge, X_P the picked rows: no k x N matrix.
+
+    d_j = ridge + x_j^T inverse x_j for the rows x (Woodbury's identity). In float64, as errors add up over the picks.
+    """
+
+    def __init__(self, problem: Problem, table: Tensor, ridge: float) -> None:
+        self.rows, self.table, self.ridge = problem.rows, table, ridge
+        self.inverse = torch.eye(self.rows.shape[1], dtype=torch.float64, device=table.device)
+
+    def take(self, pick: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        """As `_Factor.take`; the own d of the pick is known here to more digits."""
+        x = self.rows.index_select(0, pick)[0].double()
+        left = self.inverse @ x
+        own = self.ridge + x @ left
+        taken = torch.mv(self.rows, (left * own.rsqrt()).float())
+        self.inverse.addr_(left, left / own, alpha=-1)
+        return taken[None], self.table.index_select(2, pick)[:, :, 0]
 
 
 def _lower(cover: Tensor, table: Tensor, old: Tensor, new: Tensor) -> None:

@@ -55,7 +55,7 @@ class Watch(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         self.reads += func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "item", "equal")
         for made in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(made, Tensor):
+            if isinstance(made, Tensor) and made.layout == torch.strided:
                 self.largest = max(self.largest, made.numel())
         return out
 

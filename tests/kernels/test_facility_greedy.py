@@ -223,9 +223,23 @@ def test_memory_is_bounded(temperature: float | None) -> None:
         largest[memory] = watch.largest
     assert largest == {"fast": n * n, "low": volume.BLOCK * n}
     made = [
-        reference.prepare([torch.ones(n, 1)], None, None, "multiply", None, 1.0, None, "auto") for n in (4096, 4097)
+        reference.prepare([torch.ones(n, 1)], None, None, "multiply", None, 1.0, None, "auto")[0].held
+        for n in (16384, 16385, 65536)
     ]
-    assert [problem.whole for (problem,) in made] == [True, False]
+    assert made == [16384, 16383, 4096]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.2, "scale": 0.5, "rows": [rows_of(9, 300)]}])
+def test_a_part_of_the_rows_is_held(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the memory that there is, the other rows are made when they are needed: the same picks."""
+    x, weights = clustered(300, 12), weights_of(300)
+    whole = facility_greedy([x], [60], weights=[weights], **options)[0]
+    for held in (299, 150, 20):
+        monkeypatch.setattr(reference, "HELD_BYTES", 4 * 300 * (held + 9 * bool(options)))
+        monkeypatch.setattr(reference, "BLOCK", 16)
+        with Watch() as watch:
+            assert torch.equal(facility_greedy([x], [60], weights=[weights], **options)[0], whole)
+        assert watch.largest == 300 * (held + 9 * bool(options))
 
 
 @pytest.mark.parametrize(

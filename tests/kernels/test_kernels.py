@@ -13,7 +13,15 @@ from greedy import Watch, clustered
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vtprune.kernels import attention_received, attention_rows, check_finite, deferring, farthest_point
+from vtprune.kernels import (
+    attention_received,
+    attention_rows,
+    best_few,
+    best_first,
+    check_finite,
+    deferring,
+    farthest_point,
+)
 from vtprune.kernels.farthest_point import reference
 
 OBJECTIVES = ("maxmin", "maxsum")
@@ -345,3 +353,12 @@ def test_no_cliff_and_no_matrix_in_a_long_clip(objective: str, monkeypatch: pyte
     with Products() as products:
         reference.first_in_blocks(reference.unit_rows(clustered(n, d))[0])
     assert products.count < n * n * d / 2, "each pair is compared once at most, and most are not needed"
+
+
+def test_the_first_few_are_those_of_a_stable_sort() -> None:
+    """Equal scores, zeros of either sign and infinities among them."""
+    g = torch.Generator().manual_seed(0)
+    kinds = torch.tensor([-torch.inf, -2.5, -1e-40, -0.0, 0.0, 1e-40, 2.5, torch.inf])
+    for scores in (kinds[torch.randint(8, (5, 50), generator=g)], torch.randn(3, 50, generator=g), torch.zeros(2, 50)):
+        for count in (0, 1, 9, 50):
+            assert torch.equal(best_few(scores, count), best_first(scores)[:, :count])

@@ -162,6 +162,21 @@ def test_large_problems_on_the_cpu_take_the_other_form(monkeypatch: pytest.Monke
     assert torch.equal(alone, together)
 
 
+@pytest.mark.parametrize("ridge", [0.01, 0.3])
+@pytest.mark.parametrize("memory", MEMORY)
+def test_more_picks_than_channels(memory: str, ridge: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU a problem alone then holds an inverse of channels x channels, and no matrix of picks x rows."""
+    monkeypatch.setattr(reference, "FEW", 7)
+    monkeypatch.setattr(reference, "TOGETHER", 0)
+    covered = seven_of(60) if memory == "low" else None
+    for d, k in ((5, 12), (4, 60), (12, 40)):
+        x, weights = clustered(60, d), weights_of(60)
+        with Watch() as watch:
+            picks = volume_coverage([x], [k], weights=[weights], ridge=ridge, memory=memory)[0].tolist()
+        assert watch.largest == 60 * (60 if covered is None else max(7, d))
+        assert picks == oracles.volume_coverage(x, k, weights.tolist(), ridge=ridge, covered=covered)
+
+
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     n, k = 1200, 40
     with Watch() as low:

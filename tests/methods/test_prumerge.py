@@ -113,7 +113,7 @@ def test_the_token_of_the_rest_is_their_weighted_sum():
 
 
 def test_likenesses_in_blocks_equal_those_at_once(monkeypatch):
-    import vtprune.methods.pre_llm.prumerge as module
+    import vtprune.methods.shared.nearest as module
 
     v = unit(40, 15)
     at_once = PruMerge()(v)

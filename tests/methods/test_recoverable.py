@@ -19,7 +19,7 @@ import vtprune
 from vtprune import Assignment, Signal, Visual
 from vtprune.evals import parity
 from vtprune.methods.lof import outliers
-from vtprune.methods.shared import anchors as absorb
+from vtprune.methods.shared import nearest
 from vtprune.methods.text import prompt_similarity
 
 CLS, KEYS, RECEIVED = Signal("cls_full", -1), Signal("keys", -1), Signal("received", -1, without_cls=True)
@@ -194,7 +194,7 @@ def test_budget(budget: int, faithful: bool) -> None:
 def test_blocks_of_centres_change_nothing(cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
     v = unit(150, 4)
     whole = vtprune.create("recoverable")(v).apply(v.x)
-    monkeypatch.setattr(absorb, "CELLS", cells)
+    monkeypatch.setattr(nearest, "CELLS", cells)
     assert torch.allclose(vtprune.create("recoverable")(v).apply(v.x), whole, atol=1e-6)
 
 

@@ -220,9 +220,20 @@ def encoded_signals(stage: Stage, unit: Members, slots: Tensor, order: Tensor | 
     found = {}
     for need in stage.needs:
         if all(need in g.unit.signals for g in unit):
-            joined = torch.cat([g.unit.signals[need].to(g.origin.device).index_select(0, g.origin) for g in unit])
+            joined = _joined([_left_of(g, g.unit.signals[need]) for g in unit])
             found[need] = joined if order is None else joined.index_select(0, order)
     return found
+
+
+def _left_of(group: TokenGroup, signal: Tensor) -> Tensor:
+    """What is left of an image's signal [n, ...]; it is not copied while that is all of it."""
+    signal = signal.to(group.origin.device)
+    return signal if group.left == group.unit.n else signal.index_select(0, group.origin)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors one after the other; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _take(
@@ -271,4 +282,4 @@ def side_by_side(features: Sequence[Tensor], units: Sequence[Unit], rows: int) -
     parts: list[list[Tensor]] = [[] for _ in range(rows)]
     for x, unit in zip(features, units):
         parts[unit.row].append(x)
-    return [torch.cat(row) for row in parts]
+    return [_joined(row) for row in parts]

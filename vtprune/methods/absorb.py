@@ -1,6 +1,5 @@
 """The old import path of `vtprune.methods.shared.anchors`."""
 
-from .shared.anchors import CELLS as CELLS
 from .shared.anchors import merge_into_anchors as absorb
 
-__all__ = ["CELLS", "absorb"]
+__all__ = ["absorb"]

@@ -105,12 +105,21 @@ class HoloV(Method):
     def _scores(self, x: Tensor, a: Tensor, held: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """Score of every token [P, L], and its mean over each run [P]; x: [P, L, D], 0 where nothing is held."""
         x = x / (x.norm(dim=-1, keepdim=True) + EPS)
-        alike = x @ x.mT
-        alike.diagonal(dim1=1, dim2=2).zero_()
         others, each = (sizes - 1).clamp(min=1)[:, None], sizes[:, None]
-        mean = alike.sum(2) / others
-        spread = ((alike - mean[..., None]).square() * held[:, None]).sum(2) / others * held
+        own = x.square().sum(-1)  # cosine with itself, in the place of which the score has a 0
+        middle = x.sum(1, keepdim=True) / each[..., None]
+        about = (x * middle).sum(-1)
+        mean = (each * about - own) / others
+        spread = _squares(x, (x - middle) * held[..., None]) + each * (about - mean).square()
+        spread = (spread + own * (2 * mean - own)).clamp(min=0) / others * held
         attention = 1000 * a
         scale = attention.sum(1, keepdim=True).abs() / each / (spread.sum(1, keepdim=True) / each + EPS)
         score = attention + self.alpha * spread * scale
         return score, score.sum(1) / sizes
+
+
+def _squares(x: Tensor, y: Tensor) -> Tensor:
+    """[P, L]: for each row of x [P, L, D] the sum of its squared products with the rows of y; at most L x D held."""
+    if x.shape[1] <= x.shape[2]:
+        return (x @ y.mT).square().sum(2)
+    return ((x @ (y.mT @ y)) * x).sum(2)

@@ -17,7 +17,6 @@ from ...kernels import check_finite
 from ...registry import register_own as register
 from .. import (
     Fallback,
-    best_first,
     budget_of,
     check_choices,
     check_counts,
@@ -27,13 +26,13 @@ from .. import (
     signal_of,
 )
 from ..shared.counting import ranks, share_of
+from ..shared.nearest import likest
 from ..shared.raster import evenly
 
 Variant = Literal["plus", "base"]
 Order = Literal["positional", "official"]
 CLS, KEYS = Signal("cls_full", -1), Signal("keys", -1)
 RECEIVED = Signal("received", -1, without_cls=True)
-CELLS = 2**24  # likenesses held at once
 
 
 class _Plan(NamedTuple):
@@ -144,14 +143,9 @@ class PruMerge(Method):
         turn = torch.arange(total, device=order.device)
         row = turn if self.order == "official" else torch.searchsorted(idx, order)
         centres, few = order[:count], min(self.nearest, n - 1)
-        taken = torch.cat([_likest(some, keys)[:, :few] for some in centres.split(max(1, CELLS // n))])
+        taken = likest(keys, centres, few)
         rest = ranked[count:] if total > count else ranked[:0]
         src = torch.cat([centres, taken.flatten(), rest])
         dst = torch.cat([row[:count], row[:count].repeat_interleave(few), row[count:].expand(len(rest))])
         w = torch.cat([torch.ones_like(a[:count]), a[taken.flatten()], a[rest]])
         return Assignment(idx, order, src, dst, w, a)
-
-
-def _likest(centres: Tensor, keys: Tensor) -> Tensor:
-    """[c, N]: all tokens by the likeness of their keys to each centre's, itself last."""
-    return best_first((keys[centres] @ keys.mT).scatter(1, centres[:, None], -torch.inf))

@@ -17,7 +17,7 @@ from ...core.visual import Assignment, Visual
 from ...kernels import check_finite
 from ...registry import register_own as register
 from .. import best_first, budget_of, check_choices, select, signal_of
-from ..shared.doubles import survivor_quota, survivors
+from ..shared.doubles import mean_likeness, survivor_quota, survivors
 from ..shared.principal import principal_parts
 from ..shared.text import note
 
@@ -55,8 +55,7 @@ class PruneSID(Method):
 
     All is computed in float64, so that a choice does not hang on the device. As officially for LLaVA each crop has its
     own budget and newlines are dropped. A share is rounded to a count, half to even; the official code for Qwen2-VL
-    keeps 16 tokens at least. A GPU is waited for where it finds the directions. Memory grows with the square of a
-    unit's tokens.
+    keeps 16 tokens at least. A GPU is waited for where it finds the directions and counts the groups.
 
     The official code renumbers position ids, positions="compact". (That for Qwen2-VL keeps them.)
     """
@@ -107,7 +106,7 @@ class PruneSID(Method):
             return select(torch.arange(n, device=features.device), scores)
         order = torch.arange(first, device=features.device)
         if n > first:
-            picked = self._pick(n, n - first, features[first:].double(), None if scores is None else scores[first:])
+            picked = self._pick(n, n - first, features[first:], None if scores is None else scores[first:])
             order = torch.cat([order, picked + first])
         if self.order == "positional":
             return select(order, scores)
@@ -115,23 +114,23 @@ class PruneSID(Method):
         return Assignment(order.sort().values, order, order, shown, torch.ones_like(features[:n, 0]), scores)
 
     def _pick(self, budget: int, n: int, x: Tensor, scores: Tensor | None) -> Tensor:
-        """n of the rows of x [N, C] float64, group by group; the rule's counts are of the whole `budget`."""
+        """n of the rows of x [N, C], group by group; the rule's counts are of the whole `budget`."""
         seed = None if self.directions == "exact" else self.seed
         parts = principal_parts(x, max(budget // 4, 4 if scores is None else 1), seed)
-        group, unit = parts.argmax(1), normalize(x, dim=1)
-        alike = unit @ unit.T
-        if scores is None:
-            score = parts.gather(1, group[:, None])[:, 0]
-            theta = max(18 * budget / len(x), 1.0) * alike.triu().mean()
-        else:
-            score, pairs = scores.double(), len(x) * (len(x) - 1) / 2
-            theta = budget / 32 * alike.triu(1).sum() / pairs
+        group = parts.argmax(1)
+        score = parts.gather(1, group[:, None])[:, 0] if scores is None else scores.double()
+        empty = torch.zeros(parts.shape[1], dtype=torch.int64, device=x.device)
+        del parts
+        size = empty.scatter_add(0, group, torch.ones_like(group))
+        unit = normalize(x.detach().double(), dim=1)
+        theta = mean_likeness(unit, itself=scores is None)
+        theta *= budget / 32 if scores is not None else max(18 * budget / len(x), 1.0)
         order = best_first(score)
-        alive = survivors(((alike > theta) & (group[:, None] == group))[order][:, order])
-        ranked = order[best_first(alive.to(torch.int8))]
+        members = order[group[order].argsort(stable=True)].split(size.tolist())
+        alive = torch.cat([survivors(unit[some], theta) for some in members if len(some)])
+        alive = torch.empty_like(alive).scatter(0, torch.cat(members), alive)
+        ranked = order[best_first(alive[order].to(torch.int8))]
         of, at = group[ranked].sort(stable=True)
         rank = torch.arange(len(of), device=of.device) - torch.searchsorted(of, of)
-        empty = torch.zeros(parts.shape[1], dtype=torch.int64, device=x.device)
-        size = empty.scatter_add(0, group, torch.ones_like(group))
-        quota = survivor_quota(empty.scatter_add(0, group[order], alive.long()), size, budget, n)
+        quota = survivor_quota(empty.scatter_add(0, group, alive.long()), size, budget, n)
         return ranked[at][best_first((rank < quota[of]).to(torch.int8))[:n]]

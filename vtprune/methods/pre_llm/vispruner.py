@@ -27,6 +27,7 @@ from .. import (
     select,
     signal_of,
 )
+from ..shared.thinning import thinned
 
 HIDDEN = Signal("hidden", None)
 
@@ -48,8 +49,8 @@ class VisPruner(Method):
     compares in the model's dtype, and fails where a row has an odd number of tokens.
 
     The first version of the paper, FasterVLM, is the attention part alone: `cls_topk` with layer=None keeps its tokens,
-    as important=1.0 does. As in the official code each crop has its own budget and newlines are dropped. Memory grows
-    with the square of a unit's tokens, and there is a round for every `step` tokens that leave.
+    as important=1.0 does. As in the official code each crop has its own budget and newlines are dropped. All pairs of
+    tokens are compared, and there is a round for every `step` tokens that leave.
 
     The official code renumbers position ids, positions="compact".
 
@@ -89,12 +90,7 @@ class VisPruner(Method):
         ranked, count = best_first(scores), int(self.important * n)
         left = n - count
         row = ranked[count:] if left else ranked[:0]
-        if len(row) > left:
-            unit = normalize(features.double(), dim=1)
-            alike = unit @ unit.T
-            while len(row) > left:
-                even, odd = row[0::2], row[1::2]
-                leave = min(self.step, len(row) - left, len(even))
-                most = alike.index_select(0, even).index_select(1, odd).amax(1)
-                row = torch.cat([even[best_first(most)[leave:]], odd])
+        while len(row) > left:
+            unit = normalize(features.detach()[row].double(), dim=1)
+            row = row[thinned(unit, left, self.step)]
         return select(torch.cat([ranked[:count], row]), scores)

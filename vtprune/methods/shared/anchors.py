@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from ...core.visual import Assignment
-
-CELLS = 2**24  # likenesses held at once
+from .nearest import likest
 
 
 def merge_into_anchors(
@@ -38,8 +37,7 @@ def merge_into_anchors(
     total, n, device = len(anchors), len(candidates), candidates.device
     row, turn, index = came.argsort(), torch.arange(total, device=device), torch.arange(n, device=device)
     centres, rows = anchors[total - max_merge_anchors : -1], row[total - max_merge_anchors : -1]
-    blocks = centres.split(max(1, CELLS // n))
-    taken = torch.cat([_nearest(some, candidates, keys, bias)[:, :per_anchor] for some in blocks])
+    taken = likest(keys, centres, min(per_anchor, n), among=candidates, bias=bias)
     merging = turn >= total - n_merge_anchors  # the host makes room for the most there can be; the others stay whole
     others = candidates[taken] & (taken != centres[:, None])
     weight = scores[taken] * others * merging[total - max_merge_anchors : -1, None]
@@ -53,10 +51,3 @@ def merge_into_anchors(
         w=torch.cat([(~last).float(), weight.flatten(), scores * loose]),
         scores=scores,
     )
-
-
-def _nearest(centres: Tensor, candidates: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
-    """[c, N]: all tokens by their likeness to each centre, the other candidates first."""
-    others = candidates & (torch.arange(len(candidates), device=candidates.device) != centres[:, None])
-    likeness = (keys[centres] @ keys.mT + bias).masked_fill(~others, -torch.inf)
-    return likeness.argsort(dim=1, descending=True, stable=True)

@@ -9,13 +9,31 @@ from torch import Tensor
 
 from .. import best_first
 
+ROWS = 128  # products of doubles held at once: ROWS x the tokens of a group
 
-def survivors(doubles: Tensor) -> Tensor:
-    """[N] bool: who is left if each of N in turn, unless it is out, throws out its later doubles [N, N] bool."""
-    alive = torch.ones_like(doubles[0])
-    for i, later in enumerate(doubles.triu(1)):
-        alive = alive & ~(later & alive[i])
+
+def survivors(unit: Tensor, theta: Tensor) -> Tensor:
+    """[M] bool: who is left if each of M in turn, unless it is out, throws out its later doubles.
+
+    unit: [M, C] rows of length one; those whose product is above theta [] are doubles.
+    """
+    alive = torch.ones_like(unit[:, 0], dtype=torch.bool)
+    for start in range(0, len(unit), ROWS):
+        doubles = (unit[start : start + ROWS] @ unit[start:].T > theta).triu(1)
+        rest = alive[start:]
+        for i, later in enumerate(doubles):
+            rest &= ~(later & rest[i])
     return alive
+
+
+def mean_likeness(unit: Tensor, itself: bool) -> Tensor:
+    """[] mean cosine of two different rows of unit [N, C], or of the whole matrix with zeros below its diagonal.
+
+    The sum over all pairs is the square of the sum of the rows: no N x N matrix is made.
+    """
+    pairs, own = unit.sum(0).square().sum(), torch.linalg.vector_norm(unit).square()
+    n = len(unit)
+    return (pairs + own) / (2 * n * n) if itself else (pairs - own) / (n * (n - 1))
 
 
 def survivor_quota(alive: Tensor, size: Tensor, budget: int, n: int) -> Tensor:

@@ -9,13 +9,13 @@ from ...kernels import to_device
 
 
 def principal_parts(x: Tensor, count: int, seed: int | None = None) -> Tensor:
-    """|V| [N, count] float64: how much of each row of x [N, C] float64 is in each principal direction, largest first.
+    """|V| [N, count] float64: how much of each row of x [N, C] is in each principal direction, largest first.
 
-    The matrix is sigmoid(x)^T [C, N] with every column centred. There are no more directions than min(N, C); those in
-    which nothing varies are zero. seed: None for the exact ones, else a randomised decomposition.
+    The matrix is sigmoid(x)^T [C, N] in float64 with every column centred. There are no more directions than min(N, C);
+    those in which nothing varies are zero. seed: None for the exact ones, else a randomised decomposition.
     """
-    rows = x.sigmoid()
-    rows = rows - rows.mean(1, keepdim=True)
+    rows = x.detach().double().sigmoid()  # directions have no gradient
+    rows -= rows.mean(1, keepdim=True)
     n, c = rows.shape
     count = min(count, n, c)
     if seed is not None:
@@ -23,8 +23,9 @@ def principal_parts(x: Tensor, count: int, seed: int | None = None) -> Tensor:
     values, found = torch.linalg.eigh(rows @ rows.T if n <= c else rows.T @ rows)
     values, found = values.flip(0)[:count], found.flip(1)[:, :count]
     if n > c:
-        found = rows @ found / values.clamp(min=torch.finfo(values.dtype).tiny).sqrt()
-    return torch.where(values > 1e-12 * values[:1], found.abs(), 0.0)
+        found = rows @ found
+        found /= values.clamp(min=torch.finfo(values.dtype).tiny).sqrt()
+    return found.abs_().masked_fill_(values <= 1e-12 * values[:1], 0.0)
 
 
 def _random_parts(rows: Tensor, count: int, seed: int) -> Tensor:
