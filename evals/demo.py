@@ -41,7 +41,7 @@ def run(
     """Answer `limit` questions a capability, dense and pruned; returns the report and the files written.
 
     which: a name of `TOYS`; "video" asks about generated clips. every: with all methods; those that the model of clips
-    cannot take are noted. Else with six.
+    cannot take are noted. Else with six. demo.json grows with every method that is done.
     """
     from vtprune.evals.pictures import film_gallery, gallery
 
@@ -52,9 +52,14 @@ def run(
     model, processor = toy(which).load("cpu")
     questions: Sequence[Any] = toy(which).questions(per_capability=limit)
     title = f"{TOYS[which][0].upper()}{TOYS[which][1:]}, dense and pruned"
+
+    def save(report: AccuracyReport) -> Path:
+        report.kind = "demo"
+        return report.save(out / "demo.json")
+
     report = evaluate(
         model, processor, questions, methods, keeps, seeds=1, title=title, progress=progress,
-        workers=min(4, os.cpu_count() or 1), skip=video, prompts=4,
+        workers=min(4, os.cpu_count() or 1), skip=video, prompts=4, finished=save,
     )  # fmt: skip
     report.notes = (caveat(which), *report.notes)
     ran = {row["method"] for row in report.rows}
@@ -62,5 +67,5 @@ def run(
     overlay = (film_gallery if video else gallery)(model, processor, questions, drawn, keep=keeps[-1])
     out.mkdir(parents=True, exist_ok=True)
     overlay.save(out / "overlay.png")
-    files = [report.save(out / "demo.json"), report.plot(out / "pareto.png"), out / "overlay.png"]
+    files = [save(report), report.plot(out / "pareto.png"), out / "overlay.png"]
     return report, files

@@ -1,9 +1,8 @@
 """What can be told of a model before anything of it is run: `vtprune inspect`.
 
 Config and processor are read, weights never: the model is built on the meta device, which holds shapes alone. The
-document, whose `schema` is "vtprune.inspect/1":
+document, which `--json` prints behind its schema, "vtprune.inspect/1", and the version of vtprune:
 
-    schema, version     of this document, and of vtprune
     model               as it was named; class, model_type as its config says
     prunable, reason    false with one sentence where there is nothing to prune, or it cannot be done exactly
     family              status: "tested", "same shape", "refused" or "unknown"; note; tested: one sentence;
@@ -17,7 +16,7 @@ document, whose `schema` is "vtprune.inspect/1":
     methods             [{"name", "seam", "takes": bool, "reason", "note"}], the reason where it is refused
     notes               what could not be told, and why
 
-All but schema, version, model, class, model_type, prunable, reason, family and notes are null where nothing is pruned;
+All but model, class, model_type, prunable, reason, family and notes are null where nothing is pruned;
 numbers that nobody knows are null as well.
 """
 
@@ -42,7 +41,6 @@ from vtprune.model_adapters import families
 from vtprune.model_adapters.base import Adapter
 from vtprune.types import VtpruneError
 
-SCHEMA = "vtprune.inspect/1"
 KEEPS = (0.25, 0.11)
 PROMPT = "What does it show?"
 BOUND = (
@@ -66,7 +64,7 @@ def inspect(name: str, seen: Any, prompt: str | None = None) -> dict[str, Any]:
     kind = getattr(config, "model_type", None) or "unknown"
     known = next((k for k in families() if k.model_type == kind), None)
     document: dict[str, Any] = {
-        "schema": SCHEMA, "version": vtprune.__version__, "model": name, "class": _class_of(config), "model_type": kind,
+        "model": name, "class": _class_of(config), "model_type": kind,
         "prunable": False, "reason": None,
         "family": {
             "status": known.status if known else "unknown", "note": known.note if known else None,

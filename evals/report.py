@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -15,8 +16,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from typing_extensions import Self
 
 Row = dict[str, Any]
+
+
+def as_document(kind: str, body: Row) -> Row:
+    """`body` as commands print and save it: behind the name of its schema, and the version of vtprune that made it.
+
+    kind: the command, with the option that changes what is told: "bench", "bench-overhead". What each holds stands in
+    examples/guides/results.md.
+    """
+    import vtprune
+
+    return {"schema": f"vtprune.{kind}/1", "version": vtprune.__version__, **body}
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a JSON file, whole or not at all, in a folder that is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 @dataclass
@@ -32,23 +53,34 @@ class Report:
     environment: Row = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    kind = ""  # names the schema of the JSON, see `as_document`; every report that is printed or saved has one
+
     @property
     def body(self) -> Row:
-        """What the JSON holds."""
+        """What the JSON holds behind schema and version."""
         return {"title": self.title, "environment": self.environment, "notes": list(self.notes), "rows": self.rows}
 
     def to_json(self) -> str:
         """Everything, as one JSON object; NaN never appears (a missing value is null)."""
-        return json.dumps(self.body, indent=1, allow_nan=False)
+        return json.dumps(as_document(self.kind, self.body), indent=1, allow_nan=False)
 
     def save(self, path: str | Path) -> Path:
         """Write `to_json()` to `path`, folders included, and return the path; whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_text(self.to_json() + "\n")
-        part.replace(path)
-        return path
+        write_json(Path(path), as_document(self.kind, self.body))
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote, so that a run can be gone on with; ValueError for any other file."""
+        try:
+            return cls.of_body(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} holds nothing that can be gone on with: name another folder") from error
+
+    @classmethod
+    def of_body(cls, body: Row) -> Self:
+        """The report of such a `body`."""
+        return cls(body["title"], body["rows"], body["environment"], tuple(body["notes"]))
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """(header, lines) of the printed table; reports with a better layout override this."""
@@ -115,6 +147,23 @@ def environment(device: str, dtype: str, batch: int, **more: Any) -> Row:
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **more,
     }
+
+
+def check_same(before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str], file: str) -> None:
+    """ValueError where what the file holds was measured with another value of one of `names` than it is now."""
+    for name in names:
+        if before.get(name) != now[name]:
+            raise ValueError(
+                f"what is there was measured with {name} {before.get(name)}, and now it is {now[name]}: name another "
+                f"folder, or delete {file} in this one"
+            )
+
+
+def resumed(before: Row, now: Row, names: Iterable[str], file: str) -> Row:
+    """The environment of a run that is gone on with, all its commits named; ValueError as `check_same` says."""
+    check_same(before, now, names, file)
+    commits = [*(before["commit"] or "").split(", "), now["commit"]]
+    return {**before, "commit": ", ".join(dict.fromkeys(filter(None, commits))) or None}
 
 
 def one_line(env: Mapping[str, Any]) -> str:

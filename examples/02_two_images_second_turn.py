@@ -4,6 +4,7 @@ import torch
 
 import vtprune
 from vtprune.evals import tiny
+from vtprune.model_adapters.cache_argument import NAME  # "cache"; before transformers 5.24 "past_key_values"
 
 model, processor = tiny.load()
 first, second = tiny.questions(per_capability=2, capabilities=["shape"])
@@ -20,5 +21,5 @@ print("tokens written:", cache.get_seq_length(), " tokens stored:", cache.layers
 
 more = processor.tokenizer("how many shapes are there ? answer:", return_tensors="pt", add_special_tokens=False)
 ids = torch.cat([out.sequences, more["input_ids"]], dim=1)
-reply = model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=4, do_sample=False)
+reply = model.generate(input_ids=ids, **{NAME: cache}, max_new_tokens=4, do_sample=False)
 print("second turn:", processor.decode(reply[0, ids.shape[1] :], skip_special_tokens=True))

@@ -1,7 +1,7 @@
 """LoRA on a pruned model: adapters learn on a quarter of the visual tokens, and the loss falls."""
 
 import torch
-from peft import LoraConfig, get_peft_model  # pip install peft
+from peft import LoraConfig, inject_adapter_in_model  # pip install peft
 
 import vtprune
 from vtprune.evals import tiny
@@ -16,12 +16,12 @@ batch = processor(
 labels = batch["input_ids"].clone()
 labels[:, :-1] = -100  # only the answer counts, and the processor pads on the left
 
-adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"])).train()
-handle = vtprune.patch(adapted, "random", keep=0.05)  # finds the model inside the adapters
-optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], lr=3e-3)
+model = inject_adapter_in_model(LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), model)
+handle = vtprune.patch(model.train(), "random", keep=0.05)  # as well of a PeftModel, which holds the model
+optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
 losses = []
 for _ in range(8):
-    loss = adapted(**batch, labels=labels).loss
+    loss = model(**batch, labels=labels).loss
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -31,10 +31,10 @@ print(handle.summary())
 handle.remove()
 
 # Refused: checkpointing runs a layer again for its gradients, which a stage inside the LLM cannot follow.
-(getattr(adapted, "activation_checkpointing_enable", None) or adapted.gradient_checkpointing_enable)()  # its old name
+(getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()  # its old name
 for method in ("fastv", "divprune"):
-    with vtprune.patch(adapted, method, keep=0.25):
+    with vtprune.patch(model, method, keep=0.25):
         try:
-            print(method, "with checkpointing: loss", round(adapted(**batch, labels=labels).loss.item(), 3))
+            print(method, "with checkpointing: loss", round(model(**batch, labels=labels).loss.item(), 3))
         except vtprune.UnsupportedCall as error:
             print(f"{method} is refused: {error}")

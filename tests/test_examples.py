@@ -19,20 +19,23 @@ SAYS = {
     "06_lora": "fastv is refused: gradient checkpointing re-runs decoder layers",
     "07_pipeline": "refused: this model is already patched",
     "08_offload": "fastv, weights on meta: equal logits: True",
+    "09_trainer": "13    5.1%",
 }
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
 def test_example_runs_and_prints_what_it_promises(path: Path) -> None:
-    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-W", "error::FutureWarning", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert SAYS[path.stem] in done.stdout
     if path.stem.startswith("02"):
         written, stored = map(int, re.search(r"written: (\d+)  tokens stored: (\d+)", done.stdout).groups())
         assert written - stored == 2 * (256 - 64)
-    if path.stem.startswith("06"):
+    if path.stem[:2] in ("06", "09"):
         losses = [float(text) for text in re.search(r"loss: ([\d. ]+)", done.stdout).group(1).split()]
         assert losses[-1] < 0.5 * losses[0]
+    if path.stem.startswith("06"):
         assert "divprune with checkpointing: loss" in done.stdout
     if path.stem.startswith("07"):
         assert done.stdout.count("64   25.0%") == 4

@@ -19,7 +19,7 @@ SAYS = {
     "examples/guides/choose.md": r"(?s)0\.5 128 .*0\.25 64 .*0\.11 28 .*16 16 ",
     "examples/guides/evaluate.md": r"(?s)auto.*divprune",
     "examples/guides/extend.md": r"(?s)^64\n.*\[(\d+, ){7}\d+\]",
-    "examples/guides/results.md": r"sparsevlm \d+ \d+ of 256",
+    "examples/guides/results.md": r"(?s)sparsevlm \d+ \d+ of 256.*vtprune\.methods/1 \d",
     "examples/guides/serve.md": r"# HELP",
     "examples/guides/video.md": r"(?s)auto: \d+ of \d+ tokens.*evs: \d+ of",
     "examples/guides/vision_transformers.md": r"(?s)rows behind every block: \[.*one row a patch again: \(2, 197",

@@ -32,7 +32,7 @@ from vtprune.evals.accuracy.rows import (
     with_accuracy_kept,
 )
 from vtprune.evals.accuracy.rows import _rows as _rows
-from vtprune.evals.report import Row, environment, share
+from vtprune.evals.report import Row, environment, resumed, share
 from vtprune.evals.video import Video
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ __all__ = [
 
 KEEPS = (0.5, 0.25, 0.11, 0.05)
 VIDEO_KEEPS = (0.25, 0.15, 0.1)
+SETTINGS = ("asked", "parameters", "device", "dtype", "batch", "seeds", "new_tokens")  # of a run that is gone on with
 
 
 def evaluate(
@@ -113,7 +114,8 @@ def evaluate(
     env |= {"asked": _digest(exam.questions), "seeds": seeds, "new_tokens": new_tokens}
     report = AccuracyReport(title, [], env, (*NOTES, *left_out, *deep), kinds=asked.tolist())
     if before is not None:
-        report.environment, report.rows, report.answers = _same(before, env), before.rows, before.answers
+        report.environment = resumed(before.environment, env, SETTINGS, "eval.json")
+        report.rows, report.answers = before.rows, before.answers
         there = {(one["method"], one["keep"]) for one in before.answers}
         todo = [plan for plan in todo if (plan.label, plan.keep) not in there]
     marks: list[tuple[Marks, Marks]] = []
@@ -204,19 +206,6 @@ def _digest(questions: Sequence[Question]) -> str:
         pixels = seen.frames if isinstance(seen, Video) else seen
         found.update(f"{q.capability}\n{q.prompt}\n{q.answer}\n".encode() + pixels.tobytes())
     return found.hexdigest()[:16]
-
-
-def _same(before: AccuracyReport, env: Row) -> Row:
-    """The environment of a run that is gone on with; ValueError where the run is another one."""
-    old = before.environment
-    for name in ("asked", "parameters", "device", "dtype", "batch", "seeds", "new_tokens"):
-        if old.get(name) != env[name]:
-            raise ValueError(
-                f"what is there was measured with {name} {old.get(name)}, and now it is {env[name]}: name another "
-                "folder, or delete eval.json in this one"
-            )
-    commits = dict.fromkeys([*str(old["commit"]).split(", "), str(env["commit"])])
-    return {**old, "commit": ", ".join(commits)}
 
 
 _exam: Exam | None = None  # of this worker process

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import string
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +16,9 @@ from vtprune.evals.accuracy.exam import Marks
 from vtprune.evals.costs import NOTES as COST_NOTES
 from vtprune.evals.report import Report, Row, one_line, share
 from vtprune.evals.tasks.resampling import resampled
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 NOTES = (
     "answer right: generation begins with the answer; stopped right: it is exactly the answer, then the end token.",
@@ -202,6 +204,8 @@ class AccuracyReport(Report):
     answers: list[Row] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
 
+    kind = "eval"
+
     @property
     def body(self) -> Row:
         names = list(dict.fromkeys(self.kinds))
@@ -209,15 +213,11 @@ class AccuracyReport(Report):
         return {**super().body, "answers": self.answers, "kinds": kinds}
 
     @classmethod
-    def load(cls, path: str | Path) -> AccuracyReport:
-        """Read what `save` wrote; ValueError for any other file."""
-        try:
-            read = json.loads(Path(path).read_text())
-            names, asked = read["kinds"]["names"], read["kinds"]["asked"]
-            kinds = [names[_ORDER.index(letter)] for letter in asked]
-            return cls(read["title"], read["rows"], read["environment"], tuple(read["notes"]), read["answers"], kinds)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no evaluation that can be gone on with: name another folder") from error
+    def of_body(cls, body: Row) -> Self:
+        report = super().of_body(body)
+        report.answers, names = body["answers"], body["kinds"]["names"]
+        report.kinds = [names[_ORDER.index(letter)] for letter in body["kinds"]["asked"]]
+        return report
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         names = list(dict.fromkeys(row["capability"] for row in self.rows))

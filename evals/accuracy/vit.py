@@ -38,6 +38,8 @@ NOTES = (
 class VitReport(Report):
     """Rows of dense and methods; `matched` says for each method the fastest row within the allowed loss."""
 
+    kind = "eval-vit"
+
     def matched(self) -> dict[str, Row | None]:
         """By method the row of highest speed among those that lose at most LOSS points of probe accuracy."""
         dense, names = self.rows[0], dict.fromkeys(row["method"] for row in self.rows[1:])

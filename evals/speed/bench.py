@@ -7,7 +7,7 @@ leave. What the numbers mean: the notes in `tables`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from tqdm import tqdm
 import vtprune
 from vtprune.evals.report import environment
 from vtprune.evals.speed import geometries
-from vtprune.evals.speed.flops import TextCost, counted, peak
+from vtprune.evals.speed.flops import Card, TextCost, counted, peak
 from vtprune.evals.speed.limits import Limits, Samples, Variant, row_of
 from vtprune.evals.speed.meter import Allocated, Phases, now, seconds
 from vtprune.evals.speed.prefill import MODES, Bucketed
@@ -115,13 +115,15 @@ def bench(
     new_tokens: int = 16,
     skip: bool = False,
     progress: bool = True,
+    finished: Callable[[BenchReport], object] = lambda _: None,
 ) -> BenchReport:
     """Time dense, every method at every keep and every recipe, interleaved; medians over `repeats` after one warm-up.
 
     recipes: files that `Recipe.load` reads.
     prefill: ways to run the text model's prefill, of "eager", "graph" (CUDA graphs) and "compile"; the latter two at
     lengths rounded up to `bucket`. A way that a method does not allow is left out and noted.
-    skip: leave out and note methods that this model cannot take, instead of raising.
+    skip: leave out and note methods that this model cannot take, instead of raising. finished: is given the report so
+    far after every round, which holds all methods once.
 
     Raises ValueError for an unknown way, UnsupportedModel or UnsupportedCall as `vtprune.patch` does.
     """
@@ -137,6 +139,8 @@ def bench(
             if variant.prefill == "eager" and not skip:
                 raise
             left_out.append(f"Not run: {variant.label} at {variant.keep}, {variant.prefill}: {error}")
+    report = _without_rows(what, left_out)
+    card = peak(what.model.device, what.model.dtype)
     floors = Floors({mode: [] for mode in ("eager", *runners)})
     with tqdm(total=(repeats + 1) * len(samples), unit="run", disable=not progress) as bar:
         for repeat in range(repeats + 1):
@@ -150,7 +154,10 @@ def bench(
                         _generate(what, into, new_tokens, handle)
                 bar.update()
             floors.measure(what, runners, keep=repeat > 0)
-    return _report(what, samples, floors, repeats, left_out)
+            if repeat > 0:
+                _tell(report, what, samples, floors, card, repeat)
+                finished(report)
+    return report
 
 
 @dataclass
@@ -233,17 +240,8 @@ def _weigh(what: Subject, variant: Variant, into: Samples) -> None:
         into.peak_bytes = allocated.peak
 
 
-def _report(
-    what: Subject, samples: dict[Variant, Samples], floors: Floors, repeats: int, left_out: list[str]
-) -> BenchReport:
+def _without_rows(what: Subject, left_out: list[str]) -> BenchReport:
     model, device = what.model, what.model.device
-    text = TextCost.of(model.config.get_text_config(), width=torch.finfo(model.dtype).bits // 8)
-    one_token = {mode: median(times) for mode, times in floors.one_token.items()}
-    vision_flops = next(iter(samples.values())).vision_flops
-    card = peak(device, model.dtype)
-    limits = Limits(card, text, vision_flops, median(floors.vision), one_token, what.batch)
-    text_tokens = what.tokens - what.visual
-    rows = [row_of(v, s, samples[Variant("dense", prefill=v.prefill)], limits, text_tokens) for v, s in samples.items()]
     dtype = str(model.dtype).removeprefix("torch.")
     env = environment(
         device.type,
@@ -256,8 +254,23 @@ def _report(
         attention=model.config._attn_implementation,
         tokens=what.tokens,
         visual_tokens=what.visual,
-        repeats=repeats,
-        limits=limits.to_json(),
     )
+    text_tokens = what.tokens - what.visual
     title = f"{what.name}, {what.visual} visual + {text_tokens} text tokens, batch {what.batch}, {dtype}"
-    return BenchReport(title, rows, env, notes_of(what.shrunk, device.type, left_out))
+    return BenchReport(title, [], env, notes_of(what.shrunk, device.type, left_out))
+
+
+def _tell(
+    report: BenchReport, what: Subject, samples: dict[Variant, Samples], floors: Floors, card: Card, rounds: int
+) -> None:
+    """Write what that many rounds have shown into the report."""
+    model = what.model
+    text = TextCost.of(model.config.get_text_config(), width=torch.finfo(model.dtype).bits // 8)
+    one_token = {mode: median(times) for mode, times in floors.one_token.items()}
+    vision_flops = next(iter(samples.values())).vision_flops
+    limits = Limits(card, text, vision_flops, median(floors.vision), one_token, what.batch)
+    text_tokens = what.tokens - what.visual
+    report.rows = [
+        row_of(v, s, samples[Variant("dense", prefill=v.prefill)], limits, text_tokens) for v, s in samples.items()
+    ]
+    report.environment |= {"repeats": rounds, "limits": limits.to_json()}

@@ -65,6 +65,8 @@ def hooks(
 class HooksReport(BenchReport):
     """One row: medians with and without hooks, and their ratio."""
 
+    kind = "bench-hooks"
+
     def cells(self) -> tuple[list[str], list[list[str]]]:
         return Report.cells(self)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, cast
@@ -19,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 import vtprune
-from vtprune.evals.report import Row, environment, share
+from vtprune.evals.report import Row, check_same, environment, resumed, share
 from vtprune.evals.speed import geometries
 from vtprune.evals.speed.bench import Subject
 from vtprune.evals.speed.bench_parts import PartsReport
@@ -38,9 +37,13 @@ from vtprune.types import VtpruneError
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from typing_extensions import Self
 
 GRIDS = (24, 48)  # patches of a side: 576 and 2,304 visual tokens
 KEEP = 0.11
+FILE = "overhead.json"
+# What has to be as it was where a run is gone on with.
+SETTINGS = ("cpu", "gpu", "device", "dtype", "batch", "versions", "shrunk", "layers", "keep", "repeats", "steps")
 NOTES = (
     "overhead: a patched prefill minus the stock model on as many tokens in every layer of tower and LLM, which tokens "
     "chosen for nothing; of dense: as a share of the dense prefill. keep=1.0: a patched prefill that keeps all tokens "
@@ -93,27 +96,33 @@ def overhead(
     grow: Sequence[str] = (),
     loops: bool = False,
     progress: bool = True,
+    finished: Callable[[OverheadReport], object] = lambda _: None,
+    before: OverheadReport | None = None,
 ) -> OverheadReport:
     """A row for each model and method; the methods that a model refuses stand in `refused` with the reason.
 
     subjects: what makes each model when its turn comes, so that one at a time is in memory. keep: below 1. grow: the
-    methods whose growth is measured (`growth`), on Linux. loops: also the selections against plain loops.
+    methods whose growth is measured (`growth`), on Linux. loops: also the selections against plain loops. finished: is
+    given the report so far whenever a method is done. before: such a report, to go on with; ValueError where it is of
+    another machine or other settings.
     """
-    rows: list[Row] = []
-    refused: list[Row] = []
-    env: Row = {}
+    report = before or OverheadReport(f"What pruning costs, {share(keep)} kept", [])
+    settings: Row = {"keep": keep, "repeats": repeats, "steps": steps}
     for make in subjects:
         runs = len(methods) * (repeats + 1)
         with one_thread(), torch.inference_mode(), tqdm(total=runs, desc="model", disable=not progress) as bar:
             what = make()
-            env = _environment(what, env)
+            there = report.enter(what, settings)
             for name in methods:
                 bar.set_description(f"{what.name}: {name}")
+                if name in there:
+                    bar.update(repeats + 1)
+                    continue
                 try:
                     forms = Forms(what, name, keep, steps)
                 except (VtpruneError, ValueError) as error:
-                    reason = " ".join(str(error).split())
-                    refused.append({"geometry": what.name, "method": name, "reason": reason})
+                    report.refuse(what, name, error)
+                    finished(report)
                     bar.update(repeats + 1)
                     continue
                 bar.update()
@@ -121,13 +130,18 @@ def overhead(
                 for _ in range(repeats):
                     forms.measure(rounds)
                     bar.update()
-                rows.append(_row(what, name, keep, forms.lengths, rounds))
+                report.rows.append(_row(what, name, keep, forms.lengths, rounds))
+                finished(report)
         del what
-    grown = growth(grow, keep, progress=progress) if grow and sys.platform == "linux" else []
-    raced = [*plain_loops(progress=progress), segmentation()] if loops else []
-    title = f"What pruning costs, {share(keep)} kept"
-    notes = (*filter(None, (env["shrunk"],)), *NOTES, *(_refusal(row) for row in refused))
-    return OverheadReport(title, rows, env | {"repeats": repeats}, notes, refused, grown, raced)
+    grown = {row["method"] for row in report.growth}
+    for name in grow if sys.platform == "linux" else ():
+        if name not in grown:
+            report.growth += growth(name, keep, progress=progress)
+            finished(report)
+    if loops and not report.loops:
+        report.loops = [*plain_loops(progress=progress), segmentation()]
+        finished(report)
+    return report
 
 
 class Forms:
@@ -213,19 +227,6 @@ def _row(what: Subject, method: str, keep: float | int, lengths: Lengths, seen: 
     }
 
 
-def _environment(what: Subject, before: Row) -> Row:
-    names = [*before.get("geometries", ()), what.name]
-    dtype = str(what.model.dtype).removeprefix("torch.")
-    return environment(
-        what.model.device.type, dtype, what.batch, geometry="overhead", geometries=names, shrunk=what.shrunk or None,
-        layers=what.model.config.get_text_config().num_hidden_layers,
-    )  # fmt: skip
-
-
-def _refusal(row: Row) -> str:
-    return f"Not run: {row['method']} on {row['geometry']}: {row['reason']}"
-
-
 @dataclass
 class OverheadReport(BenchReport):
     """A row for each model and method. refused: the methods that a model does not take, with the reason.
@@ -237,9 +238,42 @@ class OverheadReport(BenchReport):
     growth: list[Row] = field(default_factory=list)
     loops: list[Row] = field(default_factory=list)
 
+    kind = "bench-overhead"
+
     @property
     def body(self) -> Row:
         return super().body | {"refused": self.refused, "growth": self.growth, "loops": self.loops}
+
+    @classmethod
+    def of_body(cls, body: Row) -> Self:
+        report = super().of_body(body)
+        report.refused, report.growth, report.loops = body["refused"], body["growth"], body["loops"]
+        return report
+
+    def enter(self, what: Subject, settings: Row) -> set[str]:
+        """Begin with a model, or go on with it; the methods that are done with there."""
+        dtype = str(what.model.dtype).removeprefix("torch.")
+        layers = what.model.config.get_text_config().num_hidden_layers
+        shape = {"shrunk": what.shrunk or None, "layers": layers}
+        now = environment(
+            what.model.device.type, dtype, what.batch, geometry="overhead", geometries=[], **shape, **settings
+        )
+        if self.environment:
+            self.environment = resumed(self.environment, now, SETTINGS, FILE)
+        else:
+            self.environment, self.notes = now, (*filter(None, (what.shrunk,)), *NOTES)
+        if what.name not in self.environment["geometries"]:
+            self.environment["geometries"].append(what.name)
+        rows = [row for row in self.rows if row["geometry"] == what.name]
+        for row in rows:
+            check_same(row, {"visual": what.visual}, ("visual",), FILE)
+        return {row["method"] for row in [*rows, *(row for row in self.refused if row["geometry"] == what.name)]}
+
+    def refuse(self, what: Subject, method: str, error: Exception) -> None:
+        """Write down that a model does not take a method, and why."""
+        reason = " ".join(str(error).split())
+        self.refused.append({"geometry": what.name, "method": method, "reason": reason})
+        self.notes = (*self.notes, f"Not run: {method} on {what.name}: {reason}")
 
     def tables(self) -> list[Table]:
         tables = super().tables()
@@ -260,12 +294,9 @@ class OverheadReport(BenchReport):
 
         return bars(self.rows, self.title, path)
 
-    def write(self, folder: str | Path) -> Path:
-        """Save the JSON and, beside it, the picture, in a folder of the day under `folder`."""
-        path = super().write(Path(folder) / f"{date.today()}-overhead")
-        if self.rows:
-            self.plot(path.with_suffix(".png"))
-        return path
+    def file_name(self) -> str:
+        """Of every run the same: a run that stopped goes on there."""
+        return FILE
 
 
 def _line(row: Row) -> list[str]:

@@ -40,6 +40,8 @@ def _selection(device: str) -> list[Row]:
 class PartsReport(BenchReport):
     """A line a comparison; what rows hold differs, so the line names it."""
 
+    kind = "bench-parts"
+
     def cells(self) -> tuple[list[str], list[list[str]]]:
         def told(row: Row) -> str:
             return ", ".join(f"{name}={show(value)}" for name, value in row.items() if value is not None)

@@ -1,6 +1,6 @@
 """How the selection alone grows with the clip: `vtprune bench --overhead` for every method before the LLM.
 
-A process of its own measures, so that a method which takes too long or too much is stopped and the others go on.
+A process of its own measures each, so that one which takes too long or too much is stopped and the others go on.
 """
 
 from __future__ import annotations
@@ -37,38 +37,34 @@ CLIFF = 1.5
 
 
 def growth(
-    methods: Sequence[str],
+    method: str,
     keep: float | int,
     *,
     frames: Sequence[int] = FRAMES,
     seconds: float = SECONDS,
     progress: bool = True,
 ) -> list[Row]:
-    """A row for each method and clip, and one with the reason where a method is stopped."""
+    """A row for each clip, the last one with the reason if the method is stopped there."""
     rows: list[Row] = []
-    task = json.dumps([list(methods), keep, list(frames), seconds])
+    task = json.dumps([method, keep, list(frames), seconds])
     code = "import sys; from vtprune.evals.speed.growth import _child; _child(sys.argv[1])"
     with (
         subprocess.Popen([sys.executable, "-c", code, task], stdout=subprocess.PIPE, text=True) as child,
-        tqdm(total=len(methods) * len(frames), disable=not progress, desc="growth") as bar,
+        tqdm(total=len(frames), disable=not progress, desc=f"growth: {method}") as bar,
     ):
         assert child.stdout is not None
         try:
             for line in child.stdout:
                 rows.append(json.loads(line))
-                bar.set_description(f"growth: {rows[-1]['method']}")
-                bar.n = (1 + methods.index(rows[-1]["method"])) * len(frames) if rows[-1]["stopped"] else bar.n + 1
-                bar.refresh()
+                bar.update()
         except BaseException:
             child.kill()
             raise
     if child.returncode:
         reason = f"the process of the measurement ended with status {child.returncode}"
-        for name in methods:
-            own = [row for row in rows if row["method"] == name]
-            if len(own) < len(frames) and not (own and own[-1]["stopped"]):
-                t = frames[len(own)]
-                rows.append({"method": name, "keep": keep, "frames": t, "n": t * SIDE**2, "stopped": reason})
+        if len(rows) < len(frames) and not (rows and rows[-1]["stopped"]):
+            t = frames[len(rows)]
+            rows.append({"method": method, "keep": keep, "frames": t, "n": t * SIDE**2, "stopped": reason})
     return rows
 
 
@@ -93,14 +89,13 @@ def _cell(row: Row) -> str:
 
 def _child(task: str) -> None:
     """Print a row a line."""
-    methods, keep, frames, seconds = json.loads(task)
+    method, keep, frames, seconds = json.loads(task)
     signal.signal(signal.SIGPROF, _late)
     data = int(_status("VmData")) + MEMORY
     resource.setrlimit(resource.RLIMIT_DATA, (data, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     with one_thread(), torch.inference_mode():
-        for method in methods:
-            for row in _rows(method, keep, frames, seconds):
-                print(json.dumps(row), flush=True)
+        for row in _rows(method, keep, frames, seconds):
+            print(json.dumps(row), flush=True)
 
 
 class _TooLong(Exception):

@@ -240,6 +240,8 @@ def _row(method: str, keep: float | int | None, rounds: Sequence[Round], dense: 
 class ServingReport(BenchReport):
     """A line a budget; times in ms, median and 95th percentile."""
 
+    kind = "bench-serve"
+
     def cells(self) -> tuple[list[str], list[list[str]]]:
         header = ["method", "kept", "prompt tokens", "answer tokens", "requests/s", "faster", "TTFT ms", "p95"]
         return [*header, "latency ms", "p95", "RSS MiB"], [_line(row) for row in self.rows]

@@ -36,6 +36,8 @@ NOTES = (
 class BenchReport(Report):
     """Timings by method and keep."""
 
+    kind = "bench"
+
     def cells(self) -> tuple[list[str], list[list[str]]]:
         gain = "faster (roof, stack)"
         header = ["method", "kept", "TTFT ms", gain, "prefill ms", gain, "selector ms (of prefill)", "decode ms", gain]

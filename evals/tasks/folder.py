@@ -10,12 +10,13 @@ eval.json, timing.json       the tables: scores, which a second run repeats, and
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote
+
+from vtprune.evals.report import write_json
 
 SCHEMA, VERSION = "vtprune.eval", 1
 Line = dict[str, Any]
@@ -36,7 +37,7 @@ class ResultFolder:
         document = {"schema": SCHEMA, "version": VERSION, **document}
         if not (self.path / "run.json").exists():
             self.path.mkdir(parents=True, exist_ok=True)
-            write(self.path / "run.json", document)
+            write_json(self.path / "run.json", document)
             return
         found = self.document()
         keys = [key for key in document if key not in ("environment", "cells") and found.get(key) != document[key]]
@@ -48,7 +49,7 @@ class ResultFolder:
         for cell in new:
             _check_new(cell, found["cells"], self.path)
         if new:
-            write(self.path / "run.json", {**found, "cells": [*found["cells"], *new]})
+            write_json(self.path / "run.json", {**found, "cells": [*found["cells"], *new]})
 
     def check_ours(self) -> None:
         """Raise ValueError where the folder holds other things than an evaluation, among which ours would be lost."""
@@ -102,12 +103,12 @@ class ResultFolder:
 
     def finish(self, task: str, cell: str, end: Line) -> None:
         """Mark a cell as finished."""
-        write(self._file(task, cell, ".json"), end)
+        write_json(self._file(task, cell, ".json"), end)
         self._file(task, cell, ".failed.json").unlink(missing_ok=True)
 
     def fail(self, task: str, cell: str, error: str) -> None:
         """Write down why a cell could not be finished."""
-        write(self._file(task, cell, ".failed.json"), {"error": error})
+        write_json(self._file(task, cell, ".failed.json"), {"error": error})
 
     def picture(self, task: str, cell: str, sample: str) -> Path:
         """Where a drawing of what was kept of a sample belongs."""
@@ -125,14 +126,6 @@ def _check_new(cell: Line, known: Iterable[Line], path: Path) -> None:
                 f"{path} holds {cell['label']} pruning by {_short(other['prunes'])}, and now it is "
                 f"{_short(cell['prunes'])}: name another folder or delete this one"
             )
-
-
-def write(file: Path, document: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    part.replace(file)
 
 
 def _line(line: Line) -> str:

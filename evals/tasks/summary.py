@@ -10,7 +10,7 @@ import numpy as np
 
 from vtprune.evals.report import Report, Row, one_line, share
 from vtprune.evals.tasks import scores, wording
-from vtprune.evals.tasks.folder import ResultFolder, write
+from vtprune.evals.tasks.folder import ResultFolder
 from vtprune.evals.tasks.gather import Asked, gather, on_all
 from vtprune.evals.tasks.scores import MEAN
 from vtprune.evals.tasks.timings import mean_times, timed
@@ -29,6 +29,12 @@ TIMES = (
 )
 
 
+class Times(Report):
+    """Times by task, method and budget."""
+
+    kind = "eval-times"
+
+
 @dataclass
 class Summary(Report):
     """Scores as rows, beside `timing`, their times; `document` is what run.json says.
@@ -37,12 +43,13 @@ class Summary(Report):
     which the order of a sum shows.
     """
 
-    timing: Report = field(default_factory=lambda: Report("", []))
+    timing: Times = field(default_factory=lambda: Times("", []))
     document: Row = field(default_factory=dict)
+
+    kind = "eval-data"
 
     @property
     def body(self) -> Row:
-        """What eval.json holds."""
         return {"title": self.title, "rows": self.rows, "notes": list(self.notes)}
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
@@ -69,9 +76,8 @@ class Summary(Report):
 
     def write(self, folder: ResultFolder) -> None:
         """Write eval.json, timing.json and eval.md into the folder."""
-        write(folder.path / "eval.json", self.body)
-        times = {"environment": self.timing.environment, "rows": self.timing.rows, "notes": list(self.timing.notes)}
-        write(folder.path / "timing.json", times)
+        self.save(folder.path / "eval.json")
+        self.timing.save(folder.path / "timing.json")
         told = [f"# {self.title}", self.to_markdown(), *self.notes, one_line(self.environment)]
         (folder.path / "eval.md").write_text("\n\n".join(told) + "\n", encoding="utf-8")
 
@@ -96,7 +102,7 @@ def summarise(folder: ResultFolder) -> Summary:
     times = [timed(asked) for asked in tasks]
     times_of_all = [*(row for of_task in times for row in of_task), *mean_times(tasks, times)]
     environment = document.get("environment", {})
-    timing = Report(f"Times of {document['model']}", times_of_all, environment, TIMES)
+    timing = Times(f"Times of {document['model']}", times_of_all, environment, TIMES)
     return Summary(f"Evaluation of {document['model']}", rows, environment, tuple(notes), timing, document)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from vtprune.evals.report import Report, Row, share
-from vtprune.evals.tasks.folder import ResultFolder, write
+from vtprune.evals.tasks.folder import ResultFolder
 from vtprune.evals.tasks.gather import title
 from vtprune.evals.tasks.wording import verdict
 from vtprune.evals.tuning.search import Target, Trial, Tuning, resampled_drops
@@ -35,6 +35,8 @@ class TuneReport(Report):
     tried: list[Row] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
+    kind = "tune"
+
     @property
     def sentence(self) -> str:
         """The recommendation, or that nothing meets the targets and what comes nearest."""
@@ -50,8 +52,7 @@ class TuneReport(Report):
         return f"Nothing meets {self.target.words}. Nearest comes {told}."
 
     @property
-    def document(self) -> Row:
-        """What tune.json holds."""
+    def body(self) -> Row:
         target = {"max_drop": self.target.max_drop, "ttft": self.target.ttft, "speedup": self.target.speedup}
         return {
             "title": self.title, "target": target, "sentence": self.sentence, "recommended": self.recommended,
@@ -59,18 +60,13 @@ class TuneReport(Report):
             "environment": self.environment,
         }  # fmt: skip
 
-    def to_json(self) -> str:
-        import json
-
-        return json.dumps(self.document, indent=1, allow_nan=False)
-
     def cells(self) -> tuple[list[str], list[list[str]]]:
         header = ["recipe", "kept", "drop", "95 % interval", "TTFT ms", "speed-up", "tokens", "meets the target"]
         return header, [_line(row) for row in self.rows]
 
     def write(self, folder: ResultFolder, recipe: Any) -> None:
         """Write tune.json, and recipe.json where something is recommended; an older recipe does not stay behind."""
-        write(folder.path / "tune.json", self.document)
+        self.save(folder.path / "tune.json")
         file = folder.path / "recipe.json"
         if recipe is None:
             file.unlink(missing_ok=True)

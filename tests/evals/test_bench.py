@@ -194,6 +194,21 @@ def test_eager_attention_shows_in_the_peak() -> None:
     assert peaks[1] - peaks[0] > heads * what.tokens**2 * 4
 
 
+def test_rows_are_saved_after_every_round(tiny_subject: Subject, tmp_path: Path) -> None:
+    """In one file, and dense is among them from the first round on."""
+    seen = []
+
+    def finished(report: speed.BenchReport) -> None:
+        read = json.loads(report.write(tmp_path).read_text())
+        seen.append([(row["method"], len(row["ttft_ms_all"])) for row in read["rows"]])
+        assert read["environment"]["repeats"] == len(seen)
+
+    made = bench(tiny_subject, ["random"], [0.25], repeats=2, new_tokens=1, progress=False, finished=finished)
+    assert seen == [[("dense", n), ("random", n)] for n in (1, 2)]
+    (path,) = tmp_path.iterdir()
+    assert json.loads(path.read_text()) == json.loads(made.to_json())
+
+
 def test_rows_hold_what_was_measured(report, tiny_subject: Subject) -> None:
     dense, divprune, fastv = report.rows
     assert (dense["method"], divprune["method"], fastv["method"]) == ("dense", "divprune", "fastv")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -14,9 +15,9 @@ from typer.testing import CliRunner
 
 import vtprune
 from vtprune.cli import app
-from vtprune.evals.speed import geometries, growth, plain_loops
+from vtprune.evals.speed import bench_overhead, geometries, growth, plain_loops
 from vtprune.evals.speed.bench import Subject
-from vtprune.evals.speed.bench_overhead import Forms, overhead, small_llava
+from vtprune.evals.speed.bench_overhead import Forms, OverheadReport, overhead, small_llava
 from vtprune.evals.speed.flops import counted
 from vtprune.evals.speed.free_cuts import FreeCuts, Lengths, projector_of
 from vtprune.types import UnsupportedModel
@@ -121,15 +122,73 @@ def test_rows_are_complete_and_refusals_are_named(report: Any) -> None:
     assert all(len(line) == len(header) for line in lines)
 
 
-def test_one_file_and_one_picture_in_a_folder_of_the_day(report: Any, tmp_path: Path) -> None:
+def test_a_file_is_read_as_it_was_written(report: Any, tmp_path: Path) -> None:
     path = report.write(tmp_path)
-    assert path.parent.parent == tmp_path
-    assert path.parent.name.endswith("-overhead")
-    read = json.loads(path.read_text())
-    assert read["rows"] == report.rows
-    assert read["refused"] == report.refused
-    assert read["environment"]["geometries"] == ["llava-1.5-7b-4", "llava-1.5-7b-6"]
-    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert path == tmp_path / "overhead.json"
+    assert OverheadReport.load(path) == report
+    assert report.environment["geometries"] == ["llava-1.5-7b-4", "llava-1.5-7b-6"]
+    assert report.plot(tmp_path / "overhead.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "other.json").write_text('{"rows": []}')
+    with pytest.raises(ValueError, match=r"other\.json holds nothing that can be gone on with"):
+        OverheadReport.load(tmp_path / "other.json")
+
+
+class Stopped(BaseException):
+    """As if the process were killed."""
+
+
+def test_a_run_that_stopped_goes_on_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saved after every method; what is there is not measured again, and what differs is named."""
+    measured: list[str] = []
+
+    def one(name: str) -> list[dict[str, Any]]:
+        measured.append(name)
+        return [{"method": name.split()[-1], "n": 256, "stopped": "at once"}]
+
+    class Counted(Forms):
+        def __init__(self, what: Subject, method: str, *rest: Any) -> None:
+            measured.append(f"{method} on {what.name}")
+            if len(measured) == 3:
+                raise Stopped
+            super().__init__(what, method, *rest)
+
+    monkeypatch.setattr(bench_overhead, "Forms", Counted)
+    monkeypatch.setattr(bench_overhead, "growth", lambda name, *_, **__: one(f"growth of {name}"))
+    monkeypatch.setattr(bench_overhead, "plain_loops", lambda **_: one("loops"))
+    monkeypatch.setattr(bench_overhead, "segmentation", lambda: {"what": "segments"})
+    monkeypatch.setattr(bench_overhead, "small_llava", lambda grid, *_: tiny("llava-1.5-7b", grid // 6))
+    monkeypatch.setattr(vtprune, "methods", lambda: [vtprune.create(name) for name in ("random", "fastv")])
+    asked = ["bench", "--overhead", "--repeats", "1", "--new-tokens", "1", "--out", str(tmp_path)]
+    with pytest.raises(Stopped):
+        CliRunner().invoke(app, asked)
+    file = tmp_path / "overhead.json"
+    before = json.loads(file.read_text())["rows"]
+    assert [(row["geometry"], row["method"]) for row in before] == [
+        ("llava-1.5-7b-4", "random"), ("llava-1.5-7b-4", "fastv"),
+    ]  # fmt: skip
+    measured[:] = ["not", "stopped", "again"]
+    result = CliRunner().invoke(app, [*asked, "--json"])
+    assert result.exit_code == 0, result.output
+    assert f"{file} holds 2 rows of commit" in " ".join(result.stderr.split())
+    assert measured[3:] == ["random on llava-1.5-7b-8", "fastv on llava-1.5-7b-8", "growth of random", "loops"]
+    told = json.loads(result.stdout)
+    assert told == json.loads(file.read_text())
+    assert told["rows"][:2] == before
+    assert [row["method"] for row in told["rows"]] == ["random", "fastv"] * 2
+    assert (len(told["growth"]), len(told["loops"])) == (1, 2)
+    assert (tmp_path / "overhead.png").exists()
+    assert CliRunner().invoke(app, asked).exit_code == 0
+    assert len(measured) == 7, "all is there, and nothing is measured"
+    other = CliRunner().invoke(app, [*asked, "--keep", "0.5"])
+    assert other.exit_code == 2
+    assert "measured with keep 0.11, and now it is 0.5: name another folder" in " ".join(other.stderr.split())
+
+
+def test_another_model_of_the_same_name_is_refused(report: Any) -> None:
+    again = OverheadReport.of_body(json.loads(json.dumps(report.body)))
+    bigger = dataclasses.replace(tiny("llava-1.5-7b", 8), name="llava-1.5-7b-4")
+    with pytest.raises(ValueError, match="measured with visual 16, and now it is 64"):
+        overhead([lambda: bigger], ["random"], 0.25, repeats=2, steps=1, progress=False, before=again)
 
 
 def test_the_command_names_what_excludes_each_other() -> None:
@@ -150,7 +209,7 @@ def test_the_default_model_has_the_published_geometry() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory from /proc")
 def test_growth_is_measured_in_a_process_of_its_own() -> None:
-    rows = growth.growth(["random"], 0.25, frames=(1, 2), progress=False)
+    rows = growth.growth("random", 0.25, frames=(1, 2), progress=False)
     assert [(row["method"], row["n"]) for row in rows] == [("random", 256), ("random", 512)]
     assert all(row["seconds"] > 0 and row["stopped"] is None for row in rows)
     assert rows[1]["per_token"] == pytest.approx(rows[1]["seconds"] / rows[0]["seconds"] / 2)
@@ -170,13 +229,11 @@ def test_a_method_that_takes_too_long_is_stopped_and_says_so(monkeypatch: pytest
     assert shown[1] == [["random", "0.500 s 1 MiB", "2.000 s 1 MiB !", "more than 3 s of CPU time"]]
 
 
-def test_a_process_that_ends_early_is_told_of_every_method_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_ends_early_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(growth.sys, "executable", "/bin/false")
-    rows = growth.growth(["random", "divprune"], 0.25, frames=(1, 2), progress=False)
+    rows = growth.growth("random", 0.25, frames=(1, 2), progress=False)
     told = "the process of the measurement ended with status 1"
-    assert [(row["method"], row["n"], row["stopped"]) for row in rows] == [
-        ("random", 256, told), ("divprune", 256, told),
-    ]  # fmt: skip
+    assert [(row["method"], row["n"], row["stopped"]) for row in rows] == [("random", 256, told)]
 
 
 def test_plain_loops_pick_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

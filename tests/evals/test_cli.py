@@ -42,7 +42,7 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_methods_lists_every_method_with_its_paper() -> None:
     table = run("methods")
-    found = json.loads(run("methods", "--json"))
+    found = json.loads(run("methods", "--json"))["methods"]
     assert [row["name"] for row in found] == [cls.name for cls in vtprune.methods()]
     for row in found:
         assert row["name"] in table

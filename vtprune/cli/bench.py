@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +21,6 @@ from vtprune.cli.options import (
     Keep,
     Methods,
     Model,
-    Out,
     Prompt,
     Recipes,
     Video,
@@ -29,6 +30,7 @@ from vtprune.evals import models
 from vtprune.evals.models import device_of, dtype_of
 from vtprune.parsing import parse_method
 
+RUNS = Path("benchmarks")
 FEW = 100  # visual tokens, below which a prefill is all overhead
 
 
@@ -78,7 +80,9 @@ def bench(
     device: Device = None,
     dtype: Dtype = None,
     commit: Annotated[str | None, typer.Option(help="Commit to record, where the checkout has no history.")] = None,
-    out: Out = Path("benchmarks"),
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write to [default: benchmarks]; --overhead goes on there.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Time TTFT, prefill, decode and selection, dense and pruned in one run, beside the limits of card and stack."""
@@ -88,7 +92,7 @@ def bench(
 
     needs(*(["matplotlib"] if plot or overhead else []), *(["av", "torchvision"] if video is not None else []))
     if plot or table:
-        _from_files(files or [], plot, table, out)
+        _from_files(files or [], plot, table, out or RUNS)
         return
     if files:
         raise ValueError(f"{files[0]}: files are read by --plot and --table only")
@@ -104,6 +108,12 @@ def bench(
     names = [cls.name for cls in vtprune.methods()] if all_methods else list(named)
     models.quiet()
     where, progress = device_of(device), not as_json
+    place = out or (RUNS / f"{date.today()}-overhead" if overhead else RUNS)
+
+    def save(report: speed.BenchReport) -> Path:
+        report.environment["commit"] = report.environment["commit"] or commit or None
+        return report.write(place)
+
     report: speed.BenchReport
     if serve is not None:
         if geometry is not None:
@@ -115,7 +125,7 @@ def bench(
     elif overhead:
         report = _overhead(
             geometry, model, method, keeps[0] if keep else None, repeats, new_tokens, device, dtype, batch, layers,
-            scale, progress, seen(image, video, frames), prompt,
+            scale, progress, seen(image, video, frames), prompt, place, save,
         )  # fmt: skip
     elif kernels or selection:
         from vtprune.evals.speed.bench_parts import parts
@@ -134,10 +144,11 @@ def bench(
         else:
             report = benchmark.bench(
                 what, names, keeps, recipes=recipe or (), prefill=prefill.split(","), bucket=bucket, repeats=repeats,
-                new_tokens=new_tokens, skip=all_methods, progress=progress,
+                new_tokens=new_tokens, skip=all_methods, progress=progress, finished=save,
             )  # fmt: skip
-    report.environment["commit"] = report.environment["commit"] or commit or None
-    path = report.write(out)
+    path = save(report)
+    if overhead and report.rows:
+        report.plot(path.with_suffix(".png"))
     show_report(report, as_json)
     if not as_json:
         typer.echo(f"wrote {path}")
@@ -146,7 +157,7 @@ def bench(
 def _overhead(
     geometry: str | None, model: str | None, method: list[str] | None, keep: float | int | None, repeats: int,
     steps: int, device: str | None, dtype: str | None, batch: int, layers: int | None, scale: float, progress: bool,
-    given: Any, prompt: str | None,
+    given: Any, prompt: str | None, place: Path, save: Callable[[Any], Path],
 ) -> Any:  # fmt: skip
     import vtprune
     from vtprune.evals.speed import bench as benchmark
@@ -162,11 +173,16 @@ def _overhead(
         raise ValueError("--overhead shrinks what --geometry names: name one, or leave out --layers and --scale")
     else:
         subjects = [partial(costs.small_llava, grid, where, kind, batch) for grid in costs.GRIDS]
+    file, before = place / costs.FILE, None
+    if file.exists():
+        before = costs.OverheadReport.load(file)
+        told = f"{file} holds {len(before.rows)} rows of commit {before.environment['commit']}, and what is missing"
+        typer.secho(f"vtprune: {told} is measured", err=True, fg="yellow")
     names = method or [cls.name for cls in vtprune.methods()]
     before_llm = [text for text in names if vtprune.create(parse_method(text)[0]).seam == "pre_llm"]
     return costs.overhead(
         subjects, names, keep or costs.KEEP, repeats=repeats, steps=steps, grow=before_llm if where == "cpu" else (),
-        loops=where == "cpu" and method is None, progress=progress,
+        loops=where == "cpu" and method is None, progress=progress, finished=save, before=before,
     )  # fmt: skip
 
 

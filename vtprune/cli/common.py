@@ -107,6 +107,15 @@ def folder(path: Path) -> None:
         raise ValueError(f"--out: the folder {path} may not be written to")
 
 
+def print_json(kind: str, body: dict[str, Any]) -> None:
+    """What --json prints: one object behind its schema and version, as a saved report has them."""
+    import json
+
+    from vtprune.evals.report import as_document
+
+    typer.echo(json.dumps(as_document(kind, body), indent=1, allow_nan=False))
+
+
 def show_report(report: Report, as_json: bool) -> None:
     if as_json:
         typer.echo(report.to_json())

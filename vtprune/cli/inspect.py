@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
 
-from vtprune.cli.common import needs, seen, sentence
+from vtprune.cli.common import needs, print_json, seen, sentence
 from vtprune.cli.options import Image, Json, Prompt, Video
 from vtprune.evals import models
 
@@ -40,7 +39,10 @@ def inspect(
 
     models.quiet()
     document = inspection.inspect(model, looked_at, prompt)
-    typer.echo(json.dumps(document, indent=1) if as_json else "\n".join(inspection.in_words(document)))
+    if as_json:
+        print_json("inspect", document)
+    else:
+        typer.echo("\n".join(inspection.in_words(document)))
 
 
 def _empty(size: str, frames: int | None) -> Any:

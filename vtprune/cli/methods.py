@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import typer
 
-from vtprune.cli.common import sentence, terminal
+from vtprune.cli.common import print_json, sentence, terminal
 from vtprune.cli.options import Json
 
 
@@ -38,7 +37,7 @@ def methods(as_json: Json = False) -> None:
         for cls in classes
     ]
     if as_json:
-        typer.echo(json.dumps(found, indent=1))
+        print_json("methods", {"methods": found, "failures": list(registry.failures())})
     else:
         from rich.markup import escape
         from rich.table import Table

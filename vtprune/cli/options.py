@@ -9,7 +9,7 @@ import typer
 
 from vtprune.parsing import parse_keep
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 Keep = Annotated[list[str] | None, typer.Option("--keep", help="0.25 or 25% (share), 64 (tokens); repeat for several.")]
 Methods = Annotated[
     list[str] | None, typer.Option("--method", help="A name, or name:option=value,option=value; repeat for several.")

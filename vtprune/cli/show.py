@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
 
-from vtprune.cli.common import needs, sentence, writable
+from vtprune.cli.common import needs, print_json, sentence, writable
 from vtprune.cli.options import Device, Dtype, Image, Json, Model, parse_keep
 from vtprune.evals import models
 from vtprune.evals.models import device_of
@@ -83,7 +82,7 @@ def show(
     total = sum(unit.n for unit in units)
     told = {"file": str(out), "visual_tokens": total, "kept": tokens, "notes": notes}
     name = recipe.stem if recipe else method
-    _tell(told, f"{name} kept {len(tokens)} of {total} visual tokens; wrote {out}", image, as_json)
+    _tell("show", told, f"{name} kept {len(tokens)} of {total} visual tokens; wrote {out}", image, as_json)
 
 
 def _read(image: Path | None, video: Path | None, frames: int) -> tuple[Any, list[str]]:
@@ -97,10 +96,10 @@ def _read(image: Path | None, video: Path | None, frames: int) -> tuple[Any, lis
     return pictures.read(cast(Path, image))
 
 
-def _tell(told: dict[str, Any], summary: str, image: Path | None, as_json: bool) -> None:
+def _tell(kind: str, told: dict[str, Any], summary: str, image: Path | None, as_json: bool) -> None:
     """Print the result as JSON, or the notes on the picture and a summary."""
     if as_json:
-        typer.echo(json.dumps(told))
+        print_json(kind, told)
         return
     for note in told["notes"]:
         typer.echo(f"{image}: {note}")
@@ -134,4 +133,4 @@ def _show_vit(image: Path, method: str, keep: str, weights: Path, device: str, o
     draw_groups(picture, patches, (side, side), f"{method} at {keep}").save(out)
     kept = len(set(patches.tolist()) - {-1})
     told = {"file": str(out), "patches": len(patches), "kept": kept, "slots": patches.tolist(), "notes": notes}
-    _tell(told, f"{method} made {kept} tokens of {len(patches)} patches; wrote {out}", image, as_json)
+    _tell("show-vit", told, f"{method} made {kept} tokens of {len(patches)} patches; wrote {out}", image, as_json)
