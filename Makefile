@@ -34,6 +34,8 @@ $(SITE):
 
 # COVERAGE=1: also which lines and branches of the four source folders the tests reach. That run takes longer and fails
 # below the floor, `fail_under` in pyproject.toml.
+# The commands that tests start would otherwise take a thread for each core, beside two test processes.
+test test-whole test-oldest test-lmms test-vllm: export OMP_NUM_THREADS = 1
 test: lint
 	@mkdir -p out
 	$(BIN)/pytest -n 2 --dist worksteal $(if $(COVERAGE),--cov --cov-report term) 2>&1 | tee out/pytest.txt
@@ -57,7 +59,7 @@ test-oldest: .venv-oldest/.ready
 # What stands on lmms-eval and Ray, with their 1.4 GB of packages; without a network, as tasks of the hub are to fail.
 test-lmms: .venv-lmms/.ready
 	@mkdir -p out
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LMMS)/python -m pytest -n 2 --dist loadfile -m lmms tests/evals tests/serve \
+	HF_HUB_OFFLINE=1 $(LMMS)/python -m pytest -n 2 --dist loadfile -m lmms tests/evals tests/serve \
 		2>&1 | tee out/pytest-lmms.txt
 
 # What runs inside vLLM, on its CPU build. Each test process holds an engine, hence no more than two.

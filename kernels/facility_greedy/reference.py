@@ -17,8 +17,7 @@ Combine = Literal["multiply", "add"]
 
 MARGIN = 3e-7  # scores closer than this, in proportion to the largest, tie
 SLACK = 3e-7  # two tokens that cover nothing but each other have equal sums of cosines, up to rounding
-TABLE_BYTES = 1 << 26  # memory="auto", on a GPU: the whole matrix of a problem
-HELD_BYTES = 1 << 30  # memory="auto", on the CPU: as many rows of it as that takes
+TABLE_BYTES, HELD_BYTES = 1 << 26, 1 << 30  # memory="auto": the whole matrix on a GPU, as many rows of it on a CPU
 OF_COSINES = 1e-7  # what rounding leaves of a gain, in proportion to N rows of cosines
 OF_SOFTMAX = 1e-6  # the same, in proportion to a column of mean weight
 OF_ROWS = 1e-9  # the same where the matrix is given, in proportion to the largest gain of the first pick
@@ -192,9 +191,9 @@ def prepare(
 
 def _held(m: int, n: int, on_gpu: bool, memory: Memory) -> int:
     """How many rows of n features are held, beside m rows that were given."""
-    if on_gpu and memory == "auto":
-        return n if 4 * (m + n) * n <= TABLE_BYTES else 0
-    return {"fast": n, "low": 0, "auto": min(n, max(0, HELD_BYTES // (4 * n) - m))}[memory]
+    if memory != "auto":
+        return n if memory == "fast" else 0
+    return (n if 4 * (m + n) * n <= TABLE_BYTES else 0) if on_gpu else min(n, max(0, HELD_BYTES // (4 * n) - m))
 
 
 def groups(problems: Sequence[Problem]) -> list[list[int]]:
@@ -241,13 +240,11 @@ def normalisers(p: Problem) -> Tensor:
 def fill(p: Problem, out: Tensor) -> None:
     """Write the rows that are held into out [M - made, N]."""
     if p.unit is not None and p.held:
-        blocks = out[: p.held].split(BLOCK)
         if p.whole:
             fill_gram(p.unit, out[: p.n])
-        else:
-            for block, product in zip(blocks, _products(p.unit, p.unit[p.made :].split(BLOCK))):
-                block.copy_(product)
-        for block in blocks:
+        for i, block in enumerate(out[: p.held].split(BLOCK)):
+            if not p.whole:
+                torch.mm(p.unit[p.made + i * BLOCK :][: len(block)], p.unit.T, out=block)
             shaped(p, block, normaliser(p, block))
     out[p.held :] = p.given
 

@@ -233,7 +233,7 @@ def _left_of(group: TokenGroup, signal: Tensor) -> Tensor:
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     """Tensors one after the other; one alone is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _take(

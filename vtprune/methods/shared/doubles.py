@@ -33,7 +33,8 @@ def mean_likeness(unit: Tensor, itself: bool) -> Tensor:
     """
     pairs, own = unit.sum(0).square().sum(), torch.linalg.vector_norm(unit).square()
     n = len(unit)
-    return (pairs + own) / (2 * n * n) if itself else (pairs - own) / (n * (n - 1))
+    mean: Tensor = (pairs + own) / (2 * n * n) if itself else (pairs - own) / (n * (n - 1))
+    return mean
 
 
 def survivor_quota(alive: Tensor, size: Tensor, budget: int, n: int) -> Tensor:

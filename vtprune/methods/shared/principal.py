@@ -25,7 +25,8 @@ def principal_parts(x: Tensor, count: int, seed: int | None = None) -> Tensor:
     if n > c:
         found = rows @ found
         found /= values.clamp(min=torch.finfo(values.dtype).tiny).sqrt()
-    return found.abs_().masked_fill_(values <= 1e-12 * values[:1], 0.0)
+    parts: Tensor = found.abs_().masked_fill_(values <= 1e-12 * values[:1], 0.0)
+    return parts
 
 
 def _random_parts(rows: Tensor, count: int, seed: int) -> Tensor:
