@@ -23,6 +23,7 @@ SAYS = {
 }
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
 def test_example_runs_and_prints_what_it_promises(path: Path) -> None:
     command = [sys.executable, "-W", "error::FutureWarning", str(path)]
