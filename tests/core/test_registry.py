@@ -207,7 +207,7 @@ def test_a_plug_in_that_fails_takes_nothing_else_down(
     (failure,) = registry.failures()
     listed = CliRunner().invoke(app, ["methods", "--json"])
     assert listed.exit_code == 0
-    assert [row["name"] for row in json.loads(listed.stdout)] == sorted([*names, "sound"])
+    assert [row["name"] for row in json.loads(listed.stdout)["methods"]] == sorted([*names, "sound"])
     assert failure in listed.stderr
 
 
