@@ -283,7 +283,7 @@ def test_files_are_the_same_each_time_and_hold_no_machine(tmp_path: Path) -> Non
         summarise(folder).write(folder)
     texts = [(folder.path / "eval.json").read_bytes() for folder in (first, second)]
     assert texts[0] == texts[1]
-    assert set(json.loads(texts[0])) == {"title", "rows", "notes"}
+    assert set(json.loads(texts[0])) == {"schema", "version", "title", "rows", "notes"}
     assert json.loads((second.path / "timing.json").read_text())["environment"]["cpu"] == "another CPU"
     assert summarise(first).to_json() + "\n" == texts[0].decode()
     assert "| color | divprune | 25 % |" in (first.path / "eval.md").read_text()

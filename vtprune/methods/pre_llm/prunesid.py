@@ -55,7 +55,7 @@ class PruneSID(Method):
 
     All is computed in float64, so that a choice does not hang on the device. As officially for LLaVA each crop has its
     own budget and newlines are dropped. A share is rounded to a count, half to even; the official code for Qwen2-VL
-    keeps 16 tokens at least. A GPU is waited for where it finds the directions and counts the groups.
+    keeps 16 tokens at least. A GPU is waited for where it finds the directions.
 
     The official code renumbers position ids, positions="compact". (That for Qwen2-VL keeps them.)
     """
@@ -126,8 +126,9 @@ class PruneSID(Method):
         theta = mean_likeness(unit, itself=scores is None)
         theta *= budget / 32 if scores is not None else max(18 * budget / len(x), 1.0)
         order = best_first(score)
-        members = order[group[order].argsort(stable=True)].split(size.tolist())
-        alive = torch.cat([survivors(unit[some], theta) for some in members if len(some)])
+        cuts = size.tolist() if x.device.type == "cpu" else [len(x)]  # a GPU would have to be waited for
+        members = order[group[order].argsort(stable=True)].split(cuts)
+        alive = torch.cat([survivors(unit[some], group[some], theta) for some in members if len(some)])
         alive = torch.empty_like(alive).scatter(0, torch.cat(members), alive)
         ranked = order[best_first(alive[order].to(torch.int8))]
         of, at = group[ranked].sort(stable=True)

@@ -12,14 +12,15 @@ from .. import best_first
 ROWS = 128  # products of doubles held at once: ROWS x the tokens of a group
 
 
-def survivors(unit: Tensor, theta: Tensor) -> Tensor:
+def survivors(unit: Tensor, group: Tensor, theta: Tensor) -> Tensor:
     """[M] bool: who is left if each of M in turn, unless it is out, throws out its later doubles.
 
-    unit: [M, C] rows of length one; those whose product is above theta [] are doubles.
+    unit: [M, C] rows of length one; those of the same group [M] whose product is above theta [] are doubles.
     """
     alive = torch.ones_like(unit[:, 0], dtype=torch.bool)
     for start in range(0, len(unit), ROWS):
-        doubles = (unit[start : start + ROWS] @ unit[start:].T > theta).triu(1)
+        some = slice(start, start + ROWS)
+        doubles = ((unit[some] @ unit[start:].T > theta) & (group[some, None] == group[start:])).triu(1)
         rest = alive[start:]
         for i, later in enumerate(doubles):
             rest &= ~(later & rest[i])
