@@ -32,10 +32,11 @@ $(SITE):
 	mkdir -p $@/vtprune
 	ln -sfn $(CURDIR)/vtprune/* $(CURDIR)/kernels $(CURDIR)/evals $(CURDIR)/model_adapters $@/vtprune/
 
-# COVERAGE=1: also which lines and branches of the four source folders the tests reach. That run takes longer and fails
-# below the floor, `fail_under` in pyproject.toml.
 # The commands that tests start would otherwise take a thread for each core, beside two test processes.
 test test-whole test-oldest test-lmms test-vllm: export OMP_NUM_THREADS = 1
+
+# COVERAGE=1: also which lines and branches of the four source folders the tests reach. That run takes longer and fails
+# below the floor, `fail_under` in pyproject.toml.
 test: lint
 	@mkdir -p out
 	$(BIN)/pytest -n 2 --dist worksteal $(if $(COVERAGE),--cov --cov-report term) 2>&1 | tee out/pytest.txt

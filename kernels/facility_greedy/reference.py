@@ -242,9 +242,10 @@ def fill(p: Problem, out: Tensor) -> None:
     if p.unit is not None and p.held:
         if p.whole:
             fill_gram(p.unit, out[: p.n])
-        for i, block in enumerate(out[: p.held].split(BLOCK)):
-            if not p.whole:
-                torch.mm(p.unit[p.made + i * BLOCK :][: len(block)], p.unit.T, out=block)
+        else:
+            for block, product in zip(out.split(BLOCK), _products(p.unit, p.unit[p.made :].split(BLOCK))):
+                block[: len(product)] = product
+        for block in out[: p.held].split(BLOCK):
             shaped(p, block, normaliser(p, block))
     out[p.held :] = p.given
 

@@ -127,11 +127,10 @@ class PruneSID(Method):
         theta *= budget / 32 if scores is not None else max(18 * budget / len(x), 1.0)
         order = best_first(score)
         cuts = size.tolist() if x.device.type == "cpu" else [len(x)]  # a GPU would have to be waited for
-        members = order[group[order].argsort(stable=True)].split(cuts)
-        alive = torch.cat([survivors(unit[some], group[some], theta) for some in members if len(some)])
-        alive = torch.empty_like(alive).scatter(0, torch.cat(members), alive)
-        ranked = order[best_first(alive[order].to(torch.int8))]
-        of, at = group[ranked].sort(stable=True)
+        of, at = group[order].sort(stable=True)
+        ranked = order[at]  # group by group, best first
+        alive = torch.cat([survivors(unit[some], group[some], theta) for some in ranked.split(cuts) if len(some)])
+        quota = survivor_quota(empty.scatter_add(0, of, alive.long()), size, budget, n)
+        ranked = ranked[(2 * of + ~alive).argsort(stable=True)]  # survivors come first in their group
         rank = torch.arange(len(of), device=of.device) - torch.searchsorted(of, of)
-        quota = survivor_quota(empty.scatter_add(0, group, alive.long()), size, budget, n)
-        return ranked[at][best_first((rank < quota[of]).to(torch.int8))[:n]]
+        return ranked[best_first((rank < quota[of]).to(torch.int8))[:n]]
