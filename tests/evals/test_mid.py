@@ -178,6 +178,7 @@ def test_the_adapter_is_small() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("error::FutureWarning")
 def test_the_model_looks_and_can_be_pruned(asked: list[mid.Question]) -> None:
     """Fetches the pretrained parts at its first run. Well above chance on what it was asked to see."""
     model, processor = mid.load()

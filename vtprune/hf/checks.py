@@ -273,7 +273,8 @@ def check_checkpointing(adapter: Adapter, plan: Plan) -> None:
     if plan.inside and text.training and text.gradient_checkpointing and torch.is_grad_enabled():
         raise UnsupportedCall(
             "gradient checkpointing re-runs decoder layers, which a stage inside the LLM cannot follow: use stages "
-            "before the LLM, or model.gradient_checkpointing_disable()"
+            "before the LLM, or model.activation_checkpointing_disable(), in older transformers "
+            "gradient_checkpointing_disable()"
         )
 
 

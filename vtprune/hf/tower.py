@@ -100,7 +100,8 @@ class TowerStages:
         ):
             raise UnsupportedCall(
                 "gradient checkpointing re-runs the tower's blocks, which a stage inside it cannot follow: use stages "
-                "before the LLM, or model.gradient_checkpointing_disable()"
+                "before the LLM, or model.activation_checkpointing_disable(), in older transformers "
+                "gradient_checkpointing_disable()"
             )
         self._local.run = TowerRun(call)
 

@@ -75,7 +75,8 @@ def patches_of_images(vit: Vit, n: int, given: Given) -> tuple[list[int], bool]:
     if vit.checkpointing():
         raise UnsupportedCall(
             "gradient checkpointing runs blocks a second time, out of order: turn it off "
-            "(set_grad_checkpointing(False) or gradient_checkpointing_disable())"
+            "(set_grad_checkpointing(False) in timm, activation_checkpointing_disable() in transformers, "
+            "gradient_checkpointing_disable() in older ones)"
         )
     mask = given.get("attention_mask") if vit.parts.pads else None
     if mask is not None and recorded():

@@ -5,6 +5,7 @@ The adapter is a PEFT one: LoRA on the projections of the language model, and th
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -84,5 +85,8 @@ def merge(model: LlavaForConditionalGeneration, adapter: Path) -> LlavaForCondit
     """The model with a saved adapter merged in: a plain LLaVA again."""
     from peft import PeftModel
 
-    merged: Any = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    with warnings.catch_warnings():
+        # PEFT asks by a name that transformers calls deprecated, whatever a caller does.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        merged: Any = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     return merged.eval()
