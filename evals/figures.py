@@ -127,7 +127,8 @@ def ttft(saved: Sequence[tuple[Row, Limits]], path: str | Path) -> Path:
 def overhead(rows: Sequence[Row], title: str, path: str | Path, allowed: float = 0.02) -> Path:
     """Write a PNG of what pruning costs: a bar a method, the least on top, a panel a model.
 
-    rows: geometry, visual, method, and overhead as a share of the dense prefill. allowed: the share with a line.
+    rows: geometry, visual, method, and overhead as a share of the dense prefill; that of the least times, where it is
+    known, is marked on the bar. allowed: the share with a line.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -143,6 +144,9 @@ def overhead(rows: Sequence[Row], title: str, path: str | Path, allowed: float =
         bars = axis.barh([row["method"] for row in own], shares, color=colors, height=0.7)
         labels = [f"{round(share, 1) + 0.0:.1f}" for share in shares]  # no minus before a zero
         axis.bar_label(bars, labels, padding=3, fontsize=7, bbox={"fc": "white", "ec": "none", "pad": 0.6})
+        least = [(100 * row["least"]["overhead"], row["method"]) for row in own if "least" in row]
+        if least:
+            axis.plot(*zip(*least), "|", color="black", ms=8, mew=1.2, label="by the least times")
         axis.axvline(100 * allowed, color="#b00000", lw=1, ls="--", label=f"{100 * allowed:.3g} %", zorder=1)
         axis.axvline(0, color="black", lw=0.8)
         axis.margins(x=0.12, y=0.01)

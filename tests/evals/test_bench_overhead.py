@@ -17,7 +17,7 @@ import vtprune
 from vtprune.cli import app
 from vtprune.evals.speed import bench_overhead, geometries, growth, plain_loops
 from vtprune.evals.speed.bench import Subject
-from vtprune.evals.speed.bench_overhead import Forms, OverheadReport, overhead, small_llava
+from vtprune.evals.speed.bench_overhead import Forms, OverheadReport, Rounds, overhead, small_llava
 from vtprune.evals.speed.flops import counted
 from vtprune.evals.speed.free_cuts import FreeCuts, Lengths, projector_of
 from vtprune.types import UnsupportedModel
@@ -110,7 +110,7 @@ def test_rows_are_complete_and_refusals_are_named(report: Any) -> None:
     for row in report.rows:
         assert None not in row.values()
         assert row["pruned_ms"] > 0 < row["limit_ms"]
-        assert len(row["overhead_ms_all"]) == 2
+        assert [len(values) for values in row["rounds_ms"].values()] == [2] * 8
         assert row["overhead"] == pytest.approx(row["overhead_ms"] / row["dense_ms"])
         assert row["kept_by_layer"] == [row["visual"] // 4] * 4
     assert [(row["geometry"], row["method"]) for row in report.refused] == [
@@ -120,6 +120,24 @@ def test_rows_are_complete_and_refusals_are_named(report: Any) -> None:
     assert "Not run: fastv:layer=40 on llava-1.5-7b-6" in report.notes[-1]
     header, lines = report.cells()
     assert all(len(line) == len(header) for line in lines)
+
+
+def test_a_row_tells_medians_of_differences_and_the_difference_of_the_least() -> None:
+    """A slow moment in one form of one round moves the median, and not the least of all rounds."""
+    seen = Rounds(
+        dense=[1.0, 2.0, 1.0], full=[1.5, 2.0, 1.01], pruned=[0.5, 0.8, 0.32], limit=[0.3, 0.7, 0.31],
+        step=[0.2, 0.1, 0.4], plain_step=[0.1, 0.08, 0.2], text=[0.3, 0.3, 0.2], plain_text=[0.1, 0.2, 0.2],
+    )  # fmt: skip
+    row = bench_overhead._row(tiny("llava-1.5-7b", 4), "random", 0.25, Lengths([64, 64]), seen)
+    assert row["dense_ms"] == 1000
+    assert (row["overhead"], row["affordable"]) == (pytest.approx(0.1), False)
+    assert (row["full"], row["decode"]) == (pytest.approx(0.01), pytest.approx(1.0))
+    assert (row["decode_us"], row["text_us"]) == (pytest.approx(1e5), pytest.approx(1e5))
+    least = {"overhead": 0.02, "full": 0.01, "decode_us": 2e4, "decode": 0.25, "text_us": 1e5}
+    assert row["least"] == pytest.approx(least)
+    told = bench_overhead._line(row)
+    assert told[6:8] == ["10.0 / 2.0 % !", "+1.0 / +1.0 %"]
+    assert row["rounds_ms"]["dense"] == [1000.0, 2000.0, 1000.0]
 
 
 def test_a_file_is_read_as_it_was_written(report: Any, tmp_path: Path) -> None:
