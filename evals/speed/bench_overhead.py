@@ -184,10 +184,9 @@ class Forms:
         pruned, limit = [], []
         for turn in range(TURNS):
             with vtprune.patch(model, self.method, keep=self.keep):
-                out: list[Any] = []
-                pruned.append(spent(lambda into=out: into.append(self.prefill()), device))
+                took, cache = self._timed_prefill()
+                pruned.append(took)
                 if turn == TURNS - 1:
-                    cache = getattr(out[0], NAME)
                     plain = plain_cache(cache, model.config.get_text_config())
                     into.step.append(self._step(cache))
                     into.text.append(self._text())
@@ -198,6 +197,12 @@ class Forms:
                 limit.append(spent(self.prefill, device))
         into.pruned.append(min(pruned))
         into.limit.append(min(limit))
+
+    def _timed_prefill(self) -> tuple[float, Any]:
+        """Seconds of one prefill, and the cache that it filled."""
+        out: list[Any] = []
+        took = spent(lambda: out.append(self.prefill()), self.what.model.device)
+        return took, getattr(out[0], NAME)
 
     def _step(self, cache: Any) -> float:
         """Seconds of a decode step on this cache, the least of several behind two that do not count."""
