@@ -190,7 +190,8 @@ def greedy(problems: Sequence[Problem], budget: int, ridge: float) -> Tensor:
 def best_row(score: Tensor, margin: float = MARGIN, slack: float = 0.0) -> Tensor:
     """[B] int64: the lowest index of those with the largest score [B, N], up to `margin` of it and `slack`."""
     top = score.amax(1, keepdim=True)
-    return (score >= top - margin * top.abs() - slack).view(torch.uint8).argmax(1)
+    least = torch.sub(top, top.abs(), alpha=margin)
+    return (score >= (least - slack if slack else least)).view(torch.uint8).argmax(1)
 
 
 class _Factor:
@@ -199,20 +200,25 @@ class _Factor:
     def __init__(self, problems: Sequence[Problem], table: Tensor, budget: int) -> None:
         self.rows, self.covered, self.table = problems[0].rows, problems[0].covered, table
         self.factor, self.step = table.new_empty(len(problems), budget, table.shape[2]), 0
-        self.offset = torch.arange(len(problems), device=table.device) * table.shape[2]
+        # Where the rows of each problem begin in the table; one alone needs no sum at each pick.
+        self.begins = torch.arange(len(problems), device=table.device) * table.shape[2] if len(problems) > 1 else None
 
     def take(self, pick: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
         """[B, N], whose squares the picks [B] take from d, own [B, 1] theirs; and their likeness [B, M] to the rows."""
         if self.covered is None:
-            row = near = self.table.flatten(0, 1).index_select(0, pick + self.offset)
+            at = pick if self.begins is None else pick + self.begins
+            row = near = self.table.flatten(0, 1).index_select(0, at)
         else:
             row = torch.mv(self.rows, self.rows.index_select(0, pick)[0])[None]
             near = row.index_select(1, self.covered)
         taken, past = row[:, None], self.factor[:, : self.step]
         if self.step:
-            column = past.gather(2, pick.view(-1, 1, 1).expand(-1, self.step, 1)).mT
+            if self.begins is None:
+                column = past.index_select(2, pick).mT
+            else:
+                column = past.gather(2, pick.view(-1, 1, 1).expand(-1, self.step, 1)).mT
             taken = torch.baddbmm(taken, column, past, alpha=-1)
-        self.factor[:, self.step] = taken = taken[:, 0] * own.rsqrt()
+        taken = torch.mul(taken[:, 0], own.rsqrt(), out=self.factor[:, self.step])
         self.step += 1
         return taken, near
 
