@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-TRACED = 24  # cases of one test that coverage traces
+TRACED = 12  # cases of one test that coverage traces
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 

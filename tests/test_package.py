@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+import vtprune
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("vtprune", "model_adapters", "kernels", "evals")
 IMPORT_ALL = """
@@ -238,3 +240,21 @@ def test_wheel_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
     )
     assert shown.returncode == 0, shown.stderr
     assert "divprune" in shown.stdout
+
+
+def test_the_command_line_is_there_before_torch() -> None:
+    """Help and the completion of a shell would take seconds."""
+    code = "import sys, vtprune, vtprune.cli; print({'torch', 'transformers'} & set(sys.modules), dir(vtprune))"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told.startswith("set() ")
+    assert all(repr(name) in told for name in vtprune.__all__)
+
+
+def test_public_names_and_modules_are_there_when_asked_for() -> None:
+    for name in vtprune.__all__:
+        assert getattr(vtprune, name).__module__.startswith("vtprune."), name
+    assert set(vtprune._HOMES) <= set(vtprune.__all__)
+    assert vtprune.kernels is sys.modules["vtprune.kernels"]
+    for name in ("nothing", "__nothing__"):
+        with pytest.raises(AttributeError, match=f"module 'vtprune' has no attribute '{name}'"):
+            getattr(vtprune, name)

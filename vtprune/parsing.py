@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from .core.method import check_keep
-
 
 def parse_method(text: str) -> tuple[str, dict[str, Any]]:
     """'todre:objective=kcenter,pivot=center' -> ('todre', {...}); values are read as int, float, bool or text.
@@ -40,6 +38,8 @@ def parse_keep(text: str, name: str = "--keep ") -> float | int:
 
     name: what the value is called in the message.
     """
+    from .core.method import check_keep  # here, so that the command line is there without torch
+
     try:
         if text.endswith("%"):
             value: float | int = float(text[:-1]) / 100

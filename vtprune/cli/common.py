@@ -23,10 +23,10 @@ def sentence(command: F) -> F:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
-        from vtprune import VtpruneError
-
         if sys.stderr.isatty():  # the libraries and the model take seconds to load: say at once that it has begun
             typer.secho(f"vtprune {command.__name__.replace('_', '-')}: loading ...", err=True, dim=True)
+        from vtprune import VtpruneError
+
         try:
             return command(*args, **kwargs)
         except ModuleNotFoundError as error:
