@@ -51,12 +51,17 @@ class _Remembered:
     def most(self, some: Tensor, others: Tensor) -> Tensor:
         """As `_Matrix.most`; only rows of these two are asked about from now on."""
         asked = torch.zeros(len(self.unit), dtype=torch.bool).index_fill_(0, others, True)
-        hit = asked[self.near[some]]
-        most = self.products[some].gather(1, hit.to(torch.uint8).argmax(1, keepdim=True))[:, 0]
+        near = self.near.index_select(0, some)
+        hit = asked.index_select(0, near.view(-1)).view(near.shape)
+        first = hit.view(torch.uint8).argmax(1, keepdim=True)
+        most = self.products.index_select(0, some).gather(1, first)[:, 0]
         gone = ~asked.index_fill(0, some, True)
-        for lost in (~hit.any(1)).nonzero()[:, 0].split(max(1, CELLS // len(self.unit))):
-            at = some[lost]
-            alike = (self.unit[at] @ self.unit.T).masked_fill_(gone, -torch.inf).scatter_(1, at[:, None], -torch.inf)
-            self.products[at], self.near[at] = alike.topk(self.near.shape[1])
-            most[lost] = alike.masked_fill_(~asked, -torch.inf).amax(1)
+        for lost in (~hit.gather(1, first)[:, 0]).nonzero()[:, 0].split(max(1, CELLS // len(self.unit))):
+            at = some.index_select(0, lost)
+            alike = self.unit.index_select(0, at) @ self.unit.T
+            alike.masked_fill_(gone, -torch.inf).scatter_(1, at[:, None], -torch.inf)
+            products, near = alike.topk(self.near.shape[1])
+            self.products.index_copy_(0, at, products)
+            self.near.index_copy_(0, at, near)
+            most.index_copy_(0, lost, alike.masked_fill_(~asked, -torch.inf).amax(1))
         return most
