@@ -150,7 +150,7 @@ PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 readme: .venv/.evals
 	$(BIN)/python -m vtprune.evals.readme
 
-# The guides and the API reference as a site, out/docs/README.html; a broken link or an unknown name fails.
+# The guides and the API reference as a site, out/docs/index.html; a broken link or an unknown name fails.
 docs: .venv/.docs
 	rm -rf out/pages
 	mkdir -p out/pages
