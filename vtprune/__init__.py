@@ -73,15 +73,17 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        value = getattr(import_module(f".{_HOMES.get(name, 'types')}", __name__), name)
-    elif name.startswith("__") or find_spec(f"{__name__}.{name}") is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    else:
-        value = import_module(f".{name}", __name__)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a type checker is to know the names, and to miss what is none
+
+    def __getattr__(name: str) -> Any:
+        if name in __all__:
+            value = getattr(import_module(f".{_HOMES.get(name, 'types')}", __name__), name)
+        elif name.startswith("__") or find_spec(f"{__name__}.{name}") is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        else:
+            value = import_module(f".{name}", __name__)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
