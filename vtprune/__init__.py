@@ -10,6 +10,7 @@ from .hf.vit_last import VitLast
 from .recipe import Recipe
 from .registry import create, methods, register
 from .selection import count, select
+from .stream import Stream
 from .types import (
     Assignment,
     Method,
@@ -34,6 +35,7 @@ __all__ = [
     "Signal",
     "Span",
     "Stage",
+    "Stream",
     "UnitResult",
     "UnsupportedCall",
     "UnsupportedModel",
