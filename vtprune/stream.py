@@ -23,10 +23,11 @@ Signals = Mapping[Any, Tensor]
 class _Held:
     """What a stream holds of a video between parts: less than a window of frames, and the frame before them.
 
-    size: rows and columns of a frame. start: the tokens of all frames before. features, signals: of the frames held.
+    kind: rows, columns, channels, dtype and device of all frames. start: the tokens of all frames before. features,
+    signals: of the frames held.
     """
 
-    size: tuple[int, int]
+    kind: tuple[int, int, int, torch.dtype, torch.device]
     start: int
     before: Tensor | None
     features: Tensor
@@ -82,59 +83,62 @@ class Stream:
         """
         signals = {} if signals is None else signals
         if not isinstance(features, Tensor):
-            raise TypeError(
-                f"features={features!r:.80}: pass a tensor [N, D], the next frames of one video; each video has a "
-                "Stream of its own"
-            )
+            said = "pass a tensor [N, D], the next frames of one video; each video has a Stream of its own"
+            raise TypeError(f"features={features!r:.80}: {said}")
         (features,), (unit,), _ = laid_out(features, grid, None, True, signals, self._text, None)
         if unit.grid is None:
             raise TypeError("grid is missing: pass (t, h, w), the frames of this part and the rows and columns of each")
-        t, *size = unit.grid
-        held = _Held((size[0], size[1]), 0, None, features[:0], {}) if self._held is None else self._held
-        _check_like(held, features, (size[0], size[1]))
+        kind = (*unit.grid[1:], features.shape[1], features.dtype, features.device)
+        held = self._held or _Held(kind, 0, None, features[:0], {})
+        if kind != held.kind:
+            new, old = (", ".join(map(str, one)) for one in (kind, held.kind))
+            raise ValueError(
+                f"this part has frames of ({new}), those before had ({old}): rows, columns, channels, dtype, device. "
+                "A video has frames of one kind; finish() ends it, and another one may begin"
+            )
         if len(held.features):
-            t += len(held.features) // (size[0] * size[1])
             if signals.keys() != held.signals.keys():
                 raise ValueError(f"signals {list(signals)}: the frames that wait came with {list(held.signals)}")
             features = torch.cat([held.features, features])
             signals = {key: torch.cat([held.signals[key], x]) for key, x in signals.items()}
-        answer, self._held = self._answered(replace(held, features=features, signals=signals), t - t % self._window)
+        answer, self._held = self._answered(replace(held, features=features, signals=signals), self._window)
         return answer
 
     def finish(self) -> Selected:
         """What is kept of the frames that wait still; then the next part begins another video."""
         if self._held is None:
             raise ValueError("finish() without a push() before it: there is no video to end")
-        answer, _ = self._answered(self._held, len(self._held.features) // (self._held.size[0] * self._held.size[1]))
+        answer, _ = self._answered(self._held, 1)
         self._held = None
         return answer
 
-    def _answered(self, held: _Held, frames: int) -> tuple[Selected, _Held]:
-        """What is kept of the first frames, and what is held then: copies, so that no part lives on in a view."""
-        h, w = held.size
-        n = frames * h * w
+    def _answered(self, held: _Held, window: int) -> tuple[Selected, _Held]:
+        """What is kept of whole windows, and what is held then: copies, so that no part lives on in a view."""
+        h, w = held.kind[:2]
+        n = len(held.features) // (window * h * w) * window * h * w
         rest = [x[n:].clone() for x in (held.features, *held.signals.values())]
-        check_finite(rest)  # nobody else looks at it before the next part
+        last = [held.features[n - h * w : n].detach().clone()] if n else []
+        check_finite([*rest, *last])  # a later part would pay for it
         now = replace(held, features=rest[0], signals=dict(zip(held.signals, rest[1:])))
         if not n:
             none = torch.empty(0, dtype=torch.int64, device=held.features.device)
-            return Selected(0, none, held.features[:0], start=held.start), now
+            return Selected(0, none, held.features[:0].clone(), start=held.start), now
         x, signals = held.features[:n], {key: x[:n] for key, x in held.signals.items()}
-        images, units, text = laid_out(x, (frames, h, w), None, True, signals, self._text, None)
+        images, units, text = laid_out(x, (n // (h * w), h, w), None, True, signals, self._text, None)
         units[0].before = held.before
         (answer,) = run_stages(images, units, [self._stage], text)
-        last = x[n - h * w :].detach().clone()
-        return replace(answer, start=held.start), replace(now, start=held.start + n, before=last)
+        return replace(answer, start=held.start), replace(now, start=held.start + n, before=last[0])
 
 
 def _window(stage: Stage) -> int:
     """The frames that come together; ValueError for a rule or a budget that needs the whole video."""
     name = stage.method.name or type(stage.method).__name__
-    if stage.keep_total is not None or (isinstance(stage.keep, int) and stage.per != "frame"):
+    if stage.keep_total is not None:
+        raise ValueError(f"{name}: keep_total={stage.keep_total} is one for the whole video: pass keep in its place")
+    if isinstance(stage.keep, int) and stage.per != "frame":
         raise ValueError(
-            f"{name}: keep={stage.keep if stage.keep_total is None else stage.keep_total} counts tokens of the whole "
-            "video, whose length a Stream does not know: pass keep as a share in (0, 1], or per='frame' for a count "
-            "of tokens a frame"
+            f"{name}: keep={stage.keep} counts tokens of the whole video, whose length a Stream does not know: pass a "
+            "share in (0, 1], or per='frame' for a count of tokens a frame"
         )
     window = 1 if stage.per == "frame" else stage.method.window
     if window is None:
@@ -145,14 +149,3 @@ def _window(stage: Stage) -> int:
             "per='frame', which asks any method about each frame by itself"
         )
     return window
-
-
-def _check_like(held: _Held, features: Tensor, size: tuple[int, int]) -> None:
-    """Raise ValueError unless the frames of a part are of the kind of those before."""
-    new, old = ((x.shape[1], x.dtype, x.device) for x in (features, held.features))
-    if new != old or size != held.size:
-        said = "frames of {} x {} tokens, each {} wide, {} on {}"
-        raise ValueError(
-            f"this part has {said.format(*size, *new)}; the video has {said.format(*held.size, *old)}: one video has "
-            "frames of one kind; finish() ends it, and another one may begin"
-        )

@@ -204,6 +204,15 @@ def test_a_rule_of_ones_own_streams_once_it_says_its_window() -> None:
     assert all(v.video for v in rule.log)
 
 
+def test_a_last_frame_that_is_not_finite_is_refused_although_all_of_it_stays() -> None:
+    """No rule is asked about such a part, but the next one would be compared with its last frame."""
+    x = video(2)
+    stream = Stream("evs", keep=0.99)
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        stream.push(torch.full((P, D), torch.inf), (1, H, W))
+    assert torch.equal(stream.push(x[:P], (1, H, W)).features, x[:P])
+
+
 def test_after_finish_another_video_begins() -> None:
     x = video(6)
     stream = Stream("evs", keep=0.3)
@@ -218,9 +227,9 @@ def test_after_finish_another_video_begins() -> None:
 
 BLANK = torch.zeros(2 * P, D)
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"features": torch.zeros(2 * P, D + 1)}, ValueError, r"6 x 6 tokens, each 9 wide.*the video has .* each 8 wide"),
-    ({"features": BLANK.half()}, ValueError, "torch.float16 on cpu; the video has .*torch.float32"),
-    ({"grid": (2, 4, 9)}, ValueError, "frames of 4 x 9 tokens.*frames of 6 x 6.*finish.. ends it"),
+    ({"features": torch.zeros(2 * P, D + 1)}, ValueError, r"frames of \(6, 6, 9, .*those before had \(6, 6, 8, "),
+    ({"features": BLANK.half()}, ValueError, r"torch.float16, cpu\), .*torch.float32, cpu\)"),
+    ({"grid": (2, 4, 9)}, ValueError, r"frames of \(4, 9, .*had \(6, 6, .*finish\(\) ends it"),
     ({"grid": (1, 6, 6)}, ValueError, r"grid=\(1, 6, 6\) .*has 36 tokens, but the image has 72"),
     ({"grid": None}, TypeError, r"grid is missing: pass \(t, h, w\)"),
     ({"features": [BLANK]}, TypeError, "the next frames of one video; each video has a Stream of its own"),
@@ -270,7 +279,11 @@ def test_video_rules_say_what_they_need() -> None:
     ("given", "error", "match"),
     [
         ({"keep": 64}, ValueError, "evs: keep=64 counts tokens of the whole video.*a share in .0, 1.*per='frame'"),
-        ({"method": Stage("llm", vtprune.create("evs"), keep_total=0.5)}, ValueError, "evs: keep=0.5 counts"),
+        (
+            {"method": Stage("llm", vtprune.create("evs"), keep_total=0.5)},
+            ValueError,
+            "evs: keep_total=0.5 is one for the whole video",
+        ),
         ({"method": [Stage("llm", vtprune.create("evs"))] * 2}, ValueError, "2 stages: a later stage"),
         ({"method": "fastv", "keep": 0.5}, ValueError, "fastv acts inside a model"),
         ({"keep": 0.0}, ValueError, "keep=0.0 is outside"),
