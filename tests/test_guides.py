@@ -21,7 +21,7 @@ SAYS = {
     "examples/guides/extend.md": r"(?s)^64\n.*\[(\d+, ){7}\d+\]",
     "examples/guides/results.md": r"(?s)sparsevlm \d+ \d+ of 256.*vtprune\.methods/1 \d",
     "examples/guides/serve.md": r"# HELP",
-    "examples/guides/video.md": r"(?s)auto: \d+ of \d+ tokens.*evs: \d+ of",
+    "examples/guides/video.md": r"(?s)auto: \d+ of \d+ tokens.*evs: \d+ of.*in parts: 2352 of 9408 tokens of 48 frames",
     "examples/guides/vision_transformers.md": r"(?s)rows behind every block: \[.*one row a patch again: \(2, 197",
 }
 

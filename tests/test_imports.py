@@ -83,6 +83,7 @@ RULES: dict[str, tuple[str, str]] = {
     "vtprune.signals": (r"vtprune\.(kernels|core|signals)(\..*)?|vtprune\.registry", r"torch"),
     "vtprune.recipe": (r"vtprune\.core(\..*)?|vtprune\.registry", r""),
     "vtprune.selection": (r"vtprune\.(core|signals)(\..*)?|vtprune\.recipe", r"torch"),
+    "vtprune.stream": (r"vtprune\.(kernels|core)(\..*)?|vtprune\.(recipe|registry|selection)", r"torch"),
     "vtprune.model_adapters": (r"vtprune\.(core|model_adapters)(\..*)?|vtprune\.registry", r"torch|transformers|timm"),
     "vtprune.integrations.budget": (r"vtprune\.recipe", r""),
     "vtprune.integrations.lmms_eval": (r"vtprune\.integrations\.lmms_.*", r"lmms_eval"),

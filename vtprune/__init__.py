@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe
     from .registry import create, methods, register
     from .selection import count, select
+    from .stream import Stream
     from .types import (
         Assignment,
         Method,
@@ -39,6 +40,7 @@ __all__ = [
     "Signal",
     "Span",
     "Stage",
+    "Stream",
     "UnitResult",
     "UnsupportedCall",
     "UnsupportedModel",
@@ -61,6 +63,7 @@ _HOMES = {
     "Last": "core.result",
     "Recipe": "recipe",
     "Selected": "core.select",
+    "Stream": "stream",
     "UnitResult": "core.result",
     "VitLast": "hf.vit_last",
     "count": "selection",

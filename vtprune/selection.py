@@ -68,11 +68,9 @@ def select(
     >>> signals = [{"cls": cls_a, "mean_keys": keys_a}, {"cls": cls_b, "mean_keys": keys_b}]
     >>> vtprune.select([a, b], "visionzip", keep=64, signals=signals)
     """
-    images = _images(features)
     policy = {"keep_total": keep_total, "per": per, "newlines": newlines, "positions": positions, "clips": clips}
-    stages = _stages(method, keep, policy, options)
-    units = _units([len(x) for x in images], grid, spans, video, _signals(signals, images), rows)
-    return run_stages(images, units, stages, _text(text, images[0], units[-1].row + 1))
+    images, units, words = laid_out(features, grid, spans, video, signals, text, rows)
+    return run_stages(images, units, stages_of(method, keep, policy, options), words)
 
 
 def count(
@@ -111,10 +109,34 @@ def count(
     listed = [g for g, one in ((grid, _is_grid), (spans, _are_spans), (sizes, _is_size)) if _is_list(g, one)]
     images = len(listed[0]) if listed else 1  # type: ignore[arg-type]
     policy = {"keep_total": keep_total, "per": per, "newlines": newlines, "positions": positions, "clips": clips}
-    stages = _stages(method, keep, policy, options)
+    stages = stages_of(method, keep, policy, options)
     units = _units(_sizes(sizes, grid, spans, images), grid, spans, video, [{}] * images, rows)
     found = count_stages(units, stages)
     return found if listed else found[0]
+
+
+def laid_out(
+    features: Any, grid: Any, spans: Any, video: Any, signals: Any, text: Any, rows: Any
+) -> tuple[list[Tensor], list[Unit], list[Tensor | None]]:
+    """The features of each image, the images in their rows and the text of each row, of the arguments of `select`."""
+    images = _images(features)
+    units = _units([len(x) for x in images], grid, spans, video, _signals(signals, images), rows)
+    return images, units, _text(text, images[0], units[-1].row + 1)
+
+
+def stages_of(method: Any, keep: Any, policy: dict[str, Any], options: dict[str, Any]) -> list[Stage]:
+    """The stages before the LLM that the arguments of `select` name."""
+    where = {name: value for name, value in policy.items() if value is not None}
+    stages = given_stages(method, keep, {**where, **options})
+    if stages is not None:
+        return stages
+    made = method_of(method, keep, where.get("keep_total"), options)
+    if made.seam != "pre_llm" or made.default_where() != "llm":
+        raise ValueError(
+            f"{made.name} acts inside a model (seam {made.seam!r}), and features stand before the LLM: choose one "
+            "of seam 'pre_llm' (see vtprune.methods()), or pass Stage('pre_llm', ...) if you have the signals it reads"
+        )
+    return [Stage("pre_llm", made, keep=keep, **where)]
 
 
 def _is_list(value: Any, is_one: Any) -> bool:
@@ -148,20 +170,6 @@ def _units(sizes: list[int], grid: Any, spans: Any, video: Any, signals: list[An
     if video is not None:
         moving = [bool(v) for v in _each(video, images, lambda v: isinstance(v, bool), "video", "True or False")]
     return rows_of(sizes, parts, moving, signals, _rows(rows, images))
-
-
-def _stages(method: Any, keep: Any, policy: dict[str, Any], options: dict[str, Any]) -> list[Stage]:
-    where = {name: value for name, value in policy.items() if value is not None}
-    stages = given_stages(method, keep, {**where, **options})
-    if stages is not None:
-        return stages
-    made = method_of(method, keep, where.get("keep_total"), options)
-    if made.seam != "pre_llm" or made.default_where() != "llm":
-        raise ValueError(
-            f"{made.name} acts inside a model (seam {made.seam!r}), and features stand before the LLM: choose one "
-            "of seam 'pre_llm' (see vtprune.methods()), or pass Stage('pre_llm', ...) if you have the signals it reads"
-        )
-    return [Stage("pre_llm", made, keep=keep, **where)]
 
 
 def _images(features: Any) -> list[Tensor]:

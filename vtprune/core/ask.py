@@ -37,6 +37,8 @@ def _tensors(view: Visual) -> Iterator[tuple[str, Tensor]]:
     yield "v.x", view.x
     if view.text is not None:
         yield "v.text", view.text
+    if view.before is not None:
+        yield "v.before", view.before
     for signal, x in view.signals.items():
         yield f"the signal {signal.kind!r} in v.signals", x
 

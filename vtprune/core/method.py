@@ -90,6 +90,15 @@ class Method(ABC):
         return True
 
     @property
+    def window(self) -> int | None:
+        """How many frames of a video it looks at together, beside the one before them (`Visual.before`); None: all.
+
+        Whole windows, and the budget that is their share, lead to the same choice without the rest of the video, so a
+        `vtprune.Stream` may ask about them alone.
+        """
+        return None
+
+    @property
     def trusted(self) -> bool:
         """True if tests show that it never changes its input nor answers out of range, so checks need not wait.
 

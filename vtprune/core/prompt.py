@@ -202,6 +202,7 @@ def _visual(
         signals=signals(stage, unit, slots, order),
         text=_text_of(state, row, stage.where),
         state=state.method_state.setdefault(number, {}),
+        before=None if stage.per == "frame" else unit[0].unit.before,  # frames by themselves are compared with none
     )
 
 

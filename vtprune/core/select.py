@@ -28,7 +28,8 @@ class Selected:
     where the method merges, in the dtype of the features. order: [K] int64, the kept positions in the order in which
     they were picked, unit by unit; tokens that no method was asked about (kept newlines) come last. None if a method
     has no order, or was asked about none of the tokens. scores: [n] float32 of the last stage that scored
-    a token, NaN where none did; None if there are no scores. notes: fallbacks that were used, in words.
+    a token, NaN where none did; None if there are no scores. notes: fallbacks that were used, in words. start: where
+    the n tokens begin in a video that comes in parts (`vtprune.Stream`): idx + start counts in the whole.
     """
 
     n: int
@@ -37,6 +38,7 @@ class Selected:
     order: Tensor | None = None
     scores: Tensor | None = None
     notes: tuple[str, ...] = ()
+    start: int = 0
 
 
 def run_stages(

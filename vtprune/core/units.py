@@ -22,7 +22,7 @@ class Unit:
     """An image or a video of one row: where its n tokens stand, and what is known about them.
 
     row: batch row. ranges: [(start, length)] in the row, in the unit's own order. spans: rasters inside the unit.
-    signals: tensors of first dimension n.
+    signals: tensors of first dimension n. before: the frame before its first (`Visual.before`).
     """
 
     row: int
@@ -30,6 +30,7 @@ class Unit:
     ranges: list[tuple[int, int]]
     spans: tuple[Span, ...] = ()
     signals: dict[Signal, Tensor] = field(default_factory=dict)
+    before: Tensor | None = None
 
     @property
     def n(self) -> int:

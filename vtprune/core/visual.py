@@ -45,6 +45,7 @@ class Visual:
     state: made by the seam for one forward pass and shared by the stages of one method; in the tower, one per unit.
     block: (k, last) inside the vision tower: the tokens are about to enter block k, and the budget is due at block
         `last` (k itself, unless the stage is a schedule); None elsewhere.
+    before: [P, D], of a video that comes in parts (`vtprune.Stream`) the frame before the first of x; else None.
     """
 
     x: Tensor
@@ -56,6 +57,7 @@ class Visual:
     text: Tensor | None = None
     state: dict[str, Any] = field(default_factory=dict)
     block: tuple[int, int] | None = None
+    before: Tensor | None = None
 
     @property
     def n(self) -> int:

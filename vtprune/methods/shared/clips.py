@@ -22,10 +22,14 @@ ONE_FRAME = (
 
 
 class Clip(NamedTuple):
-    """T equal frames of P tokens in raster order. x: [T, P, D] float32; at: [T, P] int64, where they stand."""
+    """T equal frames of P tokens in raster order. x: [T, P, D] float32; at: [T, P] int64, where they stand.
+
+    before: [P, D] float32, the frame before them in a video that comes in parts; None if they begin it.
+    """
 
     x: Tensor
     at: Tensor
+    before: Tensor | None = None
 
 
 Reduce = Callable[[Clip, int | None], Assignment]
@@ -41,7 +45,7 @@ def by_clip(v: Visual, name: str, reduce: Reduce) -> Assignment:
     total = None if v.budget is None else budget_of(v, name)
     check_finite([v.x])
     found, loose = clips(v)
-    if all(len(clip.at) == 1 for clip in found):
+    if v.before is None and all(len(clip.at) == 1 for clip in found):
         note(v, ONE_FRAME.format(name))
     sizes = [clip.at.numel() for clip in found]
     inside = None if total is None else min(total, sum(sizes))
@@ -56,7 +60,8 @@ def by_clip(v: Visual, name: str, reduce: Reduce) -> Assignment:
 def clips(v: Visual) -> tuple[list[Clip], Tensor]:
     """The clips of a unit, and the positions of the tokens in none of them."""
     spans = sorted(v.spans or (Span(0, v.grid or (1, 1, v.n)),), key=lambda span: span.start)
-    found, loose, end = [], [], 0
+    found: list[Clip] = []
+    loose, end = [], 0
     alike = _alike if v.video else _number
     for _, group in groupby(enumerate(spans), alike):
         frames, members = [], [span for _, span in group]
@@ -71,7 +76,8 @@ def clips(v: Visual) -> tuple[list[Clip], Tensor]:
         first = members[0].start
         in_one_run = at.numel() == end - first  # then no copy is needed
         x = v.x[first:end] if in_one_run else v.x.index_select(0, at.flatten())
-        found.append(Clip(x.float().view(*at.shape, -1), at))
+        before = None if v.before is None or found else v.before.float()
+        found.append(Clip(x.float().view(*at.shape, -1), at, before))
     loose.append(torch.arange(end, v.n, device=v.x.device))
     return found, torch.cat(loose).sort().values
 

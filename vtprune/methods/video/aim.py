@@ -62,6 +62,10 @@ class AIM(Method):
         return True
 
     @property
+    def window(self) -> int | None:
+        return 1
+
+    @property
     def needs(self) -> tuple[Signal, ...]:
         return (KEYS,) if self.metric == "keys" else ()
 

@@ -36,7 +36,7 @@ class DyCoke(Method):
     k: without keep, the share of a compared frame that is dropped: int((1 - k) P) tokens stay.
     faithful: as officially, a third frame among the last four is not compared, and an odd last frame is lost. With a
         budget first frames come first at every one; below one token in four they share it, each compared with the one
-        before, the very first evenly spaced.
+        before, the very first evenly spaced. It takes no video in parts, because the last frames are treated apart.
     kv: also choose at every decoding step which visual tokens are seen (`dycoke_kv`).
     """
 
@@ -54,6 +54,10 @@ class DyCoke(Method):
     @property
     def adaptive(self) -> bool:
         return True
+
+    @property
+    def window(self) -> int | None:
+        return None if self.faithful else GROUP
 
     def stages(self, keep: float | int | None, depth: int) -> list[Stage]:
         first = Stage("llm", self, keep=keep)
@@ -73,7 +77,7 @@ class DyCoke(Method):
         if budget is None:
             before, counts = self._official(frame, before, p)
             budget = int(counts.sum())
-        elif t > 1 and budget < natural and not self.faithful:
+        elif (t > 1 or clip.before is not None) and budget < natural and not self.faithful:
             own_mean, counts = True, self._shared(frame, budget, p)
         elif budget < firsts * p:
             counts = torch.where(whole, evenly_shared(budget, firsts, device)[frame // GROUP], 0)
