@@ -240,11 +240,9 @@ def normalisers(p: Problem) -> Tensor:
 def fill(p: Problem, out: Tensor) -> None:
     """Write the rows that are held into out [M - made, N]."""
     if p.unit is not None and p.held:
-        if p.whole:
-            fill_gram(p.unit, out[: p.n])
-        else:
-            for block, product in zip(out.split(BLOCK), _products(p.unit, p.unit[p.made :].split(BLOCK))):
-                block[: len(product)] = product
+        fill_gram(p.unit[p.made :], out[: p.held, p.made :])
+        with full_precision(p.unit.device):
+            torch.mm(p.unit[p.made :], p.unit[: p.made].T, out=out[: p.held, : p.made])
         for block in out[: p.held].split(BLOCK):
             shaped(p, block, normaliser(p, block))
     out[p.held :] = p.given

@@ -119,7 +119,7 @@ class HoloV(Method):
 
 
 def _squares(x: Tensor, y: Tensor) -> Tensor:
-    """[P, L]: for each row of x [P, L, D] the sum of its squared products with the rows of y; at most L x D held."""
-    if x.shape[1] <= x.shape[2]:
+    """[P, L]: for each row of x [P, L, D] the sum of its squared products with the rows of y; at most L x 2 D held."""
+    if x.shape[1] <= 2 * x.shape[2]:  # beyond, two products with a [D, D] take less than one with all rows
         return (x @ y.mT).square().sum(2)
     return ((x @ (y.mT @ y)) * x).sum(2)
