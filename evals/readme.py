@@ -19,9 +19,12 @@ from vtprune.evals.accuracy import CONTROLS, AccuracyReport, share
 from vtprune.evals.accuracy.paired import paired
 from vtprune.evals.accuracy.rows import COST_HEADER, budget_text, by_cost, cost_cells, difference
 from vtprune.evals.report import Row
+from vtprune.evals.speed.bench_overhead import OverheadReport
+from vtprune.evals.speed.growth import NOTE, GrowthReport
 
 BLOCK = re.compile(
-    r"(<!-- vtprune eval(?:-vit| --all| --video --all| --mid --all)(?:, rows (\S+))?: (\S+) -->\n\n)"
+    r"(<!-- vtprune (?:eval(?:-vit| --all| --video --all| --mid --all)|bench --overhead)"
+    r"(?:, rows (\S+))?: (\S+) -->\n\n)"
     r".*?(\n\n<!-- end of table -->)",
     re.DOTALL,
 )
@@ -38,6 +41,8 @@ def refreshed(text: str, root: Path) -> str:
     """`text` with every table made anew from what its comment names; root: the folder of the file it stands in."""
 
     def table(m: re.Match[str]) -> str:
+        if "--overhead" in m[1]:
+            return m[1] + overhead_tables(root / m[3]) + m[4]
         saved = json.loads((root / m[3]).read_text())
         only = m[2].split(",") if m[2] else None
         return m[1] + (vit_table(saved) if "-vit" in m[1] else summary(saved, only)) + m[4]
@@ -64,7 +69,7 @@ def methods_table() -> str:
         cells = name, _acts(cls, stages), reads, idea
         rows.append((cls.seam != "pre_llm", cls.seam == "in_vit", cls.video, cls.name, cells))
     lines = [("method", "acts", "reads", "idea"), ("---",) * 4, *(row[-1] for row in sorted(rows))]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return _table(lines)
 
 
 def _acts(cls: type[vtprune.Method], stages: Sequence[vtprune.Stage]) -> str:
@@ -89,7 +94,7 @@ def runs_table(root: Path) -> str:
         machine = f"{env['gpu'] or env['cpu']}, {env['cpu_threads']} thread(s), {env['dtype']}, batch {env['batch']}"
         name = path.relative_to(root)
         lines.append((f"[{name.parent}]({name})", machine, versions, f"{env['commit']}, {env['time'][:16]}"))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return _table(lines)
 
 
 def auto_table(root: Path) -> str:
@@ -107,7 +112,7 @@ def auto_table(root: Path) -> str:
             apart = (difference(over[other, keep]["over"]).replace("±", " ± ") for other in others)
             seen = f"[{name}]({path.parent.name}/eval.md), [plot]({path.parent.name}/pareto.png)"
             lines.append((seen, str(len(report.kinds)), share(keep), right, *apart))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return _table(lines)
 
 
 def summary(saved: dict[str, Any], only: Sequence[str] | None = None) -> str:
@@ -129,7 +134,7 @@ def summary(saved: dict[str, Any], only: Sequence[str] | None = None) -> str:
         leads, best = row["right"] > best, max(best, row["right"])
         over = difference(row.get("over_uniform")).replace("±", " ± ")
         lines.append([_label(row), budget_text(row), *cost_cells(row), _cell(row, leads), over])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = _table(lines)
     cells = {row["method"]: row for row in mean}
     dense, zeroed, shuffled = (cells[name] for name in ("dense", "blind-zero", "blind-shuffle"))
     env = saved["environment"]
@@ -164,13 +169,43 @@ def vit_table(saved: dict[str, Any]) -> str:
         name = row["method"] if row["keep"] is None else f"`{row['method']}` {share(row['keep'])}"
         figures = f"{row['probe']:.1f}", f"{row['knn']:.1f}", f"{row['images_s']:.2f}", f"{row['speed']:.2f}x"
         lines.append([name, str(row["left"]), *figures, f"1 / {row['flops_ratio']:.2f}"])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return (
-        f"{table}\n\n{saved['title']}: {env['test']} test images of {env['side']} pixels, probe and neighbours from "
-        f"{env['train']}; {env['cpu']}, {env['cpu_threads']} thread, {env['dtype']}, {env['attention']}, batch "
-        f"{env['batch']}, torch {env['versions']['torch']}, transformers {env['versions']['transformers']}"
+        f"{_table(lines)}\n\n{saved['title']}: {env['test']} test images of {env['side']} pixels, probe and "
+        f"neighbours from {env['train']}; {env['cpu']}, {env['cpu_threads']} thread, {env['dtype']}, "
+        f"{env['attention']}, batch {env['batch']}, torch {env['versions']['torch']}, "
+        f"transformers {env['versions']['transformers']}"
         + (f"; {env['load']}." if "load" in env else ".")
     )
+
+
+def overhead_tables(path: Path) -> str:
+    """What pruning costs, a row a method, by medians and by the least times; and how selections grow with the clip."""
+    report = OverheadReport.load(path)
+    sizes = sorted({row["visual"] for row in report.rows})
+    by = {(row["method"], row["visual"]): row for row in report.rows}
+    named = sorted({row["method"] for row in report.rows}, key=lambda name: by[name, sizes[0]]["least"]["overhead"])
+    head = ["method", *(f"{n} tokens, %" for n in sizes), "keep=1.0, %", "decode, %", "text alone, µs"]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for name in named:
+        own = [by[name, n] for n in sizes]
+        shares = [f"{100 * row['overhead']:.1f} / {100 * row['least']['overhead']:.1f}" for row in own]
+        few = own[0]
+        others = [f"{100 * few[form]:+.1f} / {100 * few['least'][form]:+.1f}" for form in ("full", "decode")]
+        text = f"{few['text_us']:.0f} / {few['least']['text_us']:.0f}"
+        lines.append([f"`{name}`", *shares, *others, text])
+    header, cells = GrowthReport("", report.growth).cells()
+    growth = [header, ["---", *["---:"] * (len(header) - 1)], *([f"`{cell[0]}`", *cell[1:]] for cell in sorted(cells))]
+    env = report.environment
+    told = (
+        f"{env['cpu']}, {env['cpu_threads']} thread, {env['dtype']}, batch {env['batch']}, {share(env['keep'])} kept, "
+        f"{env['repeats']} rounds, torch {env['versions']['torch']}, transformers {env['versions']['transformers']}, "
+        f"commit {env['commit']}."
+    )
+    return "\n\n".join((_table(lines), told, _table(growth), NOTE))
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _label(row: Row) -> str:
