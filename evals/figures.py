@@ -146,7 +146,7 @@ def overhead(rows: Sequence[Row], title: str, path: str | Path, allowed: float =
         axis.bar_label(bars, labels, padding=3, fontsize=7, bbox={"fc": "white", "ec": "none", "pad": 0.6})
         least = [(100 * row["least"]["overhead"], row["method"]) for row in own if "least" in row]
         if least:
-            axis.plot(*zip(*least), "|", color="black", ms=8, mew=1.2, label="by the least times")
+            axis.plot(*zip(*least), "|", color="black", ms=8, mew=1.2, zorder=5, label="by the least times")
         axis.axvline(100 * allowed, color="#b00000", lw=1, ls="--", label=f"{100 * allowed:.3g} %", zorder=1)
         axis.axvline(0, color="black", lw=0.8)
         axis.margins(x=0.12, y=0.01)

@@ -173,8 +173,7 @@ def vit_table(saved: dict[str, Any]) -> str:
         f"{_table(lines)}\n\n{saved['title']}: {env['test']} test images of {env['side']} pixels, probe and "
         f"neighbours from {env['train']}; {env['cpu']}, {env['cpu_threads']} thread, {env['dtype']}, "
         f"{env['attention']}, batch {env['batch']}, torch {env['versions']['torch']}, "
-        f"transformers {env['versions']['transformers']}"
-        + (f"; {env['load']}." if "load" in env else ".")
+        f"transformers {env['versions']['transformers']}" + (f"; {env['load']}." if "load" in env else ".")
     )
 
 
