@@ -141,21 +141,23 @@ def overhead(rows: Sequence[Row], title: str, path: str | Path, allowed: float =
         own = sorted((row for row in rows if row["geometry"] == name), key=lambda row: row["overhead"], reverse=True)
         shares = [100 * row["overhead"] for row in own]
         colors = [_COLORS[1] if row["overhead"] > allowed else _COLORS[0] for row in own]
-        bars = axis.barh([row["method"] for row in own], shares, color=colors, height=0.7)
-        labels = [f"{round(share, 1) + 0.0:.1f}" for share in shares]  # no minus before a zero
-        axis.bar_label(bars, labels, padding=3, fontsize=7, bbox={"fc": "white", "ec": "none", "pad": 0.6})
-        least = [(100 * row["least"]["overhead"], row["method"]) for row in own if "least" in row]
-        if least:
-            axis.plot(*zip(*least), "|", color="black", ms=8, mew=1.2, zorder=5, label="by the least times")
+        axis.barh([row["method"] for row in own], shares, color=colors, height=0.7)
+        told = [f"{round(share, 1) + 0.0:.1f}" for share in shares]  # no minus before a zero
+        if all("least" in row for row in own):
+            least = [100 * row["least"]["overhead"] for row in own]
+            axis.plot(least, range(len(own)), "|", color="black", ms=8, mew=1.2, label="by the least times")
+            told = [f"{one} / {round(share, 1) + 0.0:.1f}" for one, share in zip(told, least)]
+        for place, text in enumerate(told):
+            axis.text(1.01, place, text, transform=axis.get_yaxis_transform(), va="center", fontsize=7)
         axis.axvline(100 * allowed, color="#b00000", lw=1, ls="--", label=f"{100 * allowed:.3g} %", zorder=1)
         axis.axvline(0, color="black", lw=0.8)
-        axis.margins(x=0.12, y=0.01)
+        axis.margins(x=0.05, y=0.01)
         axis.set_xlabel("overhead, % of the dense prefill")
         axis.set_title(f"{name}: {visual} visual tokens", fontsize=10, loc="left")
         axis.tick_params(axis="y", labelsize=7.5)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", alpha=0.25, lw=0.5)
-        axis.legend(fontsize=8, frameon=False, loc="upper right")
+        axis.legend(fontsize=8, framealpha=1, edgecolor="none", loc="upper right")
     figure.suptitle(title, fontsize=11)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
