@@ -181,26 +181,23 @@ def overhead_tables(path: Path) -> str:
     """What pruning costs, a row a method, by medians and by the least times; and how selections grow with the clip."""
     report = OverheadReport.load(path)
     sizes = sorted({row["visual"] for row in report.rows})
-    by = {(row["method"], row["visual"]): row for row in report.rows}
-    named = sorted({row["method"] for row in report.rows}, key=lambda name: by[name, sizes[0]]["least"]["overhead"])
-    head = ["method", *(f"{n} tokens, %" for n in sizes), "keep=1.0, %", "decode, %", "text alone, µs"]
+    header, told = report.cells()
+    by = {(row["method"], row["visual"]): dict(zip(header, line)) for row, line in zip(report.rows, told)}
+    least = {row["method"]: row["least"]["overhead"] for row in report.rows if row["visual"] == sizes[0]}
+    head = ["method", *(f"{n} tokens" for n in sizes), "keep=1.0", "decode", "text us"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-    for name in named:
-        own = [by[name, n] for n in sizes]
-        shares = [f"{100 * row['overhead']:.1f} / {100 * row['least']['overhead']:.1f}" for row in own]
-        few = own[0]
-        others = [f"{100 * few[form]:+.1f} / {100 * few['least'][form]:+.1f}" for form in ("full", "decode")]
-        text = f"{few['text_us']:.0f} / {few['least']['text_us']:.0f}"
-        lines.append([f"`{name}`", *shares, *others, text])
+    for name in sorted(least, key=lambda name: least[name]):
+        few = by[name, sizes[0]]
+        lines.append([f"`{name}`", *(by[name, n]["of dense"] for n in sizes), *(few[column] for column in head[-3:])])
     header, cells = GrowthReport("", report.growth).cells()
     growth = [header, ["---", *["---:"] * (len(header) - 1)], *([f"`{cell[0]}`", *cell[1:]] for cell in sorted(cells))]
     env = report.environment
-    told = (
+    machine = (
         f"{env['cpu']}, {env['cpu_threads']} thread, {env['dtype']}, batch {env['batch']}, {share(env['keep'])} kept, "
         f"{env['repeats']} rounds, torch {env['versions']['torch']}, transformers {env['versions']['transformers']}, "
         f"commit {env['commit']}."
     )
-    return "\n\n".join((_table(lines), told, _table(growth), NOTE))
+    return "\n\n".join((_table(lines), machine, _table(growth), NOTE))
 
 
 def _table(lines: Sequence[Sequence[str]]) -> str:

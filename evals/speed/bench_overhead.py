@@ -224,8 +224,8 @@ class Forms:
 def _row(what: Subject, method: str, keep: float | int, lengths: Lengths, seen: Rounds) -> Row:
     text = what.tokens - what.visual
     dense, least = median(seen.dense), min(seen.dense)
-    over = [pruned - limit for pruned, limit in zip(seen.pruned, seen.limit)]
-    of_dense = median(over) / dense
+    over = _over(seen.pruned, seen.limit)
+    of_dense = over / dense
     return {
         "geometry": what.name,
         "visual": what.visual,
@@ -236,7 +236,7 @@ def _row(what: Subject, method: str, keep: float | int, lengths: Lengths, seen: 
         "dense_ms": 1e3 * dense,
         "pruned_ms": 1e3 * median(seen.pruned),
         "limit_ms": 1e3 * median(seen.limit),
-        "overhead_ms": 1e3 * median(over),
+        "overhead_ms": 1e3 * over,
         "overhead": of_dense,
         "affordable": of_dense <= SELECTION_SHARE,
         "full": median(full / one - 1 for full, one in zip(seen.full, seen.dense)),

@@ -162,13 +162,13 @@ def test_schedules_of_r() -> None:
 
 @pytest.mark.no_cover
 @pytest.mark.slow
-def test_a_merge_step_is_much_faster_than_the_scatter_form() -> None:
+def test_a_merge_step_is_four_times_as_fast_as_the_scatter_form() -> None:
     """B = 16, N = 197, C = 384, one thread; the row of matching and merging together stands beside it."""
     merging, whole = bench_kernels.tome_against_scatter()
     print(f"merging {merging['speedup']:.1f}x, with matching {whole['speedup']:.1f}x")
     assert merging["same"]
     assert whole["same"]
-    assert merging["speedup"] >= 2.5  # 8 to 13 on a quiet core, 3.7 beside other work
+    assert merging["speedup"] >= 4
 
 
 # -- DiffRate ----------------------------------------------------------------------------------------------------------

@@ -59,15 +59,19 @@ class EVS(Method):
         begins = clip.before is None  # a later part of a video has no first frame
         natural = max(p if begins else 1, int(self.ratio * t * p))
         count = natural if budget is None else budget
-        before = clip.x[:1].mean(dim=1, keepdim=True) if clip.before is None else clip.before[None]
-        first = 1 - likeness(clip.x[:1], before)  # [1, P], 0..2
+        short = t > 1 and count < natural and not self.faithful
         change = 1 - likeness(clip.x[1:], clip.x[:-1])  # [T - 1, P], 0..2
-        if t > 1 and count < natural and not self.faithful:
-            scores = torch.cat([first, change])
+        if begins and not short:
+            first = change.new_full((1, p), torch.inf)
+        else:
+            before = clip.x[:1].mean(dim=1, keepdim=True) if clip.before is None else clip.before[None]
+            first = 1 - likeness(clip.x[:1], before)  # [1, P], 0..2
+        scores = torch.cat([first, change])
+        if short:
             best_first = scores + 4.0 * (ranks_in_rows(scores) == 0)  # 4: above every other score
             order = best_first.flatten().sort(descending=True, stable=True).indices[:count]
             return Assignment(order.sort().values, order, scores=scores.flatten())
-        scores = torch.cat([torch.full_like(first, torch.inf) if begins else first, change]).flatten()
+        scores = scores.flatten()
         if begins and count < p:
             order = evenly(count, p, device)
         else:
